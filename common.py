@@ -1,0 +1,414 @@
+"""Plumbing shared by the five stages: command line, processes, the training loop, files.
+
+Nothing of the method is here; a reader who skips this file loses no idea of the paper.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+C = TypeVar("C")
+
+
+class UserError(ValueError):
+    """Something the user can put right: printed as one sentence, exit code 2."""
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raise UserError with this sentence unless the condition holds."""
+    if not condition:
+        raise UserError(sentence)
+
+
+# ---- command line and processes ---------------------------------------------------------------
+
+
+def parse_args(
+    config: type[C], presets: dict[str, dict[str, Any]], doc: str, argv: Sequence[str] | None = None
+) -> C:
+    """Turn each field of a dataclass into a flag, its trailing comment into the help text.
+
+    A flag beats the preset, the preset beats the field's default. Tuples take one or several values.
+    """
+    help_of = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.M))
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    if presets:
+        default = "paper" if torch.cuda.is_available() else "small"
+        parser.add_argument("--preset", choices=list(presets), default=default)
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        options: dict[str, Any] = {"default": None, "help": help_of.get(field.name, "")}
+        sample: Any = field.default
+        if isinstance(sample, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(sample, tuple):
+            options |= {"type": type(sample[0]) if sample else str, "nargs": "+"}
+        else:
+            options["type"] = type(sample)
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    preset = given.pop("preset", None)
+    values = dict(presets.get(preset, {})) | {
+        k: tuple(v) if isinstance(v, list) else v for k, v in given.items()
+    }
+    if preset and int(os.environ.get("RANK", 0)) == 0:
+        print(f"preset {preset}")
+    return config(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """Where this process runs: its device and its place among the processes."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that prints and writes."""
+        return self.rank == 0
+
+    def autocast(self, bf16: bool) -> torch.autocast:
+        """bf16 where asked for and where the device multiplies it in hardware, else float32."""
+        fast = self.device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16 and fast)
+
+
+@contextlib.contextmanager
+def runtime(device: str = "auto", seed: int = 0) -> Iterator[Runtime]:
+    """Join torchrun's process group if there is one, choose the device, seed module initialisation."""
+    world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("LOCAL_RANK", "0")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: no such device here ({error}).") from None
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if world_size > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    torch.manual_seed(seed)
+    try:
+        yield Runtime(chosen, int(os.environ.get("RANK", 0)), world_size)
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+def launch(
+    main: Callable[[Any, Runtime], None],
+    config: type[Any],
+    presets: dict[str, dict[str, Any]],
+    doc: str,
+) -> None:
+    """Run a stage from the command line; a UserError becomes one sentence and exit code 2."""
+    try:
+        cfg = parse_args(config, presets, doc)
+        with runtime(cfg.device, cfg.seed) as rt:
+            main(cfg, rt)
+    except UserError as error:
+        sys.exit(f"error: {error}" if print(f"error: {error}", file=sys.stderr) else 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# ---- randomness -------------------------------------------------------------------------------
+
+
+def generator(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on all of the given numbers, for instance (seed, image index)."""
+    state = np.random.SeedSequence(numbers).generate_state(2, np.uint32)
+    return torch.Generator(device).manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
+
+
+# ---- image files ------------------------------------------------------------------------------
+
+
+def list_images(paths: Sequence[str], flag: str) -> list[Path]:
+    """All image files among files and folders (searched in depth), sorted; UserError if none."""
+    files: list[Path] = []
+    for path in map(Path, paths):
+        require(path.exists(), f"{flag} {path}: no such file or folder.")
+        inside = path.rglob("*") if path.is_dir() else [path]
+        files += sorted(p for p in inside if p.suffix.lower() in SUFFIXES and p.is_file())
+    where = " ".join(map(str, paths))
+    require(bool(files), f"{flag} {where}: no images there ({', '.join(sorted(SUFFIXES))}).")
+    return list(dict.fromkeys(files))
+
+
+def find_photos(given: Sequence[str], kind: str, flag: str) -> list[Path]:
+    """The files the user named, else those of data/KIND, else of data/sample/KIND (saying so)."""
+    if given:
+        return list_images(given, flag)
+    here = Path(__file__).parent / "data"
+    with contextlib.suppress(UserError):
+        return list_images([str(here / kind)], flag)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"data/{kind} has no images: using the few of data/sample/{kind} (see data/README.md)")
+    return list_images([str(here / "sample" / kind)], flag)
+
+
+def load_image(path: str | Path) -> Tensor:
+    """Read an image file as float32 RGB (3, H, W) in [0, 1], upright; ValueError if it can't be.
+
+    Gray is repeated, alpha is laid over white, 16 bits keep their precision, EXIF rotation is applied.
+    """
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith(("I", "F")):  # 16-bit gray; Pillow's convert() would clip it
+                gray = np.asarray(image, np.float32)
+                top = 65535 if image.mode.startswith("I") else max(1.0, float(gray.max()))
+                pixels = np.repeat((gray / top)[..., None], 3, axis=2)
+            else:
+                if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                pixels = np.asarray(image.convert("RGB"), np.float32) / 255
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from None
+    return torch.from_numpy(pixels.clip(0, 1)).permute(2, 0, 1).contiguous()
+
+
+def crop_to_multiple(image: Tensor, scale: int, path: str | Path) -> Tensor:
+    """Cut an image (3, H, W) at the bottom right to a multiple of scale; ValueError if none is left."""
+    H, W = (side // scale * scale for side in image.shape[1:])
+    if min(H, W) < 8 * scale:
+        raise ValueError(f"{path}: {image.shape[2]} x {image.shape[1]} pixels are too few at scale {scale}")
+    return image[:, :H, :W]
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Round an image in [0, 1] to 8 bits."""
+    return (x.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def save_image(path: str | Path, x: Tensor) -> None:
+    """Write an image (3, H, W) in [0, 1] as PNG: whole or not at all."""
+    image = Image.fromarray(to_uint8(x).permute(1, 2, 0).cpu().numpy())
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Give a temporary file to write; rename it to path when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class PhotoCrops(Dataset[Tensor]):
+    """Random crops (3, size, size): item i depends on (seed, rank, i) alone, so resuming is exact.
+
+    Photos that can't be read or are smaller than the crop are left out, counted and named once.
+    """
+
+    def __init__(self, files: list[Path], size: int, seed: int, rt: Runtime) -> None:
+        self.size, self.key, self.cache, self.left = size, (seed, rt.rank), {}, 2**30
+        self.files, bad = [], []
+        for file in files:
+            try:
+                with Image.open(file) as image:
+                    (self.files if min(image.size) >= size else bad).append(file)
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+                bad.append(file)
+        if bad and rt.is_main:
+            print(f"skipped {len(bad)} of {len(files)} photos: unreadable or under {size} pixels "
+                  f"(the first: {bad[0]})")  # fmt: skip
+        need = f"no photo of at least {size} x {size} pixels among {len(files)} files"
+        require(bool(self.files), f"{need} ({files[0]}, ...).")
+
+    def photo(self, index: int) -> Tensor:
+        """Photo as uint8 (3, H, W); kept in memory as long as there is room."""
+        if index not in self.cache:
+            pixels = to_uint8(load_image(self.files[index]))
+            if pixels.numel() > self.left:
+                return pixels
+            self.cache[index], self.left = pixels, self.left - pixels.numel()
+        return self.cache[index]
+
+    def __getitem__(self, i: int) -> Tensor:
+        """Crop i, flipped at random."""
+        for attempt in range(20):
+            gen = generator(*self.key, i, attempt)
+            index, top, left, flip = torch.randint(2**30, (4,), generator=gen).tolist()
+            try:
+                photo = self.photo(index % len(self.files))
+            except ValueError as error:
+                print(f"skipped: {error}")
+                continue
+            top %= photo.shape[1] - self.size + 1
+            left %= photo.shape[2] - self.size + 1
+            crop = photo[:, top : top + self.size, left : left + self.size]
+            return (crop.flip(2) if flip % 2 else crop).float() / 255
+        raise UserError("20 photos in a row could not be read; look at the files named above.")
+
+    def batches(self, batch_size: int, start: int, steps: int, device: torch.device) -> Iterator:
+        """Batches (B, 3, size, size) on the device for the steps from start to steps."""
+        workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+        loader = DataLoader(
+            self,  # type: ignore[arg-type]
+            batch_size,
+            sampler=range(start * batch_size, steps * batch_size),
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+        )
+        for batch in loader:
+            yield batch.to(device, non_blocking=True)
+
+
+# ---- weights ----------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+    """Write state dicts and plain values: whole or not at all."""
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint (.pt of ours, or .safetensors with a JSON config); nothing is unpickled."""
+    try:
+        if str(path).endswith(".safetensors"):
+            with safe_open(path, "pt") as file:
+                weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+                return {"ema": weights, "config": json.loads((file.metadata() or {}).get("config", "{}"))}
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: no readable checkpoint ({reason}).") from None
+    except Exception as error:  # torch raises pickle errors of several kinds for a damaged file
+        raise UserError(f"{path}: no readable checkpoint ({type(error).__name__}).") from None
+
+
+def find_checkpoint(given: str, stage: str, make: str) -> Path:
+    """The file the user named, else runs/STAGE/last.pt, else data/pretrained/STAGE.safetensors."""
+    if given:
+        require(Path(given).is_file(), f"--checkpoint {given}: no such file.")
+        return Path(given)
+    shipped = Path(__file__).parent / "data" / "pretrained" / f"{stage}.safetensors"
+    for path in (Path("runs") / stage / "last.pt", shipped):
+        if path.is_file():
+            return path
+    raise UserError(f"no {stage} weights in runs/{stage} or data/pretrained: make them with `{make}`.")
+
+
+def count_parameters(net: nn.Module) -> str:
+    """Number of parameters in millions, for people."""
+    return f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters"
+
+
+# ---- training loop ----------------------------------------------------------------------------
+
+
+def fit(
+    rt: Runtime,
+    net: nn.Module,
+    loss: Callable[[nn.Module, Tensor, torch.Generator], dict[str, Tensor]],
+    data: PhotoCrops,
+    groups: list[dict[str, Any]],
+    path: Path,
+    cfg: Any,
+    steps: int,
+    preview: Callable[[nn.Module, int], None] | None = None,
+) -> nn.Module:
+    """Minimise loss(net, batch, generator)["loss"] for a number of steps; return the averaged net.
+
+    Resumes from `path` if it exists and leaves the result there: a dict with step, net, ema, opt,
+    config. The batch and the draws of a step depend on (seed, rank, step) alone. `groups` are
+    AdamW parameter groups; parameters outside of them are frozen.
+    """
+    net.to(rt.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    trained = [p for group in groups for p in group["params"]]
+    net.requires_grad_(False)
+    for p in trained:
+        p.requires_grad_(True)
+    opt = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    ema = {key: value.detach().clone() for key, value in net.state_dict().items()}
+    start = 0
+    if path.is_file():
+        state = load_checkpoint(path)
+        require(
+            state["net"].keys() == net.state_dict().keys(),
+            f"{path} belongs to another configuration: give another --out or delete it.",
+        )
+        net.load_state_dict(state["net"])
+        opt.load_state_dict(state["opt"])
+        ema = {key: value.to(rt.device) for key, value in state["ema"].items()}
+        start = state["step"]
+        if rt.is_main and start < steps:
+            print(f"resuming {path} at step {start}")
+    ddp = DistributedDataParallel(net) if rt.world_size > 1 else net
+
+    def save(step: int) -> None:
+        if rt.is_main:
+            config = dataclasses.asdict(cfg)
+            state = {"step": step, "net": net.state_dict(), "ema": ema, "opt": opt.state_dict()}
+            save_checkpoint(path, state | {"config": config})
+
+    stop = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    began, began_step, net_state = time.time(), start, net.state_dict()
+    averaged = [(ema[k], v) for k, v in net_state.items() if v.is_floating_point()]
+    batches = data.batches(cfg.batch_size, start, steps, rt.device)
+    for step, batch in zip(range(start, steps), batches, strict=True):
+        gen = generator(cfg.seed, rt.rank, step, device=rt.device)
+        with rt.autocast(cfg.bf16):
+            values = loss(ddp, batch.contiguous(memory_format=torch.channels_last), gen)
+        opt.zero_grad(set_to_none=True)
+        values["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
+        opt.step()
+        # A warm-up of the average, so that a short run does not ship its initialisation.
+        decay = min(cfg.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_([a for a, _ in averaged], [v for _, v in averaged], 1 - decay)
+        if rt.is_main and ((step + 1) % cfg.log_every == 0 or step + 1 == steps):
+            numbers = {key: value.item() for key, value in values.items()}
+            rate = (step + 1 - began_step) * cfg.batch_size * rt.world_size / (time.time() - began)
+            text = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+            print(f"{path.stem} {step + 1}/{steps}  {text}  {rate:.1f} images/s", flush=True)
+            with open(path.with_name("log.jsonl"), "a", encoding="utf-8") as file:
+                file.write(json.dumps({"part": path.stem, "step": step + 1, **numbers}) + "\n")
+            if not math.isfinite(numbers["loss"]):
+                raise UserError(f"the loss is {numbers['loss']} at step {step + 1}; {path} is good.")
+        if (step + 1) % cfg.save_every == 0 or step + 1 == steps or stop:
+            save(step + 1)
+            if preview and rt.is_main:
+                preview(net, step + 1)
+        if stop:
+            raise SystemExit(f"stopped at step {step + 1}; the same command goes on from there")
+    signal.signal(signal.SIGTERM, previous)
+    net.load_state_dict(ema)
+    return net.eval().requires_grad_(False)
