@@ -24,7 +24,6 @@ import torch.distributed as dist
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -56,7 +55,8 @@ def parse_args(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     if presets:
-        default = "paper" if torch.cuda.is_available() else "small"
+        small = "small" in presets and not torch.cuda.is_available()
+        default = "small" if small else next(iter(presets))
         parser.add_argument("--preset", choices=list(presets), default=default)
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         options: dict[str, Any] = {"default": None, "help": help_of.get(field.name, "")}
@@ -235,8 +235,8 @@ class PhotoCrops(Dataset[Tensor]):
     Photos that can't be read or are smaller than the crop are left out, counted and named once.
     """
 
-    def __init__(self, files: list[Path], size: int, seed: int, rt: Runtime) -> None:
-        self.size, self.key, self.cache, self.left = size, (seed, rt.rank), {}, 2**30
+    def __init__(self, files: list[Path], size: int, batch_size: int, seed: int, rt: Runtime) -> None:
+        self.size, self.batch_size, self.key, self.cache, self.left = size, batch_size, (seed, rt.rank), {}, 2**30
         self.files, bad = [], []
         for file in files:
             try:
@@ -275,17 +275,18 @@ class PhotoCrops(Dataset[Tensor]):
             return (crop.flip(2) if flip % 2 else crop).float() / 255
         raise UserError("20 photos in a row could not be read; look at the files named above.")
 
-    def batches(self, batch_size: int, start: int, steps: int, device: torch.device) -> Iterator:
+    def batches(self, start: int, steps: int, device: torch.device) -> Iterator[Tensor]:
         """Batches (B, 3, size, size) on the device for the steps from start to steps."""
         workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
         loader = DataLoader(
-            self,  # type: ignore[arg-type]
-            batch_size,
-            sampler=range(start * batch_size, steps * batch_size),
+            self,
+            self.batch_size,
+            sampler=range(start * self.batch_size, steps * self.batch_size),
             num_workers=workers,
             pin_memory=device.type == "cuda",
         )
         for batch in loader:
+            batch = batch.contiguous(memory_format=torch.channels_last)
             yield batch.to(device, non_blocking=True)
 
 
@@ -330,24 +331,51 @@ def count_parameters(net: nn.Module) -> str:
     return f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters"
 
 
+def from_dict(config: type[C], values: dict[str, Any]) -> C:
+    """A dataclass from a stored dict: lists become tuples, fields that no longer exist are dropped."""
+    known = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+    return config(**tuples)
+
+
 # ---- training loop ----------------------------------------------------------------------------
+
+
+def broadcast(x: Tensor) -> None:
+    """Give every process the first one's values."""
+    if dist.is_initialized():
+        dist.broadcast(x, 0)
+
+
+def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
+    """Average the gradients over all processes, in one message.
+
+    Used instead of DistributedDataParallel, so that a loss may call any method of its network.
+    """
+    if world_size > 1:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        parts = (flat / world_size).split([g.numel() for g in gradients])
+        torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
 
 
 def fit(
     rt: Runtime,
     net: nn.Module,
-    loss: Callable[[nn.Module, Tensor, torch.Generator], dict[str, Tensor]],
-    data: PhotoCrops,
+    loss: Callable[..., dict[str, Tensor]],
+    data: Sequence[PhotoCrops],
     groups: list[dict[str, Any]],
     path: Path,
     cfg: Any,
     steps: int,
+    config: dict[str, Any],
     preview: Callable[[nn.Module, int], None] | None = None,
 ) -> nn.Module:
-    """Minimise loss(net, batch, generator)["loss"] for a number of steps; return the averaged net.
+    """Minimise loss(net, *batches, generator=...)["loss"]; return the net with averaged weights.
 
     Resumes from `path` if it exists and leaves the result there: a dict with step, net, ema, opt,
-    config. The batch and the draws of a step depend on (seed, rank, step) alone. `groups` are
+    config. Batches (one of each data set) and draws depend on (seed, rank, step) alone. `groups` are
     AdamW parameter groups; parameters outside of them are frozen.
     """
     net.to(rt.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -370,40 +398,42 @@ def fit(
         start = state["step"]
         if rt.is_main and start < steps:
             print(f"resuming {path} at step {start}")
-    ddp = DistributedDataParallel(net) if rt.world_size > 1 else net
 
     def save(step: int) -> None:
         if rt.is_main:
-            config = dataclasses.asdict(cfg)
             state = {"step": step, "net": net.state_dict(), "ema": ema, "opt": opt.state_dict()}
             save_checkpoint(path, state | {"config": config})
 
-    stop = []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stop: list[bool] = []
     previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     began, began_step, net_state = time.time(), start, net.state_dict()
     averaged = [(ema[k], v) for k, v in net_state.items() if v.is_floating_point()]
-    batches = data.batches(cfg.batch_size, start, steps, rt.device)
-    for step, batch in zip(range(start, steps), batches, strict=True):
+    streams = [d.batches(start, steps, rt.device) for d in data]
+    images_per_step = sum(d.batch_size for d in data) * rt.world_size
+    for step, *batches in zip(range(start, steps), *streams, strict=True):
         gen = generator(cfg.seed, rt.rank, step, device=rt.device)
         with rt.autocast(cfg.bf16):
-            values = loss(ddp, batch.contiguous(memory_format=torch.channels_last), gen)
+            values = loss(net, *batches, generator=gen)
         opt.zero_grad(set_to_none=True)
         values["loss"].backward()
+        average_gradients(trained, rt.world_size)
         torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
         opt.step()
         # A warm-up of the average, so that a short run does not ship its initialisation.
         decay = min(cfg.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_([a for a, _ in averaged], [v for _, v in averaged], 1 - decay)
-        if rt.is_main and ((step + 1) % cfg.log_every == 0 or step + 1 == steps):
+        saving = (step + 1) % cfg.save_every == 0 or step + 1 == steps or bool(stop)
+        if rt.is_main and (saving or (step + 1) % cfg.log_every == 0):
             numbers = {key: value.item() for key, value in values.items()}
-            rate = (step + 1 - began_step) * cfg.batch_size * rt.world_size / (time.time() - began)
+            rate = (step + 1 - began_step) * images_per_step / (time.time() - began)
             text = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
-            print(f"{path.stem} {step + 1}/{steps}  {text}  {rate:.1f} images/s", flush=True)
+            print(f"{path.parent.name}/{path.stem} {step + 1}/{steps}  {text}  {rate:.1f} images/s", flush=True)
             with open(path.with_name("log.jsonl"), "a", encoding="utf-8") as file:
                 file.write(json.dumps({"part": path.stem, "step": step + 1, **numbers}) + "\n")
             if not math.isfinite(numbers["loss"]):
                 raise UserError(f"the loss is {numbers['loss']} at step {step + 1}; {path} is good.")
-        if (step + 1) % cfg.save_every == 0 or step + 1 == steps or stop:
+        if saving:
             save(step + 1)
             if preview and rt.is_main:
                 preview(net, step + 1)

@@ -74,7 +74,7 @@ FINAL_SINC_PROB = 0.8
 
 @dataclass
 class Degradation:
-    """Parameters theta of D, one row per image; columns are rounds (the last sinc is a third one)."""
+    """Parameters theta of D, one row per image; columns are rounds (the last sinc is a third)."""
 
     blur_sigma: Tensor  # (B, 2, 2) widths along both axes, pixels
     blur_angle: Tensor  # (B, 2) radians
@@ -118,7 +118,8 @@ class Degradation:
     def to_json(self) -> list[str]:
         """One JSON object per row; floats survive the round trip exactly."""
         columns = {f.name: getattr(self, f.name).tolist() for f in fields(self)}
-        return [json.dumps(dict(zip(columns, row))) for row in zip(*columns.values(), strict=True)]
+        rows = zip(*columns.values(), strict=True)
+        return [json.dumps(dict(zip(columns, row, strict=True))) for row in rows]
 
     @staticmethod
     def from_json(lines: list[str]) -> "Degradation":
@@ -130,7 +131,7 @@ class Degradation:
     def physical(self) -> Tensor:
         """What theta means for the LR image: (B, 5), each about in [0, 1].
 
-        Blur width (log LR pixels), resolution lost to resizing (log), ringing, noise std, JPEG loss.
+        Blur width (log LR pixels), resolution lost by resizing (log), ringing, noise, JPEG loss.
         """
         scale = self.scale.float()
         first, second = self.blur_sigma.square().mean(-1).unbind(1)  # (B,) pixels^2
@@ -140,7 +141,7 @@ class Degradation:
         lost = torch.stack([self.resize[:, 0] * scale, lr_factor], 1).amin(1).clamp(max=1)
         ringing = (math.pi - self.sinc_cutoff.where(self.sinc_cutoff > 0, math.pi)).amax(1)
         poisson = self.poisson_scale * 0.04  # the std that scale has at a mid gray of 8 bits
-        noise = (self.gaussian_std + poisson) * torch.tensor([0.4, 1.0])
+        noise = (self.gaussian_std + poisson) * self.gaussian_std.new_tensor([0.4, 1.0])
         quality = self.jpeg_quality.where(self.jpeg_quality > 0, 100)
         return torch.stack(
             [
@@ -166,7 +167,7 @@ def sample_degradation(
 ) -> Degradation:
     """Draw parameters of D for a number of images, all independent (Real-ESRGAN's distributions).
 
-    `generator` is a CPU generator: theta is drawn on the CPU, so that it is the same for any device.
+    `generator` is a CPU generator: theta is drawn on the CPU, so it is the same for any device.
     """
     if recipe not in RECIPES:
         raise common.UserError(f"no recipe {recipe!r}; there are {', '.join(RECIPES)}.")
@@ -216,7 +217,7 @@ def sample_degradation(
                 "gaussian_std": torch.where(gaussian, uniform(*stage.gaussian) / 255, 0.0),
                 "poisson_scale": torch.where(gaussian, 0.0, uniform(*stage.poisson)),
                 "gray_noise": chance(stage.gray_prob),
-                "jpeg_quality": uniform(stage.jpeg[0], stage.jpeg[1] + 1).long(),
+                "jpeg_quality": one_of(*range(stage.jpeg[0], stage.jpeg[1] + 1)),
             }
         )
     columns = {key: [r[key] for r in rounds] for key in rounds[0]}
@@ -241,8 +242,9 @@ def blur_kernel(
 ) -> Tensor:
     """Blur kernels (B, 21, 21), each summing to 1; sigma (B, 2), all else (B,).
 
-    With q = x^T Sigma^-1 x: exp(-q^beta / 2) (Gaussian for beta = 1), the plateau 1 / (1 + q^beta), or,
-    where cutoff > 0, the circular sinc cutoff J_1(cutoff r) / (2 pi r) (arXiv:2107.10833, Eq. 2-6).
+    With q = x^T Sigma^-1 x: exp(-q^beta / 2) (Gaussian for beta = 1), the plateau 1 / (1 + q^beta),
+    or, where cutoff > 0, the circular sinc cutoff J_1(cutoff r) / (2 pi r) (arXiv:2107.10833, Eq.
+    2-6).
     """
     half = KERNEL_SIZE // 2
     axis = torch.arange(-half, half + 1, device=sigma.device, dtype=torch.float64)
@@ -405,7 +407,7 @@ def shift(x: Tensor, bits: int) -> Tensor:
 
 
 def quantised(plane: Tensor, table: Tensor) -> Tensor:
-    """What a DCT, quantisation by table (B, 8, 8) and the inverse DCT leave of a plane (B, H, W)."""
+    """A plane (B, H, W) after the DCT, quantisation by table (B, 8, 8) and the inverse DCT."""
     B, H, W = plane.shape
     M = dct_matrix().to(plane.device)
     rows, columns = (B, H, W // 8, 8), (B, H // 8, 8, W)
@@ -433,7 +435,10 @@ def halve(chroma: Tensor, rows: Tensor) -> Tensor:
 
 
 def double(chroma: Tensor, size: Tensor) -> Tensor:
-    """libjpeg's "fancy" upsampling: 3/4 of the nearer, 1/4 of the farther sample, along each axis."""
+    """libjpeg's "fancy" upsampling: 3/4 of the nearer, 1/4 of the farther sample along each axis.
+
+    Chroma of one or two columns is repeated instead, as in jdsample.c.
+    """
     B, C, H, W = chroma.shape
 
     def neighbours(n: Tensor, length: int, step: int) -> Tensor:
@@ -449,7 +454,8 @@ def double(chroma: Tensor, size: Tensor) -> Tensor:
     left = pick(y, every, neighbours(size[:, 1], W, -1))
     right = pick(y, every, neighbours(size[:, 1], W, 1))
     y = torch.stack([(3 * y + left + 8), (3 * y + right + 7)], 4).mul_(1 / 16).floor_()
-    return y.view(B, C, 2 * H, 2 * W)
+    plain = chroma.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return y.view(B, C, 2 * H, 2 * W).where(size[:, 1, None, None, None] > 2, plain)
 
 
 def jpeg(
@@ -501,22 +507,27 @@ def jpeg(
 # ---- D ----------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def degrade(hr: Tensor, theta: Degradation, generator: torch.Generator | None = None) -> Tensor:
-    """D(X, theta): hr (B, 3, H, W) in [0, 1] -> lr (B, 3, H/scale, W/scale) in [0, 1], 8-bit values.
+    """D(X, theta): hr (B, 3, H, W) -> lr (B, 3, H/scale, W/scale), in [0, 1]; lr has 8-bit values.
 
     Row i is degraded with row i of theta. Without a generator the noise is that of theta.seed, so
     that theta replays the image; with one it is drawn anew.
     """
     if len(hr) != len(theta):
         raise ValueError(f"{len(hr)} images, but {len(theta)} rows of parameters")
+    theta = theta.to("cpu")
     seed = theta.seed
     if generator is not None:
         seed = torch.randint(2**62, (len(hr),), generator=generator, device=generator.device).cpu()
     # Images of similar intermediate size share a canvas: less of it is empty.
     chunk = 4 if hr.device.type == "cpu" else len(hr)
-    lr = torch.empty(len(hr), 3, *(s // int(theta.scale[0]) for s in hr.shape[2:]), device=hr.device)
-    for rows in theta.resize[:, 0].argsort(stable=True).split(chunk):
-        lr[rows.to(hr.device)] = degrade_canvas(hr[rows.to(hr.device)], theta[rows], seed[rows])
+    H, W = (side // int(theta.scale[0]) for side in hr.shape[2:])
+    lr = torch.empty(len(hr), 3, H, W, device=hr.device)
+    with torch.autocast(hr.device.type, enabled=False):
+        for rows in theta.resize[:, 0].argsort(stable=True).split(chunk):
+            at = rows.to(hr.device)
+            lr[at] = degrade_canvas(hr[at], theta[rows], seed[rows])
     return lr
 
 
@@ -572,7 +583,7 @@ def degrade_canvas(hr: Tensor, theta: Degradation, seed: Tensor) -> Tensor:
 class Config:
     """Settings of the command; every field is a flag."""
 
-    hr: tuple[str, ...] = ()  # folders or files of HR photos (default: data/hr, else data/sample/hr)
+    hr: tuple[str, ...] = ()  # folders or files of HR photos (else data/hr, else data/sample/hr)
     out: str = "out/degraded"  # folder that gets hr/, lr/ and pairs.jsonl
     recipe: str = "realesrgan"  # which published options: realesrgan, light, camera
     scale: int = 4  # HR size / LR size
@@ -585,24 +596,26 @@ def main(cfg: Config, rt: common.Runtime) -> None:
     common.require(cfg.recipe in RECIPES, f"--recipe {cfg.recipe}: choose of {', '.join(RECIPES)}.")
     common.require(cfg.scale > 0, f"--scale {cfg.scale}: must be positive.")
     files, out = common.find_photos(cfg.hr, "hr", "--hr"), Path(cfg.out)
-    lines, skipped = [], 0
+    table, lines, skipped = out / "pairs.jsonl", [], 0
+    done = set(table.read_text(encoding="utf-8").splitlines()) if table.is_file() else set()
     for i, file in enumerate(tqdm(files, unit="image", disable=not rt.is_main)):
         draw = common.generator(cfg.seed, i)
         theta = sample_degradation(1, cfg.recipe, cfg.scale, draw)
         name = f"{i:06d}_{file.stem}.png"
         try:
-            hr = common.crop_to_multiple(common.load_image(file), cfg.scale, file)
+            photo = common.crop_to_multiple(common.load_image(file), cfg.scale, file)
         except ValueError as error:
             skipped += 1
             tqdm.write(f"skipped: {error}")
             continue
-        if not ((out / "hr" / name).is_file() and (out / "lr" / name).is_file()):
-            lr = degrade(hr[None].to(rt.device), theta)[0]
-            common.save_image(out / "hr" / name, hr)
-            common.save_image(out / "lr" / name, lr)
         row = {"hr": f"hr/{name}", "lr": f"lr/{name}", "source": str(file)}
         lines.append(json.dumps(row | {"theta": json.loads(theta.to_json()[0])}))
-    with common.replacing(out / "pairs.jsonl") as temporary:
+        # Only a row of an earlier run with these very parameters spares the work.
+        if not (lines[-1] in done and (out / row["hr"]).is_file() and (out / row["lr"]).is_file()):
+            hr = common.to_uint8(photo).float() / 255  # as it is written, also of a 16-bit photo
+            common.save_image(out / row["hr"], hr)
+            common.save_image(out / row["lr"], degrade(hr[None].to(rt.device), theta)[0])
+    with common.replacing(table) as temporary:
         temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     print(f"{len(lines)} pairs in {out}, {skipped} images skipped")
 

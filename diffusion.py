@@ -1,0 +1,379 @@
+"""Stage 2: a DDPM that paints LR images, told what to paint and with which camera. Section 2.2.
+
+In: real LR photos, clean HR photos, the extractors of stage 1. Out: runs/diffusion/last.pt. The
+condition c = M(F_deg, F_cont) joins degradation and content; it is stacked on the noisy image that
+the U-Net denoises. M and the U-Net are trained, small parts of the extractors fine-tuned (A.5).
+
+    python diffusion.py
+    torchrun --nproc_per_node=8 diffusion.py --lr data/lr --preset paper
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import common
+import degrade
+import extractors
+
+# ---- noise schedule ---------------------------------------------------------------------------
+
+# t counts steps of noise: x_0 is the image, x_1000 almost pure noise. The linear betas of DDPM
+# (arXiv:2006.11239). Not in the paper: its "maximum diffusion step" is read as training and
+# generating on the first steps of this schedule only.
+BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+ALPHAS_CUMPROD = torch.cat([torch.ones(1, dtype=torch.float64), (1 - BETAS).cumprod(0)]).float()
+
+
+def to_signed(image: Tensor) -> Tensor:
+    """[0, 1] -> [-1, 1], the range in which the diffusion works."""
+    return image * 2 - 1
+
+
+def to_image(x: Tensor) -> Tensor:
+    """[-1, 1] -> [0, 1], clamped."""
+    return ((x + 1) / 2).clamp(0, 1)
+
+
+def alpha_bar(t: Tensor) -> Tensor:
+    """alphas_cumprod at steps t (B,), shaped (B, 1, 1, 1)."""
+    return ALPHAS_CUMPROD.to(t.device)[t][:, None, None, None]
+
+
+def q_sample(x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """The forward process: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps; t (B,) in 0..1000."""
+    return alpha_bar(t).sqrt() * x_0 + (1 - alpha_bar(t)).sqrt() * eps
+
+
+def predict_x_0(x_t: Tensor, t: Tensor, eps_pred: Tensor) -> Tensor:
+    """Solve q_sample for x_0, clamped to [-1, 1]; t >= 1."""
+    x_0 = (x_t - (1 - alpha_bar(t)).sqrt() * eps_pred) / alpha_bar(t).sqrt()
+    return x_0.clamp(-1, 1)
+
+
+def p_sample(x_t: Tensor, t: Tensor, eps_pred: Tensor, noise: Tensor) -> Tensor:
+    """One DDPM step from t to t - 1: the mean of q(x_{t-1} | x_t, x_0), and noise of its variance."""
+    now, before = alpha_bar(t), alpha_bar(t - 1)
+    beta = 1 - now / before
+    x_0 = predict_x_0(x_t, t, eps_pred)
+    mean = (before.sqrt() * beta * x_0 + (now / before).sqrt() * (1 - before) * x_t) / (1 - now)
+    return mean + ((1 - before) / (1 - now) * beta).sqrt() * noise
+
+
+def ddim_step(
+    x_t: Tensor, t: Tensor, t_next: Tensor, eps_pred: Tensor, eta: float = 0.0, noise: Tensor | None = None
+) -> Tensor:
+    """One step from t to any t_next < t (arXiv:2010.02502, Eq. 12); eta = 1 is DDPM's variance."""
+    now, after = alpha_bar(t), alpha_bar(t_next)
+    x_0 = predict_x_0(x_t, t, eps_pred)
+    eps = (x_t - now.sqrt() * x_0) / (1 - now).sqrt()  # consistent with the clamped x_0
+    variance = eta**2 * (1 - after) / (1 - now) * (1 - now / after)
+    x_next = after.sqrt() * x_0 + (1 - after - variance).clamp(min=0).sqrt() * eps
+    return x_next if noise is None else x_next + variance.sqrt() * noise
+
+
+def randn_rows(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """Normal noise (B, *shape); row b comes from generators[b], whatever the rest of the batch."""
+    return torch.stack([torch.randn(*shape, generator=g, device=g.device) for g in generators])
+
+
+def sample(
+    net: Callable[[Tensor, Tensor, Tensor], Tensor],
+    start: Tensor,
+    c: Tensor,
+    t_start: int,
+    num_steps: int,
+    generators: Sequence[torch.Generator],
+    eta: float = 0.0,
+) -> Tensor:
+    """Algorithm 2: noise the start image to t_start, denoise it under the condition c.
+
+    start (B, 3, h, w) in [0, 1]; c (B, C, h, w); num_steps evaluations of net(x_t, t, c) -> eps_pred;
+    with num_steps = t_start and eta = 1 this is DDPM's full chain. Returns (B, 3, h, w) in [0, 1].
+    """
+    if t_start == 0:
+        return start.clamp(0, 1)
+    B, shape = len(start), start.shape[1:]
+    num_steps = min(num_steps, t_start)
+    ts = [round(t_start * (num_steps - i) / num_steps) for i in range(num_steps + 1)]
+    x = to_signed(start)
+    x = q_sample(x, torch.full((B,), t_start, device=x.device), randn_rows(shape, generators))
+    for now, after in zip(ts, ts[1:]):
+        t, t_next = (torch.full((B,), step, device=x.device) for step in (now, after))
+        noise = randn_rows(shape, generators) if eta > 0 else None
+        x = ddim_step(x, t, t_next, net(x, t, c).float(), eta, noise)
+    return to_image(x)
+
+
+# ---- U-Net ------------------------------------------------------------------------------------
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sines and cosines of t (B,) at geometric frequencies: (B, dim)."""
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angle = t.float()[:, None] * frequencies
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class TimeResBlock(nn.Module):
+    """A residual block whose second norm is scaled and shifted by the embedding of t."""
+
+    def __init__(self, c_in: int, c_out: int, embedding: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = extractors.group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = extractors.group_norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.time = nn.Linear(embedding, 2 * c_out)
+        self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """(B, c_in, h, w), (B, E) -> (B, c_out, h, w)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.time(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        return self.shortcut(x) + h
+
+
+class UNet(nn.Module):
+    """eps_theta(x_t, t, c): the U-Net of DDPM, with c stacked on x_t."""
+
+    def __init__(self, c_cond: int, widths: Sequence[int], blocks: int, attention: Sequence[int]) -> None:
+        super().__init__()
+        E, top = 4 * widths[0], len(widths) - 1
+        self.embed = nn.Sequential(nn.Linear(widths[0], E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
+        self.first = nn.Conv2d(3 + c_cond, widths[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        skips = [widths[0]]
+        for i, w in enumerate(widths):
+            for _ in range(blocks):
+                self.down.append(self.stack(skips[-1], w, E, i in attention))
+                skips.append(w)
+            if i < top:
+                self.down.append(extractors.Downsample(w))
+                skips.append(w)
+        self.middle = nn.ModuleList([self.stack(w, w, E, True), self.stack(w, w, E, False)])
+        for i, w in reversed(list(enumerate(widths))):
+            for _ in range(blocks + 1):
+                last = self.up[-1] if len(self.up) else None
+                below = widths[min(i + 1, top)] if isinstance(last, extractors.Upsample) else w
+                self.up.append(self.stack(below + skips.pop(), w, E, i in attention))
+            if i > 0:
+                self.up.append(extractors.Upsample(w))
+        self.norm, self.last = extractors.group_norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+
+    @staticmethod
+    def stack(c_in: int, c_out: int, embedding: int, attention: bool) -> nn.ModuleList:
+        """A residual block, followed by attention or nothing."""
+        after = extractors.Attention(c_out) if attention else nn.Identity()
+        return nn.ModuleList([TimeResBlock(c_in, c_out, embedding), after])
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        """x_t (B, 3, h, w) in about [-1, 1], t (B,), c (B, C, h, w) -> eps_pred (B, 3, h, w)."""
+        embedding = self.embed(timestep_embedding(t, self.embed[0].in_features))
+
+        def run(layers: nn.Module, x: Tensor) -> Tensor:
+            if isinstance(layers, nn.ModuleList):
+                return layers[1](layers[0](x, embedding))
+            return layers(x)
+
+        x = self.first(torch.cat([x_t, c.to(x_t.dtype)], dim=1))
+        skips = [x]
+        for layers in self.down:
+            x = run(layers, x)
+            skips.append(x)
+        for layers in self.middle:
+            x = run(layers, x)
+        for layers in self.up:
+            if isinstance(layers, nn.ModuleList):
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = run(layers, x)
+        return self.last(F.silu(self.norm(x)))
+
+
+# ---- the model --------------------------------------------------------------------------------
+
+
+class DecoupledDDPM(nn.Module):
+    """The extractors, the modulation block M and the U-Net."""
+
+    def __init__(self, nets: extractors.Extractors, dim: int, z: int, cfg: "Config") -> None:
+        super().__init__()
+        self.extractors, self.widths = nets, cfg.widths
+        self.modulation = extractors.ModulationBlock(z, dim, cfg.mod_channels, cfg.cond_channels)
+        self.unet = UNet(cfg.cond_channels, cfg.widths, cfg.blocks, cfg.attention)
+
+    def condition(self, degradation: Tensor, content: Tensor) -> Tensor:
+        """c = M(F_deg, F_cont): (B, D), (B, z, h, w) -> (B, C, h, w). Eq. (7)-(8)."""
+        return self.modulation(degradation, content)
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        """eps_theta(x_t, t, c)."""
+        return self.unet(x_t, t, c)
+
+
+def finetuned(nets: extractors.Extractors) -> list[nn.Parameter]:
+    """What stage 2 fine-tunes of the extractors: E_cont's first block, E_deg's last layer. A.5."""
+    return [*nets.vqvae.encoder.down[0].block[0].parameters(), *nets.e_deg.mapping[-1].parameters()]
+
+
+Triple = tuple[Tensor, Tensor, Tensor]  # x_0 (B, 3, h, w) in [0, 1], F_deg (B, D), F_cont (B, z, h, w)
+
+
+def real_triple(nets: extractors.Extractors, lr: Tensor) -> Triple:
+    """Algorithm 1 as printed: content and degradation of the very image that is to be painted.
+
+    The content of an LR image is read at 4 times its size, as that of an HR image is.
+    """
+    h, w = lr.shape[2:]
+    content = nets.content(extractors.resized(lr, 4 * h, 4 * w))
+    return lr, nets.e_deg(lr), content
+
+
+@torch.no_grad()
+def synthetic_triple(
+    nets: extractors.Extractors, hr: Tensor, recipes: Sequence[str], generator: torch.Generator
+) -> Triple:
+    """Not in the paper: true pairs, content from HR, degradation from another scene's LR.
+
+    An LR image shows its own blur and noise in its content, so that a network trained on
+    `real_triple` alone need not look at F_deg. Here it must: generation has the same inputs.
+    """
+    theta = extractors.sample_mixed(len(hr), recipes, generator)
+    both = torch.cat([hr, hr.roll(1, dims=0)])
+    pair = degrade.Degradation.cat([theta, theta])
+    lr, reference = degrade.degrade(both, pair, generator).chunk(2)
+    return lr, nets.e_deg(reference), nets.content(hr)
+
+
+def ddpm_loss(
+    net: DecoupledDDPM, x_0: Tensor, c: Tensor, cfg: "Config", generator: torch.Generator
+) -> Tensor:
+    """Mean of (eps - eps_theta(x_t, t, c))^2 over random t and eps. Algorithm 1."""
+    draw = {"generator": generator, "device": x_0.device}
+    u = torch.rand(len(x_0), **draw) ** cfg.t_power
+    t = 1 + (u * cfg.t_max).long().clamp(max=cfg.t_max - 1)
+    eps = torch.randn(x_0.shape, **draw)
+    x_t = q_sample(to_signed(x_0), t, eps)
+    return F.mse_loss(net(x_t, t, c).float(), eps)
+
+
+def decoupled_loss(
+    net: DecoupledDDPM, lr: Tensor | None, hr: Tensor | None, cfg: "Config", generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The loss of stage 2 on real LR images, on synthetic pairs made of HR images, or on both."""
+    triples = [] if lr is None else [real_triple(net.extractors, lr)]
+    if hr is not None:
+        triples.append(synthetic_triple(net.extractors, hr, cfg.recipes, generator))
+    x_0, degradation, content = (torch.cat(parts) for parts in zip(*triples, strict=True))
+    return {"loss": ddpm_loss(net, x_0, net.condition(degradation, content), cfg, generator)}
+
+
+# ---- configuration and training -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of stage 2 (A.3-A.5); the defaults are the paper's where it gives any."""
+
+    lr: tuple[str, ...] = ()  # folders of real LR photos (default: data/lr, else data/sample/lr)
+    hr: tuple[str, ...] = ()  # folders of HR photos (default: data/hr, else data/sample/hr)
+    out: str = "runs/diffusion"  # folder of checkpoints and log
+    checkpoint: str = ""  # stage-1 weights (default: runs/extractors, else data/pretrained)
+    content_from: str = "both"  # lr: real LR as printed; hr: synthetic pairs; both: half of each
+    recipes: tuple[str, ...] = ("realesrgan", "light", "camera")  # of D, for synthetic pairs
+    steps: int = 240_000  # 100 epochs of 152,000 crops in batches of 64
+    batch_size: int = 8  # per process
+    crop: int = 256  # LR crop, pixels
+    learning_rate: float = 1e-4  # of M and the U-Net
+    finetune_learning_rate: float = 1e-6  # of parts of the extractors; 0 freezes them
+    t_max: int = 500  # largest step of noise
+    t_power: float = 1.0  # t = t_max * u^power: above 1 more of the small steps; the paper: 1
+    widths: tuple[int, ...] = (128, 256, 512, 512)  # channels of the U-Net per resolution
+    blocks: int = 2  # residual blocks per resolution
+    attention: tuple[int, ...] = (2, 3)  # resolutions with attention
+    mod_channels: int = 128
+    cond_channels: int = 64  # channels of c
+    ema_decay: float = 0.9999
+    grad_clip: float = 1.0
+    bf16: bool = True  # where the device has it
+    log_every: int = 50
+    save_every: int = 500
+    seed: int = 0
+    device: str = "auto"
+
+
+PRESETS: dict[str, dict] = {
+    "paper": {},
+    "small": {
+        "steps": 2000,
+        "batch_size": 16,
+        "crop": 48,
+        "learning_rate": 5e-4,
+        "t_power": 2.0,
+        "widths": (32, 64, 128),
+        "attention": (2,),
+        "mod_channels": 48,
+        "cond_channels": 16,
+        "ema_decay": 0.998,
+        "save_every": 100,
+    },
+}
+
+
+def build(config: dict, extractors_config: dict) -> DecoupledDDPM:
+    """The untrained model of two configurations, as stored in a checkpoint."""
+    stage_1 = common.from_dict(extractors.Config, extractors_config)
+    nets = extractors.Extractors(stage_1)
+    cfg = common.from_dict(Config, config)
+    return DecoupledDDPM(nets, stage_1.deg_dim, stage_1.vq_z, cfg)
+
+
+def train(cfg: Config, rt: common.Runtime) -> None:
+    """Train M and the U-Net, fine-tune parts of the extractors."""
+    use_lr, use_hr = cfg.content_from in ("lr", "both"), cfg.content_from in ("hr", "both")
+    common.require(use_lr or use_hr, f"--content-from {cfg.content_from}: choose lr, hr or both.")
+    common.require(1 <= cfg.t_max <= 1000, f"--t-max {cfg.t_max}: must be in 1..1000.")
+    multiple = 2 ** (len(cfg.widths) - 1)
+    common.require(
+        cfg.crop > 0 and cfg.crop % multiple == 0, f"--crop {cfg.crop}: must be a multiple of {multiple}."
+    )
+    share = cfg.batch_size // (use_lr + use_hr)
+    common.require(share > 0, f"--batch-size {cfg.batch_size}: must be at least {use_lr + use_hr}.")
+    path = common.find_checkpoint(cfg.checkpoint, "extractors", "python extractors.py")
+    stage_1 = common.load_checkpoint(path)
+    net = build(asdict(cfg), stage_1["config"])
+    net.extractors.load_state_dict(stage_1["ema"])
+    data = []
+    if use_lr:
+        files = common.find_photos(cfg.lr, "lr", "--lr")
+        data.append(common.PhotoCrops(files, cfg.crop, share, cfg.seed, rt))
+    if use_hr:
+        files = common.find_photos(cfg.hr, "hr", "--hr")
+        data.append(common.PhotoCrops(files, 4 * cfg.crop, share, cfg.seed, rt))
+    tuned = finetuned(net.extractors) if cfg.finetune_learning_rate > 0 else []
+    if rt.is_main:
+        print(cfg)
+        print(f"stage-1 weights: {path}; photos: {', '.join(str(len(d.files)) for d in data)}")
+        print(f"M {common.count_parameters(net.modulation)}, U-Net {common.count_parameters(net.unet)}, "
+              f"fine-tuned: {sum(p.numel() for p in tuned)} parameters")  # fmt: skip
+    groups = [
+        {"params": [*net.modulation.parameters(), *net.unet.parameters()], "lr": cfg.learning_rate},
+        {"params": tuned, "lr": cfg.finetune_learning_rate},
+    ]
+
+    def loss(net: DecoupledDDPM, *batches: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        lr = batches[0] if use_lr else None
+        return decoupled_loss(net, lr, batches[-1] if use_hr else None, cfg, generator)
+
+    config = asdict(cfg) | {"extractors": stage_1["config"]}
+    common.fit(rt, net, loss, data, groups, Path(cfg.out) / "last.pt", cfg, cfg.steps, config)
+
+
+if __name__ == "__main__":
+    common.launch(train, Config, PRESETS, __doc__)

@@ -1,0 +1,517 @@
+"""Stage 1: what is in the picture (E_cont) and what the camera did to it (E_deg). Sections 2.1, A.1.
+
+In: clean HR photos. Out: runs/extractors/last.pt with both extractors, and Rec_lr, which joins
+them again. Three parts are trained one after the other: a VQ-VAE on HR photos; its encoder on
+degraded photos against the frozen decoder (Eq. 1-2); E_deg together with Rec_lr (Eq. 3-6).
+
+    python extractors.py
+    torchrun --nproc_per_node=8 extractors.py --hr data/hr --preset paper
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import common
+import degrade
+
+# ---- content extractor: the VQ-VAE, with the structure and keys of the public vq-f4 -------------
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group norm of 32 groups, fewer for narrow networks (a group of one channel loses contrast)."""
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """x + conv(act(norm(conv(act(norm(x)))))), with a 1x1 convolution where the width changes."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+        nn.init.zeros_(self.conv2.weight)  # start as the identity: trains faster
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, c_in, H, W) -> (B, c_out, H, W)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all pixels, added to its input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q, self.k, self.v = (nn.Conv2d(channels, channels, 1) for _ in range(3))
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0]  # (B, H*W, C)
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+
+class Middle(nn.Module):
+    """The two residual blocks and the attention at the lowest resolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1, self.attn_1 = ResBlock(channels, channels), Attention(channels)
+        self.block_2 = ResBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Downsample(nn.Module):
+    """Halve the resolution with a strided convolution, padded at the right and the bottom."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H/2, W/2)."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the resolution: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, 2H, 2W)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution and the step to the next one."""
+
+    def __init__(self, c_in: int, c_out: int, blocks: int, change: type[nn.Module] | None) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(c_out if i else c_in, c_out) for i in range(blocks))
+        if change is Downsample:
+            self.downsample = Downsample(c_out)
+        elif change is Upsample:
+            self.upsample = Upsample(c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, c_in, H, W) -> (B, c_out, H', W')."""
+        for block in self.block:
+            x = block(x)
+        x = self.downsample(x) if hasattr(self, "downsample") else x
+        return self.upsample(x) if hasattr(self, "upsample") else x
+
+
+class Encoder(nn.Module):
+    """The encoder of the VQ-VAE; one halving less than there are widths."""
+
+    def __init__(self, widths: Sequence[int], blocks: int, z: int) -> None:
+        super().__init__()
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(widths[max(i - 1, 0)], w, blocks, Downsample if i < last else None)
+            for i, w in enumerate(widths)
+        )
+        self.mid = Middle(widths[-1])
+        self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], z, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, z, H/4, W/4)."""
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """The mirror image of the encoder, with one residual block more per resolution."""
+
+    def __init__(self, widths: Sequence[int], blocks: int, z: int) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(z, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        # Stored from fine to coarse, as in the public weights; run from coarse to fine.
+        wider = [*widths[1:], widths[-1]]
+        self.up = nn.ModuleList(
+            Level(wider[i], w, blocks + 1, Upsample if i > 0 else None)
+            for i, w in enumerate(widths)
+        )
+        self.norm_out, self.conv_out = group_norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, z, H/4, W/4) -> (B, 3, H, W) in about [-1, 1]."""
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Quantizer(nn.Module):
+    """The codebook: replaces each latent vector by the nearest of its codes."""
+
+    def __init__(self, codes: int, z: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(codes, z)
+        nn.init.uniform_(self.embedding.weight, -1 / codes, 1 / codes)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, z, h, w) -> nearest codes (B, z, h, w) and their numbers (B, h, w)."""
+        with torch.autocast(z.device.type, enabled=False):
+            flat = z.detach().float().permute(0, 2, 3, 1).flatten(0, 2)
+            number = torch.cat([torch.cdist(f, self.embedding.weight).argmin(1) for f in flat.split(4096)])
+        number = number.view(z.shape[0], *z.shape[2:])
+        return self.embedding(number).permute(0, 3, 1, 2), number
+
+    @torch.no_grad()
+    def restart(self, z: Tensor, number: Tensor, generator: torch.Generator) -> None:
+        """Move codes that no latent of this batch chose onto latents of the batch, one in ten a time."""
+        codes = len(self.embedding.weight)
+        unused = torch.bincount(number.flatten(), minlength=codes) == 0
+        unused &= torch.rand(codes, generator=generator, device=z.device) < 0.1
+        flat = z.float().permute(0, 2, 3, 1).flatten(0, 2)
+        chosen = torch.randint(len(flat), (codes,), generator=generator, device=z.device)
+        weight = self.embedding.weight
+        weight.copy_(torch.where(unused[:, None], flat[chosen], weight))
+        common.broadcast(weight)
+
+
+class VQVAE(nn.Module):
+    """VQ-VAE whose encoder is E_cont and whose decoder is Rec_hr (A.1, A.2)."""
+
+    def __init__(self, channels: int, multipliers: Sequence[int], blocks: int, z: int, codes: int) -> None:
+        super().__init__()
+        widths = [channels * m for m in multipliers]
+        self.encoder, self.decoder = Encoder(widths, blocks, z), Decoder(widths, blocks, z)
+        self.quantize = Quantizer(codes, z)
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(z, z, 1), nn.Conv2d(z, z, 1)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Latents (B, z, H/4, W/4) before the codebook, of an image (B, 3, H, W) in [0, 1]."""
+        return self.quant_conv(self.encoder(image * 2 - 1))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Rec_hr: image (B, 3, H, W) of latents (B, z, H/4, W/4); not clamped to [0, 1]."""
+        return (self.decoder(self.post_quant_conv(z)) + 1) / 2
+
+
+# ---- degradation extractor and modulation block -------------------------------------------------
+
+
+class PlainBlock(nn.Module):
+    """x + conv(act(conv(x))), without normalisation: it would remove the noise level it must read."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return x + self.conv2(F.relu(self.conv1(x)))
+
+
+class DegradationExtractor(nn.Module):
+    """E_deg (Fig. 7): a convolution, residual blocks, adaptive pooling, a mapping of four layers."""
+
+    def __init__(self, channels: int, blocks: int, dim: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, channels, 3, padding=1)
+        self.body = nn.Sequential(*(PlainBlock(channels) for _ in range(blocks)))
+        widths = [channels, *(max(channels, dim // d) for d in (4, 2, 1)), dim]
+        layers: list[nn.Module] = []
+        for c_in, c_out in zip(widths, widths[1:]):
+            layers += [nn.Conv2d(c_in, c_out, 1), nn.LeakyReLU(0.1)]
+        self.mapping = nn.Sequential(*layers[:-1])
+
+    def forward(self, lr: Tensor) -> Tensor:
+        """F_deg (B, D) of LR images (B, 3, h, w) in [0, 1]."""
+        pooled = F.adaptive_avg_pool2d(self.body(self.first(lr - 0.5)), 1)
+        return self.mapping(pooled).flatten(1)
+
+
+class ModulationBlock(nn.Module):
+    """M (Fig. 8): four layers of convolution, activation, modulation unit; then a last convolution.
+
+    A modulation unit maps F_deg to a scale and a shift of every channel. Eq. (7), A.4.
+    """
+
+    def __init__(self, c_in: int, dim: int, channels: int, c_out: int, layers: int = 4) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Conv2d(channels if i else c_in, channels, 3, padding=1) for i in range(layers)
+        )
+        self.units = nn.ModuleList(nn.Linear(dim, 2 * channels) for _ in range(layers))
+        self.last = nn.Conv2d(channels, c_out, 3, padding=1)
+
+    def forward(self, degradation: Tensor, content: Tensor) -> Tensor:
+        """F_deg (B, D) and F_cont (B, C, h, w) -> (B, c_out, h, w)."""
+        x = content
+        for conv, unit in zip(self.convs, self.units):
+            scale, shift = unit(degradation)[:, :, None, None].chunk(2, dim=1)
+            x = F.silu(conv(x)) * (1 + scale) + shift
+        return self.last(x)
+
+
+def resized(image: Tensor, height: int, width: int) -> Tensor:
+    """Resize (B, 3, H, W) bicubically with antialiasing, as Pillow does but without rounding."""
+    return F.interpolate(image.float(), (height, width), mode="bicubic", antialias=True)
+
+
+class Extractors(nn.Module):
+    """The networks of stage 1 together: E_cont, E_deg, Rec_lr, and the head that only trains E_deg."""
+
+    def __init__(self, cfg: "Config") -> None:
+        super().__init__()
+        self.quantize_content, self.skip = cfg.quantize_content, cfg.skip
+        self.vqvae = VQVAE(cfg.vq_channels, cfg.vq_multipliers, cfg.vq_blocks, cfg.vq_z, cfg.vq_codes)
+        self.e_deg = DegradationExtractor(cfg.deg_channels, cfg.deg_blocks, cfg.deg_dim)
+        c_in = cfg.vq_z + 3 * cfg.skip
+        self.rec_lr = ModulationBlock(c_in, cfg.deg_dim, cfg.mod_channels, 3)
+        self.head = nn.Linear(cfg.deg_dim, 5)
+
+    def content(self, image: Tensor) -> Tensor:
+        """F_cont = E_cont(X): (B, z, H/4, W/4) of an image (B, 3, H, W) of the HR size, in [0, 1]."""
+        z = self.vqvae.encode(image)
+        return self.vqvae.quantize(z)[0] if self.quantize_content else z
+
+    def reconstruct(self, degradation: Tensor, hr: Tensor, content: Tensor) -> Tensor:
+        """Rec_lr(F_deg, F_cont): the LR image (B, 3, H/4, W/4), not clamped. Eq. (5).
+
+        Deviation: with `skip`, Rec_lr also sees the bicubic reduction of the HR image and adds its
+        output to it. Stage 1 has true pairs, so this gives nothing away, and no detail is lost.
+        """
+        if not self.skip:
+            return self.rec_lr(degradation, content)
+        reduced = resized(hr, *content.shape[2:])
+        return reduced + self.rec_lr(degradation, torch.cat([content, reduced], dim=1))
+
+
+# ---- losses -----------------------------------------------------------------------------------
+
+
+def vqvae_loss(net: Extractors, hr: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """Reconstruction, codebook and commitment terms of the VQ-VAE (arXiv:1711.00937, Eq. 3)."""
+    z = net.vqvae.encode(hr)
+    codes, number = net.vqvae.quantize(z)
+    net.vqvae.quantize.restart(z, number, generator)
+    latents = z + (codes - z).detach()  # straight through
+    # Not in the paper: every other image skips the codebook, because the content may, too.
+    latents = torch.cat([latents[::2], z[1::2]])
+    target = torch.cat([hr[::2], hr[1::2]])
+    mse = F.mse_loss(net.vqvae.decode(latents).float(), target)
+    codebook = F.mse_loss(codes, z.detach().float())
+    commitment = F.mse_loss(z.float(), codes.detach())
+    used = torch.bincount(number.flatten()).count_nonzero()
+    return {"loss": mse + codebook + 0.25 * commitment, "psnr": psnr(mse), "codes": used}
+
+
+def psnr(mse: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of a mean squared error on [0, 1]."""
+    return -10 * mse.detach().log10()
+
+
+def content_loss(net: Extractors, hr: Tensor, cfg: "Config", generator: torch.Generator) -> dict[str, Tensor]:
+    """L_rh: the frozen decoder must find the clean image in the content of a degraded one. Eq. (1)-(2)."""
+    lr = degrade.degrade(hr, sample_mixed(len(hr), cfg.recipes, generator), generator)
+    degraded = resized(lr, *hr.shape[2:])
+    # Not in the paper: every fourth input stays clean, because generation reads content from HR.
+    degraded[::4] = hr[::4]
+    z = net.vqvae.encode(degraded)
+    if net.quantize_content:
+        z = z + (net.vqvae.quantize(z)[0] - z).detach()
+    mse = F.mse_loss(net.vqvae.decode(z).float(), hr)  # Eq. (2)
+    return {"loss": mse, "psnr": psnr(mse)}
+
+
+def contrastive_loss(anchor: Tensor, positives: Tensor, negatives: Tensor, margin: float) -> Tensor:
+    """L_cl of codes (B, D), (n, B, D), (n, B, D): a hinge on L2 distances, mean over B. Eq. (4)."""
+    to_positive = (anchor - positives).square().sum(-1).add(1e-12).sqrt()  # (n, B)
+    to_negative = (anchor - negatives).square().sum(-1).add(1e-12).sqrt()
+    return (to_positive - to_negative + margin).clamp(min=0).sum(0).mean()
+
+
+def sample_mixed(
+    batch: int, recipes: Sequence[str], generator: torch.Generator
+) -> degrade.Degradation:
+    """Parameters for a batch, an equal share from each recipe."""
+    draw = common.generator(int(torch.randint(2**31, (1,), generator=generator, device=generator.device)))
+    counts = [len(part) for part in torch.arange(batch).tensor_split(len(recipes))]
+    parts = zip(counts, recipes, strict=True)
+    return degrade.Degradation.cat(
+        [degrade.sample_degradation(n, r, generator=draw) for n, r in parts]
+    )
+
+
+def degradation_loss(
+    net: Extractors, hr: Tensor, cfg: "Config", generator: torch.Generator
+) -> dict[str, Tensor]:
+    """L_cl + L_rl for E_deg and Rec_lr. Eq. (3)-(6).
+
+    One batch gives it all: lr[k, b] = D(X_{b+k}, theta_b), indices modulo B. Row k = 0 are the anchors,
+    lr[k, b] a positive of anchor b (same theta, another image), and lr[k, b-k] = D(X_b, theta_{b-k})
+    a negative (same image, another theta).
+    """
+    B, n = len(hr), cfg.num_samples
+    assert n < B, "the batch must be larger than the number of samples n"
+    theta = sample_mixed(B, cfg.recipes, generator)
+    image = (torch.arange(n + 1)[:, None] + torch.arange(B)) % B  # (n+1, B), b + k
+    pairs = degrade.Degradation.cat([theta] * (n + 1))
+    lr = degrade.degrade(hr[image.flatten().to(hr.device)], pairs, generator)  # Eq. (3)
+    code = net.e_deg(lr).float().view(n + 1, B, -1)
+    negatives = torch.stack([code[k].roll(k, dims=0) for k in range(1, n + 1)])
+    contrastive = contrastive_loss(code[0], code[1:], negatives, cfg.margin)
+
+    with torch.no_grad():
+        content = net.content(hr)
+    # Eq. (5) takes F_deg from the image that is reconstructed. Deviation: `across` scenes, the code
+    # of the anchor must do for its positives, so that it can carry neither content nor one noise.
+    lr = lr.view(n + 1, B, *lr.shape[1:])
+    ks = range(1, n + 1) if cfg.across else range(1)
+    chosen = torch.cat([image[k] for k in ks]).to(hr.device)
+    target = torch.cat([lr[k] for k in ks])
+    lr_hat = net.reconstruct(code[0].repeat(len(ks), 1), hr[chosen], content[chosen])
+    mse = (lr_hat.float() - target).square().mean((1, 2, 3))  # Eq. (6), per image
+    # Deviation: its logarithm, so that one noisy image does not outweigh all clean ones.
+    reconstruction = (mse + 1e-5).log().mean() / 10 if cfg.log_mse else mse.mean()
+
+    # Not in the paper: theta is known here, so a linear head names it. Without it the code has
+    # little to start from.
+    physical = theta.physical().to(hr.device).repeat(n + 1, 1)
+    named = F.mse_loss(net.head(code.flatten(0, 1)).float(), physical)
+    loss = cfg.contrastive_weight * contrastive + reconstruction + cfg.head_weight * named
+    return {
+        "loss": loss,
+        "contrastive": contrastive,
+        "psnr": psnr(mse).mean(),
+        "head": named,
+    }
+
+
+# ---- configuration and training -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of stage 1 (A.1); the defaults are the paper's where it gives any."""
+
+    hr: tuple[str, ...] = ()  # folders of HR photos (default: data/hr, else data/sample/hr)
+    out: str = "runs/extractors"  # folder of checkpoints and log
+    vqvae: str = ""  # start from these VQ-VAE weights (vq-f4 keys) instead of training them
+    steps: tuple[int, ...] = (200_000, 200_000, 200_000)  # of the VQ-VAE, of E_cont, of E_deg
+    batch_size: int = 8  # HR crops per process; 8 processes give the paper's 64
+    crop: int = 256  # HR crop for E_deg, pixels
+    vq_crop: int = 256  # HR crop for the VQ-VAE and E_cont, pixels
+    vqvae_learning_rate: float = 1e-4
+    content_learning_rate: float = 1e-5
+    degradation_learning_rate: float = 1e-4
+    vq_channels: int = 128
+    vq_multipliers: tuple[int, ...] = (1, 2, 4)
+    vq_blocks: int = 2
+    vq_z: int = 3  # channels of the content
+    vq_codes: int = 8192
+    deg_channels: int = 64
+    deg_blocks: int = 16
+    deg_dim: int = 2048
+    mod_channels: int = 64
+    num_samples: int = 3  # n: positives and negatives per anchor
+    margin: float = 0.01
+    recipes: tuple[str, ...] = ("realesrgan", "light", "camera")  # of D; the paper: realesrgan
+    across: bool = True  # reconstruct other scenes from a code; the paper: no
+    skip: bool = True  # Rec_lr adds to the bicubic reduction; the paper: no
+    log_mse: bool = True  # L_rl is the logarithm of each image's error; the paper: no
+    head_weight: float = 0.1  # of the head that names theta; the paper: 0
+    contrastive_weight: float = 0.02
+    quantize_content: bool = False  # content passes the codebook
+    ema_decay: float = 0.999
+    grad_clip: float = 1.0
+    bf16: bool = True  # where the device has it
+    log_every: int = 50
+    save_every: int = 500
+    seed: int = 0
+    device: str = "auto"
+
+
+PRESETS: dict[str, dict] = {
+    "paper": {},
+    "small": {
+        "steps": (1500, 500, 2000),
+        "crop": 192,
+        "vq_crop": 96,
+        "vqvae_learning_rate": 2e-3,
+        "content_learning_rate": 3e-4,
+        "degradation_learning_rate": 5e-4,
+        "vq_channels": 16,
+        "vq_z": 4,
+        "vq_codes": 1024,
+        "deg_blocks": 8,
+        "deg_dim": 256,
+        "ema_decay": 0.995,
+        "save_every": 100,
+    },
+}
+
+
+def train(cfg: Config, rt: common.Runtime) -> None:
+    """The three parts of stage 1, each resuming from its own checkpoint."""
+    steps = cfg.steps if len(cfg.steps) == 3 else cfg.steps[:1] * 3
+    common.require(len(cfg.steps) in (1, 3), "--steps takes one number, or one for each of the parts.")
+    for flag, crop in (("--crop", cfg.crop), ("--vq-crop", cfg.vq_crop)):
+        common.require(crop > 0 and crop % 16 == 0, f"{flag} {crop}: must be a multiple of 16.")
+    common.require(
+        cfg.batch_size > cfg.num_samples,
+        f"--batch-size {cfg.batch_size}: must be larger than --num-samples {cfg.num_samples}.",
+    )
+    for recipe in cfg.recipes:
+        common.require(recipe in degrade.RECIPES, f"--recipes {recipe}: no such recipe of degrade.py.")
+    net, out = Extractors(cfg), Path(cfg.out)
+    files = common.find_photos(cfg.hr, "hr", "--hr")
+    data, vq_data = (
+        [common.PhotoCrops(files, crop, cfg.batch_size, cfg.seed, rt)]
+        for crop in (cfg.crop, cfg.vq_crop)
+    )
+    if rt.is_main:
+        print(cfg)
+        print(f"{len(data[0].files)} HR photos; VQ-VAE {common.count_parameters(net.vqvae)}, "
+              f"E_deg {common.count_parameters(net.e_deg)}, "
+              f"Rec_lr {common.count_parameters(net.rec_lr)}")  # fmt: skip
+
+    vqvae = net.vqvae
+
+    def content(net: Extractors, hr: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        return content_loss(net, hr, cfg, generator)
+
+    def degradation(net: Extractors, hr: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        return degradation_loss(net, hr, cfg, generator)
+
+    # name, loss, data, trained modules, learning rate, steps
+    parts = [
+        ("vqvae", vqvae_loss, vq_data, [vqvae], cfg.vqvae_learning_rate),
+        ("content", content, vq_data, [vqvae.encoder, vqvae.quant_conv], cfg.content_learning_rate),
+        ("last", degradation, data, [net.e_deg, net.rec_lr, net.head], cfg.degradation_learning_rate),
+    ]
+    if cfg.vqvae:
+        vqvae.load_state_dict(common.load_checkpoint(cfg.vqvae).get("ema", {}))
+        parts, steps = parts[1:], steps[1:]
+    for (name, loss, photos, modules, learning_rate), n in zip(parts, steps, strict=True):
+        groups = [{"params": [p for m in modules for p in m.parameters()], "lr": learning_rate}]
+        common.fit(rt, net, loss, photos, groups, out / f"{name}.pt", cfg, n, asdict(cfg))
+
+
+if __name__ == "__main__":
+    common.launch(train, Config, PRESETS, __doc__)

@@ -1,0 +1,413 @@
+"""Metrics against closed forms, scikit-image and published values; pairs; the table end to end."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+import benchmark
+import common
+import generate
+
+ROOT = Path(benchmark.__file__).parent
+
+
+def two_images(batch=2, height=37, width=50):
+    x = torch.rand(batch, 3, height, width, generator=common.generator(1))
+    eps = torch.randn(x.shape, generator=common.generator(2))
+    return x, (x + 0.1 * eps).clamp(0, 1)
+
+
+def write(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def photo(number, size):
+    """A smooth drawn image, uint8 (size, size, 3)."""
+    y, x, c = np.meshgrid(np.arange(size), np.arange(size), np.arange(3), indexing="ij")
+    return (127 + 60 * np.sin(x / (9 + number) + c) + 60 * np.cos(y / (7 + number))).astype(
+        np.uint8
+    )
+
+
+def write_pairs(folder, names=("Canon_1", "Canon_2", "Nikon_1", "Nikon_2", "Sony_1"), scale=4):
+    for number, name in enumerate(names):
+        hr = photo(number, 48 * scale)
+        write(folder / "HR" / f"{name}.png", hr)
+        lr = Image.fromarray(hr).resize((48, 48), Image.Resampling.BOX)
+        write(folder / "LR" / f"{name}.png", np.asarray(lr))
+    return folder
+
+
+# ---- metrics ------------------------------------------------------------------------------------
+
+
+def test_psnr_of_a_constant_difference_is_its_level():
+    x = torch.full((2, 3, 8, 8), 0.5)
+    y = x + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
+    torch.testing.assert_close(benchmark.psnr(x, y).float(), torch.tensor([20.0, 40.0]))
+    assert benchmark.psnr(x, x).isinf().all()
+
+
+def test_psnr_equals_scikit_image_for_each_image():
+    x, y = two_images()
+    expected = [
+        peak_signal_noise_ratio(a.numpy(), b.numpy(), data_range=1)
+        for a, b in zip(x, y, strict=True)
+    ]
+    np.testing.assert_allclose(benchmark.psnr(x, y), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("to_y", [False, True])
+def test_ssim_equals_scikit_image(to_y):
+    x, y = two_images()
+    if to_y:
+        x, y = benchmark.rgb_to_y(x), benchmark.rgb_to_y(y)
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    expected = [
+        structural_similarity(
+            a.double().numpy(), b.double().numpy(), channel_axis=0, data_range=1, **options
+        )
+        for a, b in zip(x, y, strict=True)
+    ]
+    np.testing.assert_allclose(benchmark.ssim(x, y), expected, atol=1e-5)
+    np.testing.assert_allclose(benchmark.ssim(x, x), 1)
+
+
+def test_luma_of_known_colours():
+    colours = {
+        (0, 0, 0): 16.0,
+        (1, 1, 1): 235.0,
+        (1, 0, 0): 16 + 65.481,
+        (0, 1, 0): 16 + 128.553,
+        (0, 0, 1): 16 + 24.966,
+        (0.5, 0.25, 0.75): 16 + 0.5 * 65.481 + 0.25 * 128.553 + 0.75 * 24.966,
+    }
+    x = torch.tensor(list(colours)).view(-1, 3, 1, 1)
+    y = benchmark.rgb_to_y(x)
+    assert y.shape == (len(colours), 1, 1, 1)
+    torch.testing.assert_close(y.flatten() * 255, torch.tensor(list(colours.values())))
+
+
+def test_deep_distances_have_their_published_values(shared, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(shared / "weights"))
+    benchmark.perceptual_net.cache_clear()
+
+    def load(name):
+        return common.load_image(shared / "weights" / "reference" / f"{name}.png")[None]
+
+    reference = load("ex_ref").repeat(2, 1, 1, 1)
+    distance = benchmark.lpips_distance(reference, torch.cat([load("ex_p0"), load("ex_p1")]))
+    np.testing.assert_allclose(distance, [0.7219, 0.1376], atol=1e-4)
+    r0, r1 = load("r0"), load("r1")
+    np.testing.assert_allclose(benchmark.dists_distance(r0, r1), [0.3347], atol=1e-4)
+    both = benchmark.dists_distance(torch.cat([r0, r0]), torch.cat([r1, r0]))
+    np.testing.assert_allclose(both, [0.3347, 0.0], atol=1e-4)
+
+
+def test_packages_of_the_metrics_load_whatever_torchvisions_operators_do():
+    benchmark.import_torchvision()
+    import DISTS_pytorch
+    import lpips
+    import torchvision
+
+    assert lpips.LPIPS and DISTS_pytorch.DISTS and torchvision.models.vgg16
+
+
+def test_missing_weights_are_named_and_never_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    benchmark.perceptual_net.cache_clear()
+    x, y = two_images(height=64, width=64)
+    for distance, file in (
+        (benchmark.lpips_distance, "alexnet-owt-7be5be79.pth"),
+        (benchmark.dists_distance, "vgg16-397923af.pth"),
+    ):
+        with pytest.raises(common.UserError, match=file):
+            distance(x, y)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_weights_are_one_sentence(tmp_path, monkeypatch):
+    file = tmp_path / "hub" / "checkpoints" / benchmark.WEIGHTS["alex"]
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"half a download")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    benchmark.perceptual_net.cache_clear()
+    with pytest.raises(common.UserError, match="no readable weights"):
+        benchmark.lpips_distance(*two_images(height=64, width=64))
+
+
+# ---- pairs --------------------------------------------------------------------------------------
+
+
+def test_camera_is_the_sub_folder_else_the_leading_letters():
+    cameras = {
+        "Canon_001_LR4": "Canon",
+        "P1140122_x1": "P",
+        "DSC_1045_x1": "DSC",
+        "0001": "",
+        "my-phone/IMG_0001": "my-phone",
+        "Nikon/2020/a_1": "Nikon",
+    }
+    assert {name: benchmark.camera_of(name) for name in cameras} == cameras
+
+
+@given(cameras=st.lists(st.sampled_from("ABCD"), max_size=30), seed=st.integers(0, 2**31))
+def test_other_scene_is_another_one_of_the_same_camera(cameras, seed):
+    other = benchmark.other_scenes(cameras, seed)
+    assert all(i != j and cameras[i] == cameras[j] for i, j in other.items())
+    assert sorted(other) == sorted(other.values()), "each scene is used once"
+    assert set(range(len(cameras))) - set(other) == {
+        i for i, camera in enumerate(cameras) if cameras.count(camera) == 1
+    }
+    assert other == benchmark.other_scenes(cameras, seed)
+
+
+def test_pairs_are_matched_by_name_whatever_the_suffix(tmp_path):
+    write_pairs(tmp_path, ["b/2", "a/1"], scale=3)
+    Image.open(tmp_path / "HR/a/1.png").save(tmp_path / "HR/a/1.bmp")
+    (tmp_path / "HR/a/1.png").unlink()
+    pairs, skipped = benchmark.find_pairs(tmp_path)
+    assert [(p.name, p.scale, p.size) for p in pairs] == [
+        ("a/1", 3, (48, 48)),
+        ("b/2", 3, (48, 48)),
+    ]
+    assert pairs[0].hr.suffix == ".bmp" and skipped == 0
+
+
+def test_a_corrupt_image_is_skipped_and_leaves_the_others_their_draws(tmp_path):
+    write_pairs(tmp_path, ["a1", "a2", "a3"])
+    (tmp_path / "HR/a2.png").write_bytes((tmp_path / "HR/a2.png").read_bytes()[:300])
+    pairs, skipped = benchmark.find_pairs(tmp_path)
+    assert [(p.index, p.name) for p in pairs] == [(0, "a1"), (2, "a3")] and skipped == 1
+
+
+# ---- the methods --------------------------------------------------------------------------------
+
+
+def batch_of(folder):
+    pairs = benchmark.find_pairs(folder)[0]
+    return pairs, torch.stack([common.load_image(pair.hr) for pair in pairs])
+
+
+def test_bicubic_is_pillows(tmp_path):
+    pairs, hr = batch_of(write_pairs(tmp_path))
+    lr = benchmark.bicubic(hr, pairs)
+    for pair, image in zip(pairs, lr, strict=True):
+        expected = Image.open(pair.hr).resize((48, 48), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal((image * 255).permute(1, 2, 0), np.asarray(expected))
+
+
+def test_real_esrgan_depends_on_seed_and_index_not_on_the_batch(tmp_path):
+    pairs, hr = batch_of(write_pairs(tmp_path))
+    lr = benchmark.real_esrgan(hr, pairs, seed=3)
+    assert torch.equal(lr[2:4], benchmark.real_esrgan(hr[2:4], pairs[2:4], seed=3))
+    assert not torch.equal(lr, benchmark.real_esrgan(hr, pairs, seed=4))
+    moved = [replace(pair, index=pair.index + 1) for pair in pairs]
+    assert not torch.equal(lr, benchmark.real_esrgan(hr, moved, seed=3))
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copying_generator(monkeypatch):
+    """A generator that answers with the reference, resized: shows what it was given."""
+    calls = []
+
+    def answer(net, hr, lr_ref, t_start, candidates, start, seeds, **options):
+        calls.append({"t_start": t_start, "start": start, "seeds": seeds})
+        size = (hr.shape[2] // 4, hr.shape[3] // 4)
+        lr = torch.stack([torch.nn.functional.interpolate(x[None], size)[0] for x in lr_ref])
+        candidates = torch.stack([torch.zeros_like(lr)] * (candidates - 1) + [lr], dim=1)
+        return candidates, {"kept": torch.full((len(hr),), candidates.shape[1] - 1)}
+
+    monkeypatch.setattr(generate, "load_generator", lambda checkpoint, device: None)
+    monkeypatch.setattr(generate, "generate", answer)
+    return calls
+
+
+def run_table(tmp_path, folder, **options):
+    cfg = benchmark.Config(
+        pairs=(str(folder),),
+        out=str(tmp_path / "out"),
+        device="cpu",
+        t_start=9,
+        candidates=2,
+        **options,
+    )
+    benchmark.main(cfg, common.Runtime(torch.device("cpu")))
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    return results, (tmp_path / "out/table2.md").read_text()
+
+
+def test_the_table_has_each_method_and_every_value(tmp_path, monkeypatch, copying_generator):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    results, table = run_table(
+        tmp_path, write_pairs(tmp_path / "RealSR"), batch_size=2, start="degrade"
+    )
+    rows = {row["method"]: row for row in results["sets"][0]["rows"]}
+    counts = {name: row["n"] for name, row in rows.items()}
+    assert counts == {
+        "bicubic": 5,
+        "Real-ESRGAN": 5,
+        "RealDGen T=0, own LR": 5,
+        "RealDGen T=0, other scene": 4,
+        "RealDGen, own LR": 5,
+        "RealDGen, other scene": 4,
+    }
+    # The kept candidate is the reference: the own LR is the answer itself, another scene is not.
+    for t in (" T=0", ""):
+        assert rows[f"RealDGen{t}, own LR"]["mean"]["PSNR RGB"] == 100
+        other = rows[f"RealDGen{t}, other scene"]
+        assert set(other["images"]) == {"Canon_1", "Canon_2", "Nikon_1", "Nikon_2"}
+        first, second = (common.load_image(tmp_path / f"RealSR/LR/Canon_{i}.png") for i in (1, 2))
+        expected = -10 * math.log10((first - second).square().mean())
+        assert other["images"]["Canon_1"]["PSNR RGB"] == pytest.approx(expected, abs=1e-4)
+    values = [image["SSIM Y"] for image in rows["bicubic"]["images"].values()]
+    assert rows["bicubic"]["mean"]["SSIM Y"] == pytest.approx(np.mean(values))
+    # T = 0 is Rec_lr alone, whatever diffusion starts from.
+    starts = {call["t_start"]: call["start"] for call in copying_generator}
+    assert starts == {0: "reconstruct", 9: "degrade"}
+    assert results["config"]["batch_size"] == 2 and results["torch"] == torch.__version__
+    # No weights: no number, neither in the table nor in the file.
+    assert "LPIPS" not in rows["bicubic"]["mean"] and "| - | - | 5 |" in table
+    assert "left out there: 1." in table and "Canon 2, Nikon 2, Sony 1" in table
+    assert [line for line in table.splitlines() if "26.16" in line][0].startswith(
+        "RealDGen (paper)"
+    )
+
+
+def test_results_do_not_depend_on_batch_size(tmp_path, monkeypatch, copying_generator):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    folder = write_pairs(tmp_path / "mine")
+    write(folder / "HR/Canon_3.png", photo(7, 256))  # of another size, so that batches are broken
+    write(folder / "LR/Canon_3.png", photo(7, 64))
+    images = []
+    for batch_size in (1, 4):
+        results, table = run_table(tmp_path, folder, batch_size=batch_size)
+        images.append([row["images"] for row in results["sets"][0]["rows"]])
+    assert images[0] == images[1] and len(images[0][0]) == 6
+    seeds = {s for call in copying_generator if call["t_start"] for s in call["seeds"]}
+    assert len(seeds) == 6
+    assert "paper" not in table
+
+
+def test_scale_2_reaches_the_generator_at_4_times_the_lr_size(
+    tmp_path, monkeypatch, copying_generator
+):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    results, _ = run_table(tmp_path, write_pairs(tmp_path / "x2", ["a1", "a2"], scale=2))
+    rows = results["sets"][0]["rows"]
+    assert all(row["n"] == 2 for row in rows) and rows[2]["mean"]["PSNR Y"] == 100
+
+
+@pytest.mark.parametrize("name", ["RealSR", "DRealSR"])
+def test_bicubic_row_of_the_shared_pairs_is_reproduced_without_our_code(shared, name):
+    folder = shared / "photos/pairs" / name
+    expected = []
+    for file in sorted((folder / "HR").glob("*.webp")):
+        real = Image.open(folder / "LR" / file.name).convert("RGB")
+        made = Image.open(file).convert("RGB").resize(real.size, Image.Resampling.BICUBIC)
+        a, b = np.asarray(made, np.float64), np.asarray(real, np.float64)
+        luma = np.array([65.481, 128.553, 24.966]) / 255
+        squares = ((a - b) ** 2).mean(), ((a @ luma - b @ luma) ** 2).mean()
+        expected.append([10 * math.log10(255**2 / square) for square in squares])
+    pairs = benchmark.find_pairs(folder)[0]
+    assert len(expected) == len(pairs) > 40
+    metrics = ["PSNR RGB", "PSNR Y"]
+    device = torch.device("cpu")
+    row = benchmark.evaluate("bicubic", benchmark.bicubic, pairs, metrics, 8, device)
+    np.testing.assert_allclose(list(row["mean"].values()), np.mean(expected, axis=0), atol=0.01)
+
+
+# ---- the command line ---------------------------------------------------------------------------
+
+
+def test_the_presets_of_generation_serve_here_too():
+    for preset in generate.PRESETS.values():
+        benchmark.Config(**preset)
+
+
+def unequal_names(folder):
+    (folder / "LR/Canon_1.png").rename(folder / "LR/Canon_7.png")
+
+
+def unequal_scales(folder):
+    write(folder / "HR/Canon_2.png", photo(0, 96))
+
+
+def fractional_scale(folder):
+    write(folder / "HR/Canon_1.png", photo(0, 200))
+
+
+def no_lr(folder):
+    (folder / "LR").rename(folder / "lq")
+
+
+def empty_hr(folder):
+    for file in (folder / "HR").iterdir():
+        file.unlink()
+
+
+def all_corrupt(folder):
+    for file in (folder / "LR").iterdir():
+        file.write_bytes(b"")
+
+
+def tiny(folder):
+    write(folder / "HR/Canon_1.png", photo(0, 64))
+    write(folder / "LR/Canon_1.png", photo(0, 16))
+
+
+def same_stem_twice(folder):
+    write(folder / "LR/Canon_1.bmp", photo(0, 48))
+
+
+def nothing(folder):
+    pass
+
+
+@pytest.mark.parametrize(
+    "spoil, options, sentence",
+    [
+        (nothing, "", "--pairs is missing"),
+        (nothing, "--pairs nowhere", "there is no folder HR/"),
+        (no_lr, "--pairs set", "there is no folder LR/"),
+        (empty_hr, "--pairs set", "no images there"),
+        (
+            unequal_names,
+            "--pairs set",
+            "2 names are only in one of HR/ and LR/, such as Canon_1, Canon_7",
+        ),
+        (unequal_scales, "--pairs set", "Canon_2 has 96 x 96 and 48 x 48 pixels"),
+        (fractional_scale, "--pairs set", "Canon_1 has 200 x 200 and 48 x 48 pixels"),
+        (tiny, "--pairs set", "under 32 x 32"),
+        (same_stem_twice, "--pairs set", "differ in their suffix only"),
+        (all_corrupt, "--pairs set", "none of its pairs can be read"),
+        (nothing, "--pairs set --table 1", "only table 2"),
+        (nothing, "--pairs set --batch-size 0", "must be at least 1"),
+        (nothing, "--pairs set --start noise", "not a start image"),
+        (nothing, "--pairs set --checkpoint no.pt", "no such file"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_is_written(tmp_path, spoil, options, sentence):
+    spoil(write_pairs(tmp_path / "set", ["Canon_1", "Canon_2"]) and tmp_path / "set")
+    before = sorted(tmp_path.rglob("*"))
+    command = [sys.executable, str(ROOT / "benchmark.py"), "--device", "cpu", *options.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert sentence in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
