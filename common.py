@@ -59,7 +59,7 @@ def parse_args(
         default = "small" if small else next(iter(presets))
         parser.add_argument("--preset", choices=list(presets), default=default)
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        options: dict[str, Any] = {"default": None, "help": help_of.get(field.name, "")}
+        options: dict[str, Any] = {"default": None, "help": help_of.get(field.name, "").replace("%", "%%")}
         sample: Any = field.default
         if isinstance(sample, bool):
             options["action"] = argparse.BooleanOptionalAction
@@ -132,8 +132,9 @@ def launch(
         cfg = parse_args(config, presets, doc)
         with runtime(cfg.device, cfg.seed) as rt:
             main(cfg, rt)
-    except UserError as error:
-        sys.exit(f"error: {error}" if print(f"error: {error}", file=sys.stderr) else 2)
+    except (UserError, OSError) as error:  # for instance no room, no permission
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -143,7 +144,7 @@ def launch(
 
 def generator(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator that depends on all of the given numbers, for instance (seed, image index)."""
-    state = np.random.SeedSequence(numbers).generate_state(2, np.uint32)
+    state = np.random.SeedSequence(list(str(numbers).encode())).generate_state(2, np.uint32)
     return torch.Generator(device).manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
 
 
@@ -235,9 +236,10 @@ class PhotoCrops(Dataset[Tensor]):
     Photos that can't be read or are smaller than the crop are left out, counted and named once.
     """
 
-    def __init__(self, files: list[Path], size: int, batch_size: int, seed: int, rt: Runtime) -> None:
-        self.size, self.batch_size, self.key, self.cache, self.left = size, batch_size, (seed, rt.rank), {}, 2**30
-        self.files, bad = [], []
+    def __init__(self, files: list[Path], size: int, batch_size: int, seed: int, rt: Runtime, stream: int = 0
+    ) -> None:
+        self.size, self.batch_size, self.key, self.cache, self.left = size, batch_size, (seed, stream, rt.rank), {}, 2**30
+        self.files, self.bad, bad = [], set(), []
         for file in files:
             try:
                 with Image.open(file) as image:
@@ -264,9 +266,13 @@ class PhotoCrops(Dataset[Tensor]):
         for attempt in range(20):
             gen = generator(*self.key, i, attempt)
             index, top, left, flip = torch.randint(2**30, (4,), generator=gen).tolist()
+            index %= len(self.files)
+            if index in self.bad:
+                continue
             try:
-                photo = self.photo(index % len(self.files))
+                photo = self.photo(index)
             except ValueError as error:
+                self.bad.add(index)
                 print(f"skipped: {error}")
                 continue
             top %= photo.shape[1] - self.size + 1
@@ -308,7 +314,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
                 return {"ema": weights, "config": json.loads((file.metadata() or {}).get("config", "{}"))}
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or ["it is empty"])[0]
         raise UserError(f"{path}: no readable checkpoint ({reason}).") from None
     except Exception as error:  # torch raises pickle errors of several kinds for a damaged file
         raise UserError(f"{path}: no readable checkpoint ({type(error).__name__}).") from None
@@ -389,7 +395,8 @@ def fit(
     if path.is_file():
         state = load_checkpoint(path)
         require(
-            state["net"].keys() == net.state_dict().keys(),
+            {k: v.shape for k, v in state["net"].items()}
+            == {k: v.shape for k, v in net.state_dict().items()},
             f"{path} belongs to another configuration: give another --out or delete it.",
         )
         net.load_state_dict(state["net"])
@@ -407,38 +414,40 @@ def fit(
     path.parent.mkdir(parents=True, exist_ok=True)
     stop: list[bool] = []
     previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    began, began_step, net_state = time.time(), start, net.state_dict()
-    averaged = [(ema[k], v) for k, v in net_state.items() if v.is_floating_point()]
-    streams = [d.batches(start, steps, rt.device) for d in data]
-    images_per_step = sum(d.batch_size for d in data) * rt.world_size
-    for step, *batches in zip(range(start, steps), *streams, strict=True):
-        gen = generator(cfg.seed, rt.rank, step, device=rt.device)
-        with rt.autocast(cfg.bf16):
-            values = loss(net, *batches, generator=gen)
-        opt.zero_grad(set_to_none=True)
-        values["loss"].backward()
-        average_gradients(trained, rt.world_size)
-        torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
-        opt.step()
-        # A warm-up of the average, so that a short run does not ship its initialisation.
-        decay = min(cfg.ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_([a for a, _ in averaged], [v for _, v in averaged], 1 - decay)
-        saving = (step + 1) % cfg.save_every == 0 or step + 1 == steps or bool(stop)
-        if rt.is_main and (saving or (step + 1) % cfg.log_every == 0):
-            numbers = {key: value.item() for key, value in values.items()}
-            rate = (step + 1 - began_step) * images_per_step / (time.time() - began)
-            text = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
-            print(f"{path.parent.name}/{path.stem} {step + 1}/{steps}  {text}  {rate:.1f} images/s", flush=True)
-            with open(path.with_name("log.jsonl"), "a", encoding="utf-8") as file:
-                file.write(json.dumps({"part": path.stem, "step": step + 1, **numbers}) + "\n")
-            if not math.isfinite(numbers["loss"]):
-                raise UserError(f"the loss is {numbers['loss']} at step {step + 1}; {path} is good.")
-        if saving:
-            save(step + 1)
-            if preview and rt.is_main:
-                preview(net, step + 1)
-        if stop:
-            raise SystemExit(f"stopped at step {step + 1}; the same command goes on from there")
-    signal.signal(signal.SIGTERM, previous)
+    try:
+        began, began_step, net_state = time.time(), start, net.state_dict()
+        averaged = [(ema[k], v) for k, v in net_state.items() if v.is_floating_point()]
+        streams = [d.batches(start, steps, rt.device) for d in data]
+        images_per_step = sum(d.batch_size for d in data) * rt.world_size
+        for step, *batches in zip(range(start, steps), *streams, strict=True):
+            gen = generator(cfg.seed, rt.rank, step, device=rt.device)
+            with rt.autocast(cfg.bf16):
+                values = loss(net, *batches, generator=gen)
+            opt.zero_grad(set_to_none=True)
+            values["loss"].backward()
+            average_gradients(trained, rt.world_size)
+            norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
+            opt.step()
+            # A warm-up of the average, so that a short run does not ship its initialisation.
+            decay = min(cfg.ema_decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_([a for a, _ in averaged], [v for _, v in averaged], 1 - decay)
+            saving = (step + 1) % cfg.save_every == 0 or step + 1 == steps or bool(stop)
+            if rt.is_main and (saving or (step + 1) % cfg.log_every == 0):
+                numbers = {key: value.item() for key, value in values.items()}
+                rate = (step + 1 - began_step) * images_per_step / (time.time() - began)
+                text = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+                print(f"{path.parent.name}/{path.stem} {step + 1}/{steps}  {text}  {rate:.1f} images/s", flush=True)
+                with open(path.with_name("log.jsonl"), "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"part": path.stem, "step": step + 1, **numbers}) + "\n")
+                if not math.isfinite(numbers["loss"]) or not norm.isfinite():
+                    raise UserError(f"the loss is {numbers['loss']}, its gradient {norm.item()} at step {step + 1}; {path} is good.")
+            if saving:
+                save(step + 1)
+                if preview and rt.is_main:
+                    preview(net, step + 1)
+            if stop and saving:
+                raise SystemExit(f"stopped at step {step + 1}; the same command goes on from there")
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     net.load_state_dict(ema)
     return net.eval().requires_grad_(False)

@@ -355,7 +355,7 @@ def train(cfg: Config, rt: common.Runtime) -> None:
         data.append(common.PhotoCrops(files, cfg.crop, share, cfg.seed, rt))
     if use_hr:
         files = common.find_photos(cfg.hr, "hr", "--hr")
-        data.append(common.PhotoCrops(files, 4 * cfg.crop, share, cfg.seed, rt))
+        data.append(common.PhotoCrops(files, 4 * cfg.crop, share, cfg.seed, rt, stream=1))
     tuned = finetuned(net.extractors) if cfg.finetune_learning_rate > 0 else []
     if rt.is_main:
         print(cfg)
