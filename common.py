@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -48,7 +49,7 @@ def parse_args(
 ) -> C:
     """Turn each field of a dataclass into a flag, its trailing comment into the help text.
 
-    A flag beats the preset, the preset beats the field's default. Tuples take one or several values.
+    A flag beats the preset, the preset the field's default. Tuples take one or several values.
     """
     help_of = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.M))
     parser = argparse.ArgumentParser(
@@ -59,7 +60,10 @@ def parse_args(
         default = "small" if small else next(iter(presets))
         parser.add_argument("--preset", choices=list(presets), default=default)
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        options: dict[str, Any] = {"default": None, "help": help_of.get(field.name, "").replace("%", "%%")}
+        options: dict[str, Any] = {
+            "default": None,
+            "help": help_of.get(field.name, "").replace("%", "%%"),
+        }
         sample: Any = field.default
         if isinstance(sample, bool):
             options["action"] = argparse.BooleanOptionalAction
@@ -99,7 +103,7 @@ class Runtime:
 
 @contextlib.contextmanager
 def runtime(device: str = "auto", seed: int = 0) -> Iterator[Runtime]:
-    """Join torchrun's process group if there is one, choose the device, seed module initialisation."""
+    """Join torchrun's process group if there is one, choose the device, seed the modules."""
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("LOCAL_RANK", "0")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -171,14 +175,16 @@ def find_photos(given: Sequence[str], kind: str, flag: str) -> list[Path]:
     with contextlib.suppress(UserError):
         return list_images([str(here / kind)], flag)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"data/{kind} has no images: using the few of data/sample/{kind} (see data/README.md)")
+        print(
+            f"data/{kind} has no images: using the few of data/sample/{kind} (see data/README.md)"
+        )
     return list_images([str(here / "sample" / kind)], flag)
 
 
 def load_image(path: str | Path) -> Tensor:
     """Read an image file as float32 RGB (3, H, W) in [0, 1], upright; ValueError if it can't be.
 
-    Gray is repeated, alpha is laid over white, 16 bits keep their precision, EXIF rotation is applied.
+    Gray is repeated, alpha laid over white, 16 bits keep their precision, EXIF rotation applies.
     """
     try:
         with Image.open(path) as opened:
@@ -198,10 +204,12 @@ def load_image(path: str | Path) -> Tensor:
 
 
 def crop_to_multiple(image: Tensor, scale: int, path: str | Path) -> Tensor:
-    """Cut an image (3, H, W) at the bottom right to a multiple of scale; ValueError if none is left."""
+    """Cut an image (3, H, W) to a multiple of scale; ValueError if it is too small."""
     H, W = (side // scale * scale for side in image.shape[1:])
     if min(H, W) < 8 * scale:
-        raise ValueError(f"{path}: {image.shape[2]} x {image.shape[1]} pixels are too few at scale {scale}")
+        raise ValueError(
+            f"{path}: {image.shape[2]} x {image.shape[1]} pixels are too few at scale {scale}"
+        )
     return image[:, :H, :W]
 
 
@@ -236,10 +244,15 @@ class PhotoCrops(Dataset[Tensor]):
     Photos that can't be read or are smaller than the crop are left out, counted and named once.
     """
 
-    def __init__(self, files: list[Path], size: int, batch_size: int, seed: int, rt: Runtime, stream: int = 0
+    def __init__(
+        self, files: list[Path], size: int, batch_size: int, seed: int, rt: Runtime, stream: int = 0
     ) -> None:
-        self.size, self.batch_size, self.key, self.cache, self.left = size, batch_size, (seed, stream, rt.rank), {}, 2**30
-        self.files, self.bad, bad = [], set(), []
+        self.size, self.batch_size, self.key = size, batch_size, (seed, stream, rt.rank)
+        self.cache: dict[int, Tensor] = {}
+        self.left = 2**30  # bytes of photos that may stay in memory
+        self.files: list[Path] = []
+        self.bad: set[int] = set()
+        bad: list[Path] = []
         for file in files:
             try:
                 with Image.open(file) as image:
@@ -311,7 +324,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         if str(path).endswith(".safetensors"):
             with safe_open(path, "pt") as file:
                 weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-                return {"ema": weights, "config": json.loads((file.metadata() or {}).get("config", "{}"))}
+                return {
+                    "ema": weights,
+                    "config": json.loads((file.metadata() or {}).get("config", "{}")),
+                }
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
         reason = (str(error).splitlines() or ["it is empty"])[0]
@@ -329,7 +345,9 @@ def find_checkpoint(given: str, stage: str, make: str) -> Path:
     for path in (Path("runs") / stage / "last.pt", shipped):
         if path.is_file():
             return path
-    raise UserError(f"no {stage} weights in runs/{stage} or data/pretrained: make them with `{make}`.")
+    raise UserError(
+        f"no {stage} weights in runs/{stage} or data/pretrained: make them with `{make}`."
+    )
 
 
 def count_parameters(net: nn.Module) -> str:
@@ -338,7 +356,7 @@ def count_parameters(net: nn.Module) -> str:
 
 
 def from_dict(config: type[C], values: dict[str, Any]) -> C:
-    """A dataclass from a stored dict: lists become tuples, fields that no longer exist are dropped."""
+    """A dataclass from a stored dict: lists become tuples, unknown fields are dropped."""
     known = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
     tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
     return config(**tuples)
@@ -363,7 +381,9 @@ def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
         parts = (flat / world_size).split([g.numel() for g in gradients])
-        torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
+        torch._foreach_copy_(
+            gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)]
+        )
 
 
 def fit(
@@ -381,8 +401,8 @@ def fit(
     """Minimise loss(net, *batches, generator=...)["loss"]; return the net with averaged weights.
 
     Resumes from `path` if it exists and leaves the result there: a dict with step, net, ema, opt,
-    config. Batches (one of each data set) and draws depend on (seed, rank, step) alone. `groups` are
-    AdamW parameter groups; parameters outside of them are frozen.
+    config. Batches (one of each data set) and draws depend on (seed, rank, step) alone. `groups`
+    are AdamW parameter groups; parameters outside of them are frozen.
     """
     net.to(rt.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = [p for group in groups for p in group["params"]]
@@ -436,11 +456,13 @@ def fit(
                 numbers = {key: value.item() for key, value in values.items()}
                 rate = (step + 1 - began_step) * images_per_step / (time.time() - began)
                 text = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
-                print(f"{path.parent.name}/{path.stem} {step + 1}/{steps}  {text}  {rate:.1f} images/s", flush=True)
+                part = f"{path.parent.name}/{path.stem}"
+                print(f"{part} {step + 1}/{steps}  {text}  {rate:.1f} images/s", flush=True)
                 with open(path.with_name("log.jsonl"), "a", encoding="utf-8") as file:
                     file.write(json.dumps({"part": path.stem, "step": step + 1, **numbers}) + "\n")
                 if not math.isfinite(numbers["loss"]) or not norm.isfinite():
-                    raise UserError(f"the loss is {numbers['loss']}, its gradient {norm.item()} at step {step + 1}; {path} is good.")
+                    found = f"the loss is {numbers['loss']}, its gradient {norm.item()}"
+                    raise UserError(f"{found} at step {step + 1}; {path} is from before.")
             if saving:
                 save(step + 1)
                 if preview and rt.is_main:
@@ -451,3 +473,11 @@ def fit(
         signal.signal(signal.SIGTERM, previous)
     net.load_state_dict(ema)
     return net.eval().requires_grad_(False)
+
+
+if __name__ == "__main__":  # python common.py IN.pt OUT.safetensors: the averaged weights, to ship
+    source, target = load_checkpoint(sys.argv[1]), sys.argv[2]
+    half = {key: value.half().contiguous() for key, value in source["ema"].items()}
+    facts = {"config": json.dumps(source["config"]), "step": str(source["step"])}
+    with replacing(target) as written:
+        save_file(half, written, facts)

@@ -57,7 +57,7 @@ def predict_x_0(x_t: Tensor, t: Tensor, eps_pred: Tensor) -> Tensor:
 
 
 def p_sample(x_t: Tensor, t: Tensor, eps_pred: Tensor, noise: Tensor) -> Tensor:
-    """One DDPM step from t to t - 1: the mean of q(x_{t-1} | x_t, x_0), and noise of its variance."""
+    """One DDPM step from t to t - 1: mean and variance of q(x_{t-1} | x_t, x_0)."""
     now, before = alpha_bar(t), alpha_bar(t - 1)
     beta = 1 - now / before
     x_0 = predict_x_0(x_t, t, eps_pred)
@@ -66,7 +66,12 @@ def p_sample(x_t: Tensor, t: Tensor, eps_pred: Tensor, noise: Tensor) -> Tensor:
 
 
 def ddim_step(
-    x_t: Tensor, t: Tensor, t_next: Tensor, eps_pred: Tensor, eta: float = 0.0, noise: Tensor | None = None
+    x_t: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    eps_pred: Tensor,
+    eta: float = 0.0,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """One step from t to any t_next < t (arXiv:2010.02502, Eq. 12); eta = 1 is DDPM's variance."""
     now, after = alpha_bar(t), alpha_bar(t_next)
@@ -115,7 +120,9 @@ def sample(
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sines and cosines of t (B,) at geometric frequencies: (B, dim)."""
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    frequencies = torch.exp(
+        -math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2)
+    )
     angle = t.float()[:, None] * frequencies
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
@@ -142,9 +149,12 @@ class TimeResBlock(nn.Module):
 class UNet(nn.Module):
     """eps_theta(x_t, t, c): the U-Net of DDPM, with c stacked on x_t."""
 
-    def __init__(self, c_cond: int, widths: Sequence[int], blocks: int, attention: Sequence[int]) -> None:
+    def __init__(
+        self, c_cond: int, widths: Sequence[int], blocks: int, attention: Sequence[int]
+    ) -> None:
         super().__init__()
-        E, top = 4 * widths[0], len(widths) - 1
+        self.dim = widths[0]
+        E, top = 4 * self.dim, len(widths) - 1
         self.embed = nn.Sequential(nn.Linear(widths[0], E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
         self.first = nn.Conv2d(3 + c_cond, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
@@ -164,7 +174,10 @@ class UNet(nn.Module):
                 self.up.append(self.stack(below + skips.pop(), w, E, i in attention))
             if i > 0:
                 self.up.append(extractors.Upsample(w))
-        self.norm, self.last = extractors.group_norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.norm, self.last = (
+            extractors.group_norm(widths[0]),
+            nn.Conv2d(widths[0], 3, 3, padding=1),
+        )
         nn.init.zeros_(self.last.weight)
 
     @staticmethod
@@ -175,7 +188,7 @@ class UNet(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         """x_t (B, 3, h, w) in about [-1, 1], t (B,), c (B, C, h, w) -> eps_pred (B, 3, h, w)."""
-        embedding = self.embed(timestep_embedding(t, self.embed[0].in_features))
+        embedding = self.embed(timestep_embedding(t, self.dim))
 
         def run(layers: nn.Module, x: Tensor) -> Tensor:
             if isinstance(layers, nn.ModuleList):
@@ -219,10 +232,13 @@ class DecoupledDDPM(nn.Module):
 
 def finetuned(nets: extractors.Extractors) -> list[nn.Parameter]:
     """What stage 2 fine-tunes of the extractors: E_cont's first block, E_deg's last layer. A.5."""
-    return [*nets.vqvae.encoder.down[0].block[0].parameters(), *nets.e_deg.mapping[-1].parameters()]
+    first = nets.vqvae.encoder.down[0].get_submodule("block.0")
+    return [*first.parameters(), *nets.e_deg.mapping[-1].parameters()]
 
 
-Triple = tuple[Tensor, Tensor, Tensor]  # x_0 (B, 3, h, w) in [0, 1], F_deg (B, D), F_cont (B, z, h, w)
+Triple = tuple[
+    Tensor, Tensor, Tensor
+]  # x_0 (B, 3, h, w) in [0, 1], F_deg (B, D), F_cont (B, z, h, w)
 
 
 def real_triple(nets: extractors.Extractors, lr: Tensor) -> Triple:
@@ -255,16 +271,19 @@ def ddpm_loss(
     net: DecoupledDDPM, x_0: Tensor, c: Tensor, cfg: "Config", generator: torch.Generator
 ) -> Tensor:
     """Mean of (eps - eps_theta(x_t, t, c))^2 over random t and eps. Algorithm 1."""
-    draw = {"generator": generator, "device": x_0.device}
-    u = torch.rand(len(x_0), **draw) ** cfg.t_power
+    u = torch.rand(len(x_0), generator=generator, device=x_0.device) ** cfg.t_power
     t = 1 + (u * cfg.t_max).long().clamp(max=cfg.t_max - 1)
-    eps = torch.randn(x_0.shape, **draw)
+    eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
     x_t = q_sample(to_signed(x_0), t, eps)
     return F.mse_loss(net(x_t, t, c).float(), eps)
 
 
 def decoupled_loss(
-    net: DecoupledDDPM, lr: Tensor | None, hr: Tensor | None, cfg: "Config", generator: torch.Generator
+    net: DecoupledDDPM,
+    lr: Tensor | None,
+    hr: Tensor | None,
+    cfg: "Config",
+    generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """The loss of stage 2 on real LR images, on synthetic pairs made of HR images, or on both."""
     triples = [] if lr is None else [real_triple(net.extractors, lr)]
@@ -341,7 +360,8 @@ def train(cfg: Config, rt: common.Runtime) -> None:
     common.require(1 <= cfg.t_max <= 1000, f"--t-max {cfg.t_max}: must be in 1..1000.")
     multiple = 2 ** (len(cfg.widths) - 1)
     common.require(
-        cfg.crop > 0 and cfg.crop % multiple == 0, f"--crop {cfg.crop}: must be a multiple of {multiple}."
+        cfg.crop > 0 and cfg.crop % multiple == 0,
+        f"--crop {cfg.crop}: must be a multiple of {multiple}.",
     )
     share = cfg.batch_size // (use_lr + use_hr)
     common.require(share > 0, f"--batch-size {cfg.batch_size}: must be at least {use_lr + use_hr}.")

@@ -130,7 +130,10 @@ class Encoder(nn.Module):
             for i, w in enumerate(widths)
         )
         self.mid = Middle(widths[-1])
-        self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], z, 3, padding=1)
+        self.norm_out, self.conv_out = (
+            group_norm(widths[-1]),
+            nn.Conv2d(widths[-1], z, 3, padding=1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, z, H/4, W/4)."""
@@ -175,7 +178,9 @@ class Quantizer(nn.Module):
         """(B, z, h, w) -> nearest codes (B, z, h, w) and their numbers (B, h, w)."""
         with torch.autocast(z.device.type, enabled=False):
             flat = z.detach().float().permute(0, 2, 3, 1).flatten(0, 2)
-            number = torch.cat([torch.cdist(f, self.embedding.weight).argmin(1) for f in flat.split(4096)])
+            number = torch.cat(
+                [torch.cdist(f, self.embedding.weight).argmin(1) for f in flat.split(4096)]
+            )
         number = number.view(z.shape[0], *z.shape[2:])
         return self.embedding(number).permute(0, 3, 1, 2), number
 
@@ -195,7 +200,9 @@ class Quantizer(nn.Module):
 class VQVAE(nn.Module):
     """VQ-VAE whose encoder is E_cont and whose decoder is Rec_hr (A.1, A.2)."""
 
-    def __init__(self, channels: int, multipliers: Sequence[int], blocks: int, z: int, codes: int) -> None:
+    def __init__(
+        self, channels: int, multipliers: Sequence[int], blocks: int, z: int, codes: int
+    ) -> None:
         super().__init__()
         widths = [channels * m for m in multipliers]
         self.encoder, self.decoder = Encoder(widths, blocks, z), Decoder(widths, blocks, z)
@@ -279,7 +286,9 @@ class Extractors(nn.Module):
     def __init__(self, cfg: "Config") -> None:
         super().__init__()
         self.quantize_content, self.skip = cfg.quantize_content, cfg.skip
-        self.vqvae = VQVAE(cfg.vq_channels, cfg.vq_multipliers, cfg.vq_blocks, cfg.vq_z, cfg.vq_codes)
+        self.vqvae = VQVAE(
+            cfg.vq_channels, cfg.vq_multipliers, cfg.vq_blocks, cfg.vq_z, cfg.vq_codes
+        )
         self.e_deg = DegradationExtractor(cfg.deg_channels, cfg.deg_blocks, cfg.deg_dim)
         c_in = cfg.vq_z + 3 * cfg.skip
         self.rec_lr = ModulationBlock(c_in, cfg.deg_dim, cfg.mod_channels, 3)
@@ -326,7 +335,9 @@ def psnr(mse: Tensor) -> Tensor:
     return -10 * mse.detach().log10()
 
 
-def content_loss(net: Extractors, hr: Tensor, cfg: "Config", generator: torch.Generator) -> dict[str, Tensor]:
+def content_loss(
+    net: Extractors, hr: Tensor, cfg: "Config", generator: torch.Generator
+) -> dict[str, Tensor]:
     """L_rh: the frozen decoder must find the clean image in the content of a degraded one. Eq. (1)-(2)."""
     lr = degrade.degrade(hr, sample_mixed(len(hr), cfg.recipes, generator), generator)
     degraded = resized(lr, *hr.shape[2:])
@@ -350,7 +361,9 @@ def sample_mixed(
     batch: int, recipes: Sequence[str], generator: torch.Generator
 ) -> degrade.Degradation:
     """Parameters for a batch, an equal share from each recipe."""
-    draw = common.generator(int(torch.randint(2**31, (1,), generator=generator, device=generator.device)))
+    draw = common.generator(
+        int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
+    )
     counts = [len(part) for part in torch.arange(batch).tensor_split(len(recipes))]
     parts = zip(counts, recipes, strict=True)
     return degrade.Degradation.cat(
@@ -470,7 +483,9 @@ PRESETS: dict[str, dict] = {
 def train(cfg: Config, rt: common.Runtime) -> None:
     """The three parts of stage 1, each resuming from its own checkpoint."""
     steps = cfg.steps if len(cfg.steps) == 3 else cfg.steps[:1] * 3
-    common.require(len(cfg.steps) in (1, 3), "--steps takes one number, or one for each of the parts.")
+    common.require(
+        len(cfg.steps) in (1, 3), "--steps takes one number, or one for each of the parts."
+    )
     for flag, crop in (("--crop", cfg.crop), ("--vq-crop", cfg.vq_crop)):
         common.require(crop > 0 and crop % 16 == 0, f"{flag} {crop}: must be a multiple of 16.")
     common.require(
@@ -478,7 +493,9 @@ def train(cfg: Config, rt: common.Runtime) -> None:
         f"--batch-size {cfg.batch_size}: must be larger than --num-samples {cfg.num_samples}.",
     )
     for recipe in cfg.recipes:
-        common.require(recipe in degrade.RECIPES, f"--recipes {recipe}: no such recipe of degrade.py.")
+        common.require(
+            recipe in degrade.RECIPES, f"--recipes {recipe}: no such recipe of degrade.py."
+        )
     net, out = Extractors(cfg), Path(cfg.out)
     files = common.find_photos(cfg.hr, "hr", "--hr")
     data, vq_data = (
@@ -499,11 +516,17 @@ def train(cfg: Config, rt: common.Runtime) -> None:
     def degradation(net: Extractors, hr: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         return degradation_loss(net, hr, cfg, generator)
 
-    # name, loss, data, trained modules, learning rate, steps
-    parts = [
+    # name, loss, photos, trained modules, learning rate
+    parts: list[tuple] = [
         ("vqvae", vqvae_loss, vq_data, [vqvae], cfg.vqvae_learning_rate),
         ("content", content, vq_data, [vqvae.encoder, vqvae.quant_conv], cfg.content_learning_rate),
-        ("last", degradation, data, [net.e_deg, net.rec_lr, net.head], cfg.degradation_learning_rate),
+        (
+            "last",
+            degradation,
+            data,
+            [net.e_deg, net.rec_lr, net.head],
+            cfg.degradation_learning_rate,
+        ),
     ]
     if cfg.vqvae:
         vqvae.load_state_dict(common.load_checkpoint(cfg.vqvae).get("ema", {}))

@@ -36,7 +36,8 @@ def load_generator(checkpoint: str, device: torch.device) -> diffusion.Decoupled
     path = common.find_checkpoint(checkpoint, "diffusion", "python diffusion.py")
     state = common.load_checkpoint(path)
     common.require(
-        "extractors" in state["config"], f"{path}: not a checkpoint of diffusion.py (give that one)."
+        "extractors" in state["config"],
+        f"{path}: not a checkpoint of diffusion.py (give that one).",
     )
     net = diffusion.build(state["config"], state["config"]["extractors"])
     net.load_state_dict(state["ema"])
@@ -45,7 +46,12 @@ def load_generator(checkpoint: str, device: torch.device) -> diffusion.Decoupled
 
 
 def start_image(
-    net: diffusion.DecoupledDDPM, hr: Tensor, code: Tensor, content: Tensor, start: str, seeds: Sequence[int]
+    net: diffusion.DecoupledDDPM,
+    hr: Tensor,
+    code: Tensor,
+    content: Tensor,
+    start: str,
+    seeds: Sequence[int],
 ) -> Tensor:
     """The LR image (B, 3, H/4, W/4) from which denoising starts.
 
@@ -69,7 +75,9 @@ def errors(
     B, K, _, h, w = lr.shape
     flat = lr.flatten(0, 1)
     # One image at a time: the content of K upsampled images is the largest thing in memory.
-    contents = torch.cat([net.extractors.content(extractors.resized(x[None], 4 * h, 4 * w)) for x in flat])
+    contents = torch.cat(
+        [net.extractors.content(extractors.resized(x[None], 4 * h, 4 * w)) for x in flat]
+    )
     off = contents.view(B, K, *content.shape[1:]) - content[:, None]
     codes = net.extractors.e_deg(flat).view(B, K, -1)
     return off.float().square().mean((2, 3, 4)).sqrt(), (codes - code[:, None]).float().norm(dim=2)
@@ -113,7 +121,9 @@ def generate(
         lr = x.view(B, K, *x.shape[1:])[..., : H // SCALE, : W // SCALE]
         content = content[..., : H // SCALE, : W // SCALE]
         content_error, degradation_error = errors(net, lr, code, content)
-    total = sum(e / e.mean(1, keepdim=True).clamp(min=1e-12) for e in (content_error, degradation_error))
+    total = sum(
+        e / e.mean(1, keepdim=True).clamp(min=1e-12) for e in (content_error, degradation_error)
+    )
     assert isinstance(total, Tensor)
     return lr, {"content": content_error, "degradation": degradation_error, "kept": total.argmin(1)}
 
@@ -130,7 +140,9 @@ class Config:
     out: str = "out/generated"  # folder of the pairs
     checkpoint: str = ""  # weights (default: runs/diffusion, else data/pretrained)
     start: str = "reconstruct"  # start image: reconstruct (Rec_lr) or degrade (random D, the paper)
-    t_start: int = 30  # steps of noise on the start image, 0 is the start image alone; the paper: 300
+    t_start: int = (
+        30  # steps of noise on the start image, 0 is the start image alone; the paper: 300
+    )
     num_steps: int = 10  # network evaluations
     eta: float = 0.0  # 0 is DDIM; 1 with as many evaluations as steps is DDPM (the paper)
     candidates: int = 4  # K, of which the filter keeps the best
@@ -158,7 +170,9 @@ class Job:
     lr_ref: Tensor
 
 
-def load_reference(references: list[Path], seed: int, index: int, broken: set[Path]) -> tuple[Path, Tensor]:
+def load_reference(
+    references: list[Path], seed: int, index: int, broken: set[Path]
+) -> tuple[Path, Tensor]:
     """The reference that HR image `index` draws; an unreadable one is noted and drawn again."""
     for attempt in range(100):
         draw = torch.randint(2**40, (1,), generator=common.generator(seed, index, attempt))
@@ -175,7 +189,9 @@ def load_reference(references: list[Path], seed: int, index: int, broken: set[Pa
     raise common.UserError("no usable image found in --lr-ref; see the files named above.")
 
 
-def jobs(todo: Sequence[tuple[int, str, Path]], references: list[Path], cfg: Config, counts: dict) -> Iterator:
+def jobs(
+    todo: Sequence[tuple[int, str, Path]], references: list[Path], cfg: Config, counts: dict
+) -> Iterator:
     """Load one HR image after the other with its reference; unreadable ones are counted and named."""
     broken: set[Path] = set()
     for index, name, file in todo:
@@ -238,7 +254,10 @@ def preview_row(hr: Tensor, lr_ref: Tensor, lr: Tensor, side: int = 96, zoom: in
         return F.pad(crop, (0, size - crop.shape[2], 0, size - crop.shape[1]), value=1.0)
 
     bicubic = extractors.resized(hr[None], *lr.shape[1:])[0].clamp(0, 1)
-    panels = [centre(x, side).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2) for x in (lr_ref, lr, bicubic)]
+    panels = [
+        centre(x, side).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+        for x in (lr_ref, lr, bicubic)
+    ]
     hr = extractors.resized(centre(hr, side * SCALE)[None], side * zoom, side * zoom)[0]
     return torch.cat([F.pad(x, (2, 2, 2, 2), value=1.0) for x in (hr.clamp(0, 1), *panels)], dim=2)
 
@@ -247,9 +266,10 @@ def save_preview(path: Path, out: Path, records: Sequence[dict]) -> None:
     """Write a few rows of pictures under a line of titles."""
     rows = []
     for record in records:
-        images = (out / record["hr"], Path(record["lr_ref"]), out / record["lr"])
-        if all(p.is_file() for p in images):
-            rows.append(preview_row(*(common.load_image(p) for p in images)))
+        hr, lr_ref, lr = out / record["hr"], Path(record["lr_ref"]), out / record["lr"]
+        if lr_ref.is_file():
+            load = common.load_image
+            rows.append(preview_row(load(hr), load(lr_ref), load(lr)))
     if not rows:
         return
     body = torch.cat(rows, dim=1)
@@ -276,7 +296,9 @@ def main(cfg: Config, rt: common.Runtime) -> None:
     settings = {key: getattr(cfg, key) for key in ("start", "t_start", "num_steps", "eta", "seed")}
     records = read_records(table, settings)
     names = unique_names(files)
-    todo = [job for job in zip(range(len(files)), names, files, strict=True) if job[1] not in records]
+    todo = [
+        job for job in zip(range(len(files)), names, files, strict=True) if job[1] not in records
+    ]
     net = load_generator(cfg.checkpoint, rt.device)
     counts = {"skipped": 0}
     out.mkdir(parents=True, exist_ok=True)
@@ -303,7 +325,9 @@ def main(cfg: Config, rt: common.Runtime) -> None:
             common.save_image(out / row["hr"], job.hr)
             common.save_image(out / row["lr"], lr[b, kept])
             record = row | {"source": str(job.file), "lr_ref": str(job.reference), **settings}
-            record |= {f"{key}_errors": scores[key][b].tolist() for key in ("content", "degradation")}
+            record |= {
+                f"{key}_errors": scores[key][b].tolist() for key in ("content", "degradation")
+            }
             records[job.name] = record | {"kept": kept}
             with open(table, "a", encoding="utf-8") as file:  # survives a kill; sorted at the end
                 file.write(json.dumps(records[job.name]) + "\n")
@@ -317,7 +341,9 @@ def main(cfg: Config, rt: common.Runtime) -> None:
     common.require(bool(ordered), "none of the HR images could be used; see the files named above.")
     if todo or not (out / "preview.png").is_file():
         save_preview(out / "preview.png", out, list(islice(ordered, 4)))
-    print(f"{len(ordered)} pairs in {out}, {counts['skipped']} images skipped; see {out / 'preview.png'}")
+    print(
+        f"{len(ordered)} pairs in {out}, {counts['skipped']} images skipped; see {out / 'preview.png'}"
+    )
 
 
 if __name__ == "__main__":
