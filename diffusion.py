@@ -98,7 +98,7 @@ def sample(
 ) -> Tensor:
     """Algorithm 2: noise the start image to t_start, denoise it under the condition c.
 
-    start (B, 3, h, w) in [0, 1]; c (B, C, h, w); num_steps evaluations of net(x_t, t, c) -> eps_pred;
+    start (B, 3, h, w) in [0, 1]; c (B, C, h, w); num_steps evaluations of net(x_t, t, c) -> eps;
     with num_steps = t_start and eta = 1 this is DDPM's full chain. Returns (B, 3, h, w) in [0, 1].
     """
     if t_start == 0:
@@ -108,7 +108,7 @@ def sample(
     ts = [round(t_start * (num_steps - i) / num_steps) for i in range(num_steps + 1)]
     x = to_signed(start)
     x = q_sample(x, torch.full((B,), t_start, device=x.device), randn_rows(shape, generators))
-    for now, after in zip(ts, ts[1:]):
+    for now, after in zip(ts, ts[1:], strict=False):
         t, t_next = (torch.full((B,), step, device=x.device) for step in (now, after))
         noise = randn_rows(shape, generators) if eta > 0 else None
         x = ddim_step(x, t, t_next, net(x, t, c).float(), eta, noise)
@@ -380,7 +380,8 @@ def train(cfg: Config, rt: common.Runtime) -> None:
     if rt.is_main:
         print(cfg)
         print(f"stage-1 weights: {path}; photos: {', '.join(str(len(d.files)) for d in data)}")
-        print(f"M {common.count_parameters(net.modulation)}, U-Net {common.count_parameters(net.unet)}, "
+        print(f"M {common.count_parameters(net.modulation)}, "
+              f"U-Net {common.count_parameters(net.unet)}, "
               f"fine-tuned: {sum(p.numel() for p in tuned)} parameters")  # fmt: skip
     groups = [
         {"params": [*net.modulation.parameters(), *net.unet.parameters()], "lr": cfg.learning_rate},

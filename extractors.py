@@ -1,4 +1,4 @@
-"""Stage 1: what is in the picture (E_cont) and what the camera did to it (E_deg). Sections 2.1, A.1.
+"""Stage 1: what a picture shows (E_cont), what the camera did to it (E_deg). Sections 2.1, A.1.
 
 In: clean HR photos. Out: runs/extractors/last.pt with both extractors, and Rec_lr, which joins
 them again. Three parts are trained one after the other: a VQ-VAE on HR photos; its encoder on
@@ -23,7 +23,7 @@ import degrade
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Group norm of 32 groups, fewer for narrow networks (a group of one channel loses contrast)."""
+    """Group norm of 32 groups, fewer if narrow: a group of one channel loses contrast."""
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
 
@@ -186,7 +186,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def restart(self, z: Tensor, number: Tensor, generator: torch.Generator) -> None:
-        """Move codes that no latent of this batch chose onto latents of the batch, one in ten a time."""
+        """Move codes that no latent of the batch chose onto such latents, one in ten a time."""
         codes = len(self.embedding.weight)
         unused = torch.bincount(number.flatten(), minlength=codes) == 0
         unused &= torch.rand(codes, generator=generator, device=z.device) < 0.1
@@ -222,7 +222,7 @@ class VQVAE(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """x + conv(act(conv(x))), without normalisation: it would remove the noise level it must read."""
+    """x + conv(act(conv(x))), without normalisation, which would remove the noise level."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ class PlainBlock(nn.Module):
 
 
 class DegradationExtractor(nn.Module):
-    """E_deg (Fig. 7): a convolution, residual blocks, adaptive pooling, a mapping of four layers."""
+    """E_deg (Fig. 7): a convolution, residual blocks, pooling, a mapping of four layers."""
 
     def __init__(self, channels: int, blocks: int, dim: int) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ class DegradationExtractor(nn.Module):
         self.body = nn.Sequential(*(PlainBlock(channels) for _ in range(blocks)))
         widths = [channels, *(max(channels, dim // d) for d in (4, 2, 1)), dim]
         layers: list[nn.Module] = []
-        for c_in, c_out in zip(widths, widths[1:]):
+        for c_in, c_out in zip(widths, widths[1:], strict=False):
             layers += [nn.Conv2d(c_in, c_out, 1), nn.LeakyReLU(0.1)]
         self.mapping = nn.Sequential(*layers[:-1])
 
@@ -269,7 +269,7 @@ class ModulationBlock(nn.Module):
     def forward(self, degradation: Tensor, content: Tensor) -> Tensor:
         """F_deg (B, D) and F_cont (B, C, h, w) -> (B, c_out, h, w)."""
         x = content
-        for conv, unit in zip(self.convs, self.units):
+        for conv, unit in zip(self.convs, self.units, strict=False):
             scale, shift = unit(degradation)[:, :, None, None].chunk(2, dim=1)
             x = F.silu(conv(x)) * (1 + scale) + shift
         return self.last(x)
@@ -281,7 +281,7 @@ def resized(image: Tensor, height: int, width: int) -> Tensor:
 
 
 class Extractors(nn.Module):
-    """The networks of stage 1 together: E_cont, E_deg, Rec_lr, and the head that only trains E_deg."""
+    """The networks of stage 1: E_cont, E_deg, Rec_lr, and the head that only trains E_deg."""
 
     def __init__(self, cfg: "Config") -> None:
         super().__init__()
@@ -295,7 +295,7 @@ class Extractors(nn.Module):
         self.head = nn.Linear(cfg.deg_dim, 5)
 
     def content(self, image: Tensor) -> Tensor:
-        """F_cont = E_cont(X): (B, z, H/4, W/4) of an image (B, 3, H, W) of the HR size, in [0, 1]."""
+        """F_cont = E_cont(X): (B, z, H/4, W/4) of images (B, 3, H, W) of HR size, in [0, 1]."""
         z = self.vqvae.encode(image)
         return self.vqvae.quantize(z)[0] if self.quantize_content else z
 
@@ -338,7 +338,7 @@ def psnr(mse: Tensor) -> Tensor:
 def content_loss(
     net: Extractors, hr: Tensor, cfg: "Config", generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """L_rh: the frozen decoder must find the clean image in the content of a degraded one. Eq. (1)-(2)."""
+    """L_rh: the frozen decoder must find the clean image in degraded content. Eq. (1)-(2)."""
     lr = degrade.degrade(hr, sample_mixed(len(hr), cfg.recipes, generator), generator)
     degraded = resized(lr, *hr.shape[2:])
     # Not in the paper: every fourth input stays clean, because generation reads content from HR.
@@ -376,9 +376,9 @@ def degradation_loss(
 ) -> dict[str, Tensor]:
     """L_cl + L_rl for E_deg and Rec_lr. Eq. (3)-(6).
 
-    One batch gives it all: lr[k, b] = D(X_{b+k}, theta_b), indices modulo B. Row k = 0 are the anchors,
-    lr[k, b] a positive of anchor b (same theta, another image), and lr[k, b-k] = D(X_b, theta_{b-k})
-    a negative (same image, another theta).
+    One batch gives it all: lr[k, b] = D(X_{b+k}, theta_b), indices modulo B. Row k = 0 are the
+    anchors, lr[k, b] is a positive of anchor b (same theta, another image), and
+    lr[k, b-k] = D(X_b, theta_{b-k}) a negative (same image, another theta).
     """
     B, n = len(hr), cfg.num_samples
     assert n < B, "the batch must be larger than the number of samples n"

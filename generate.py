@@ -55,7 +55,7 @@ def start_image(
 ) -> Tensor:
     """The LR image (B, 3, H/4, W/4) from which denoising starts.
 
-    degrade: D(HR) with random parameters, as in the paper. Deviation, `reconstruct`: Rec_lr's answer
+    degrade: D(HR) with random parameters, as in the paper. Deviation, reconstruct: Rec_lr's answer
     to the reference's degradation, because random blur and noise do not go away again.
     """
     if start == "reconstruct":
@@ -70,7 +70,7 @@ def errors(
 ) -> tuple[Tensor, Tensor]:
     """How far candidates (B, K, 3, h, w) are from the HR content and the reference's degradation.
 
-    ||E_cont(up(lr)) - E_cont(hr)|| (root mean square) and ||E_deg(lr) - E_deg(ref)||, each (B, K). A.6.
+    ||E_cont(up(lr)) - E_cont(hr)|| (root mean square), ||E_deg(lr) - E_deg(ref)||: (B, K). A.6.
     """
     B, K, _, h, w = lr.shape
     flat = lr.flatten(0, 1)
@@ -98,8 +98,8 @@ def generate(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """LR images with the content of hr and the degradation of lr_ref. Algorithm 2, A.6.
 
-    hr (B, 3, H, W) in [0, 1], sizes multiples of 4; lr_ref: B images (3, h, w) of any size; seeds: B
-    numbers, from which image b draws. Returns candidates (B, K, 3, H/4, W/4) in [0, 1] and scores:
+    hr (B, 3, H, W) in [0, 1], sizes multiples of 4; lr_ref: B images (3, h, w) of any size; seeds:
+    B numbers, from which image b draws. Returns candidates (B, K, 3, H/4, W/4) and scores:
     "content" and "degradation" errors (B, K), "kept" (B,) the best candidate. With t_start = 0 the
     start image itself is the only candidate.
     """
@@ -133,7 +133,7 @@ def generate(
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of generation; the defaults are the best measured (README), preset paper the paper's."""
+    """Settings of generation: the best measured (README); --preset paper has the paper's."""
 
     hr: tuple[str, ...] = ()  # HR photos: folders or files (default: data/hr, else data/sample/hr)
     lr_ref: tuple[str, ...] = ()  # real LR photos (default: data/lr, else data/sample/lr)
@@ -192,7 +192,7 @@ def load_reference(
 def jobs(
     todo: Sequence[tuple[int, str, Path]], references: list[Path], cfg: Config, counts: dict
 ) -> Iterator:
-    """Load one HR image after the other with its reference; unreadable ones are counted and named."""
+    """Load HR images one by one with their references; count and name unreadable ones."""
     broken: set[Path] = set()
     for index, name, file in todo:
         try:
@@ -238,7 +238,7 @@ def read_records(path: Path, settings: dict) -> dict[str, dict]:
         different = [key for key in settings if found[key] != settings[key]]
         common.require(
             not different,
-            f"{path} holds pairs made with other settings ({', '.join(different)}): give another --out.",
+            f"{path}: pairs of other settings ({', '.join(different)}): give another --out.",
         )
         if all((path.parent / record[side]).is_file() for side in ("hr", "lr")):
             records[Path(record["lr"]).stem] = record
@@ -342,7 +342,8 @@ def main(cfg: Config, rt: common.Runtime) -> None:
     if todo or not (out / "preview.png").is_file():
         save_preview(out / "preview.png", out, list(islice(ordered, 4)))
     print(
-        f"{len(ordered)} pairs in {out}, {counts['skipped']} images skipped; see {out / 'preview.png'}"
+        f"{len(ordered)} pairs in {out}, {counts['skipped']} images skipped; "
+        f"look at {out / 'preview.png'}"
     )
 
 
