@@ -140,10 +140,8 @@ class Config:
     out: str = "out/generated"  # folder of the pairs
     checkpoint: str = ""  # weights (default: runs/diffusion, else data/pretrained)
     start: str = "reconstruct"  # start image: reconstruct (Rec_lr) or degrade (random D, the paper)
-    t_start: int = (
-        30  # steps of noise on the start image, 0 is the start image alone; the paper: 300
-    )
-    num_steps: int = 10  # network evaluations
+    t_start: int = 15  # steps of noise on the start image, 0 is none; the paper: 300
+    num_steps: int = 5  # network evaluations
     eta: float = 0.0  # 0 is DDIM; 1 with as many evaluations as steps is DDPM (the paper)
     candidates: int = 4  # K, of which the filter keeps the best
     batch_size: int = 4  # HR images of one size at a time
