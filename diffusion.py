@@ -178,7 +178,8 @@ class UNet(nn.Module):
             extractors.group_norm(widths[0]),
             nn.Conv2d(widths[0], 3, 3, padding=1),
         )
-        nn.init.zeros_(self.last.weight)
+        for p in self.last.parameters():
+            nn.init.zeros_(p)
 
     @staticmethod
     def stack(c_in: int, c_out: int, embedding: int, attention: bool) -> nn.ModuleList:

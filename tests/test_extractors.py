@@ -1,0 +1,416 @@
+"""extractors.py: the VQ-VAE's structure, each network, Eq. (4) by hand, losses and gradients."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import common
+import extractors
+from extractors import Config, Extractors
+
+CPU = common.Runtime(torch.device("cpu"))
+TINY = Config(
+    batch_size=4,
+    crop=64,
+    vq_crop=64,
+    vq_channels=8,
+    vq_multipliers=(1, 2, 2),
+    vq_blocks=1,
+    vq_codes=16,
+    deg_channels=8,
+    deg_blocks=1,
+    deg_dim=16,
+    mod_channels=8,
+    num_samples=2,
+    bf16=False,
+)
+
+
+def drawn_batch(batch: int, height: int, width: int) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1]: a wave each, and a little noise."""
+    gen = common.generator(batch, height, width)
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    period = 3 + 20 * torch.rand(batch, 3, 2, 1, 1, generator=gen)
+    waves = 0.5 + 0.3 * torch.sin(y / period[:, :, 0] + x / period[:, :, 1])
+    return (waves + 0.03 * torch.randn(waves.shape, generator=gen)).clamp(0, 1)
+
+
+def built(**changes: object) -> Extractors:
+    """A tiny network whose zero-initialised weights are moved, so that every part takes part."""
+    torch.manual_seed(0)
+    net = Extractors(replace(TINY, **changes))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.02 * torch.randn(p.shape)
+    return net
+
+
+def with_gradient(net: nn.Module) -> set[str]:
+    """Names of the parameters whose gradient is there and not zero; all must be finite."""
+    found = {k: p.grad for k, p in net.named_parameters() if p.grad is not None}
+    assert all(g.isfinite().all() for g in found.values())
+    return {k for k, g in found.items() if g.abs().max() > 0}
+
+
+def named(net: nn.Module, *prefixes: str) -> set[str]:
+    return {k for k, _ in net.named_parameters() if k.startswith(prefixes)}
+
+
+# ---- VQ-VAE -----------------------------------------------------------------------------------
+
+
+def test_vqvae_has_the_keys_and_shapes_of_the_public_vq_f4(shared):
+    table = shared / "vq-f4-keys.tsv"
+    if not table.is_file():
+        pytest.skip(f"no {table}")
+    rows = [line.split() for line in table.read_text().splitlines()[1:]]
+    expected = {key: tuple(map(int, shape.split("x"))) for key, shape in rows}
+    assert len(expected) == 205
+    with torch.device("meta"):
+        net = extractors.VQVAE(128, (1, 2, 4), 2, 3, 8192)
+    assert {key: tuple(v.shape) for key, v in net.state_dict().items()} == expected
+
+
+def test_vqvae_of_the_paper_has_55_million_parameters():
+    with torch.device("meta"):
+        net = extractors.VQVAE(128, (1, 2, 4), 2, 3, 8192)
+    assert common.count_parameters(net).startswith("55.3")
+
+
+def test_vqvae_reduces_by_four_and_back():
+    net = built().vqvae
+    z = net.encode(drawn_batch(2, 32, 48))
+    assert z.shape == (2, 3, 8, 12)
+    assert net.decode(z).shape == (2, 3, 32, 48)
+
+
+def test_residual_blocks_start_as_the_identity():
+    x = torch.randn(2, 8, 5, 7, generator=common.generator(0))
+    block = extractors.ResBlock(8, 8)
+    nn.init.zeros_(block.conv2.bias)
+    torch.testing.assert_close(block(x), x)
+
+
+def test_attention_matches_a_softmax_written_out():
+    torch.manual_seed(0)
+    net, x = extractors.Attention(8), torch.randn(2, 8, 3, 4)
+    h = net.norm(x)
+    q, k, v = (f(h).flatten(2) for f in (net.q, net.k, net.v))  # (B, C, N)
+    weight = torch.softmax(torch.einsum("bcq,bck->bqk", q, k) / 8**0.5, dim=2)
+    expected = x + net.proj_out(torch.einsum("bqk,bck->bcq", weight, v).view(2, 8, 3, 4))
+    torch.testing.assert_close(net(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_quantizer_returns_the_nearest_code():
+    torch.manual_seed(0)
+    quantizer, z = extractors.Quantizer(50, 3), torch.randn(2, 3, 40, 60)  # more than one split
+    nn.init.normal_(quantizer.embedding.weight)
+    codes, number = quantizer(z)
+    table = quantizer.embedding.weight.detach().numpy().astype(np.float64)
+    flat = z.permute(0, 2, 3, 1).reshape(-1, 1, 3).numpy().astype(np.float64)
+    distance = np.square(flat - table).sum(2)
+    chosen = number.flatten().numpy()
+    # The two nearest codes may tie within float32.
+    gap = distance[np.arange(len(chosen)), chosen] - distance.min(1)
+    assert codes.shape == z.shape and number.shape == (2, 40, 60)
+    assert gap.max() < 1e-4 and (chosen == distance.argmin(1)).mean() > 0.999
+    picked = codes.detach().permute(0, 2, 3, 1).reshape(-1, 3).numpy()
+    np.testing.assert_array_equal(picked, quantizer.embedding.weight.detach().numpy()[chosen])
+
+
+def test_gradient_passes_straight_through_the_codebook():
+    net = built()
+    hr = drawn_batch(1, 32, 32)  # one image alone takes the codebook
+    extractors.vqvae_loss(net, hr, common.generator(0))["loss"].backward()
+    assert net.vqvae.encoder.conv_in.weight.grad.abs().max() > 0
+
+
+def test_restart_moves_only_unused_codes_and_onto_latents():
+    torch.manual_seed(0)
+    quantizer, z = extractors.Quantizer(200, 3), torch.randn(1, 3, 2, 2)
+    before = quantizer.embedding.weight.detach().clone()
+    number = quantizer(z)[1]
+    quantizer.restart(z, number, common.generator(0))
+    after = quantizer.embedding.weight.detach()
+    moved = (before != after).any(1)
+    assert 5 < moved.sum() < 40  # one in ten
+    assert not moved[number.flatten()].any()
+    latents = z.permute(0, 2, 3, 1).reshape(-1, 3)
+    assert (torch.cdist(after[moved], latents).amin(1) < 1e-5).all()
+
+
+# ---- degradation extractor, modulation, Rec_lr --------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 9), (32, 17)])
+def test_degradation_extractor_takes_any_size(size):
+    assert built().e_deg(drawn_batch(2, *size)).shape == (2, 16)
+
+
+def test_degradation_extractor_of_the_paper_gives_2048_numbers():
+    cfg = Config()
+    net = extractors.DegradationExtractor(cfg.deg_channels, cfg.deg_blocks, cfg.deg_dim)
+    assert len(net.body) == 16
+    assert sum(isinstance(layer, nn.Conv2d) for layer in net.mapping) == 4
+    assert net(drawn_batch(2, 12, 12)).shape == (2, 2048)
+
+
+def test_degradation_extractor_sees_the_noise_level():
+    net, x = built().e_deg, torch.full((1, 3, 32, 32), 0.5)
+    noise = torch.randn(x.shape, generator=common.generator(1))
+    assert (net(x) - net(x + 0.1 * noise)).abs().max() > 1e-6
+
+
+def test_modulation_depends_on_degradation_and_content():
+    torch.manual_seed(0)
+    net = extractors.ModulationBlock(3, 16, 8, 5)
+    degradation, content = torch.randn(2, 16), torch.randn(2, 3, 6, 7)
+    degradation.requires_grad_(True)
+    content.requires_grad_(True)
+    out = net(degradation, content)
+    assert out.shape == (2, 5, 6, 7)
+    assert len(net.convs) == len(net.units) == 4
+    for other in (net(degradation + 1, content), net(degradation, content + 1)):
+        assert (out - other).abs().max() > 1e-4
+    out.square().mean().backward()
+    assert with_gradient(net) == named(net, "")
+    assert degradation.grad.abs().max() > 0 and content.grad.abs().max() > 0
+
+
+def test_modulation_with_zero_units_is_the_plain_convolutions():
+    torch.manual_seed(0)
+    net, content = extractors.ModulationBlock(3, 16, 8, 5), torch.randn(2, 3, 6, 7)
+    for unit in net.units:
+        nn.init.zeros_(unit.weight)
+        nn.init.zeros_(unit.bias)
+    x = content
+    for conv in net.convs:
+        x = nn.functional.silu(conv(x))
+    torch.testing.assert_close(net(torch.randn(2, 16), content), net.last(x))
+
+
+def test_resized_matches_pillow():
+    image = drawn_batch(1, 37, 50)
+    for height, width in ((9, 12), (148, 200), (37, 50)):
+        expected = [
+            np.asarray(Image.fromarray(c.numpy()).resize((width, height), Image.Resampling.BICUBIC))
+            for c in image[0]
+        ]
+        ours = extractors.resized(image, height, width)[0]
+        np.testing.assert_allclose(ours, np.stack(expected), atol=1e-3)
+
+
+def test_reconstruct_with_nothing_to_add_is_the_bicubic_reduction():
+    net, hr = built(), drawn_batch(2, 32, 48)
+    nn.init.zeros_(net.rec_lr.last.weight)
+    nn.init.zeros_(net.rec_lr.last.bias)
+    lr = net.reconstruct(torch.randn(2, 16), hr, net.content(hr)).detach()
+    for b in range(2):
+        for c in range(3):
+            plane = Image.fromarray(hr[b, c].numpy()).resize((12, 8), Image.Resampling.BICUBIC)
+            np.testing.assert_allclose(lr[b, c], np.asarray(plane), atol=1e-3)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_reconstruct_depends_on_degradation_and_content(skip):
+    net, hr = built(skip=skip), drawn_batch(2, 32, 48)
+    code, content = torch.randn(2, 16, generator=common.generator(0)), net.content(hr)
+    lr = net.reconstruct(code, hr, content)
+    assert lr.shape == (2, 3, 8, 12)
+    assert (lr - net.reconstruct(code + 1, hr, content)).abs().max() > 1e-5
+    assert (lr - net.reconstruct(code, hr, content + 1)).abs().max() > 1e-5
+    assert torch.equal(lr, net.reconstruct(code, 1 - hr, content)) == (not skip)
+
+
+def test_quantized_content_consists_of_codes():
+    net, hr = built(quantize_content=True), drawn_batch(1, 32, 32)
+    content = net.content(hr).permute(0, 2, 3, 1).reshape(-1, 3)
+    assert (torch.cdist(content, net.vqvae.quantize.embedding.weight).amin(1) < 1e-5).all()
+
+
+# ---- losses -----------------------------------------------------------------------------------
+
+
+def test_contrastive_loss_matches_a_case_by_hand():
+    anchor = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+    positives = torch.tensor([[[3.0, 4.0], [1.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]])
+    negatives = torch.tensor([[[0.0, 2.0], [4.0, 0.0]], [[1.0, 0.0], [1.0, 0.5]]])
+    # b = 0: max(5 - 2 + 1, 0) + max(1 - 1 + 1, 0) = 5; b = 1: max(1 - 3 + 1, 0) + (0 - 0.5 + 1)
+    loss = extractors.contrastive_loss(anchor, positives, negatives, margin=1.0)
+    assert loss.item() == pytest.approx((5.0 + 0.5) / 2, abs=1e-5)
+
+
+def test_contrastive_loss_is_zero_for_equal_positives_and_far_negatives():
+    anchor = torch.randn(4, 8, generator=common.generator(0)).requires_grad_(True)
+    loss = extractors.contrastive_loss(
+        anchor, anchor.expand(3, 4, 8), anchor.expand(3, 4, 8) + 10, 0.01
+    )
+    loss.backward()
+    assert loss.item() == 0 and anchor.grad.isfinite().all()
+
+
+def test_contrastive_loss_is_the_margin_where_all_codes_are_equal():
+    same = torch.ones(4, 8, requires_grad=True)
+    loss = extractors.contrastive_loss(same, same.expand(3, 4, 8), same.expand(3, 4, 8), 0.01)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.03) and same.grad.isfinite().all()
+
+
+def test_degradation_loss_pairs_codes_as_equation_4_says(monkeypatch):
+    """With codes that name (image, theta), positives share theta and negatives share the image."""
+    net, hr, seen = built(), drawn_batch(4, 64, 64), {}
+    theta_of = {}
+
+    def fake_degrade(image: Tensor, theta: object, generator: object) -> Tensor:
+        theta_of["number"] = torch.arange(len(image)) % 4
+        which = (image[:, None] - hr[None]).abs().amax((2, 3, 4)).argmin(1)
+        codes = torch.stack([which, theta_of["number"]], 1).float()
+        return torch.cat([codes, torch.zeros(len(image), 1)], 1)[..., None, None].expand(
+            -1, 3, 16, 16
+        )
+
+    def fake_loss(anchor: Tensor, positives: Tensor, negatives: Tensor, margin: float) -> Tensor:
+        seen.update(anchor=anchor, positives=positives, negatives=negatives)
+        return anchor.sum() * 0
+
+    class Reads(nn.Module):
+        def forward(self, lr: Tensor) -> Tensor:
+            return torch.cat([lr[:, :2, 0, 0], torch.zeros(len(lr), 14)], 1)
+
+    net.e_deg = Reads()
+    monkeypatch.setattr(extractors.degrade, "degrade", fake_degrade)
+    monkeypatch.setattr(extractors, "contrastive_loss", fake_loss)
+    extractors.degradation_loss(net, hr, TINY, common.generator(0))
+    image, theta = ((lambda c, i=i: c[..., i]) for i in range(2))
+    anchor, positives, negatives = seen["anchor"], seen["positives"], seen["negatives"]
+    assert positives.shape == negatives.shape == (TINY.num_samples, 4, 16)
+    assert torch.equal(theta(positives), theta(anchor).expand(2, 4))
+    assert (image(positives) != image(anchor)).all()
+    assert torch.equal(image(negatives), image(anchor).expand(2, 4))
+    assert (theta(negatives) != theta(anchor)).all()
+
+
+def test_vqvae_loss_trains_the_vqvae_alone():
+    net = built()
+    values = extractors.vqvae_loss(net, drawn_batch(4, 32, 32), common.generator(0))
+    values["loss"].backward()
+    assert values["loss"].isfinite() and 1 <= values["codes"] <= TINY.vq_codes
+    assert with_gradient(net) == named(net, "vqvae.")
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_content_loss_reaches_the_encoder_and_no_degradation(quantize):
+    net = built(quantize_content=quantize)
+    net.vqvae.decoder.requires_grad_(False)
+    net.vqvae.post_quant_conv.requires_grad_(False)
+    loss = extractors.content_loss(net, drawn_batch(4, 64, 64), TINY, common.generator(0))["loss"]
+    loss.backward()
+    assert loss.isfinite()
+    assert with_gradient(net) == named(net, "vqvae.encoder.", "vqvae.quant_conv.")
+
+
+@pytest.mark.parametrize("changes", [{}, {"across": False, "log_mse": False}, {"skip": False}])
+def test_degradation_loss_trains_e_deg_and_rec_lr_but_not_the_content(changes):
+    net, cfg = built(**changes), replace(TINY, **changes)
+    values = extractors.degradation_loss(net, drawn_batch(4, 64, 64), cfg, common.generator(0))
+    values["loss"].backward()
+    assert all(value.isfinite() for value in values.values())
+    assert with_gradient(net) == named(net, "e_deg.", "rec_lr.", "head.")
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7])
+def test_sample_mixed_gives_one_theta_per_image(batch):
+    theta = extractors.sample_mixed(batch, TINY.recipes, common.generator(0))
+    assert len(theta.seed) == batch
+
+
+def test_losses_fall_on_one_batch():
+    hr = drawn_batch(4, 64, 64)
+    losses = {
+        "vqvae": lambda net, gen: extractors.vqvae_loss(net, hr, gen)["loss"],
+        "degradation": lambda net, gen: extractors.degradation_loss(net, hr, TINY, gen)["loss"],
+    }
+    for name, loss in losses.items():
+        net = built()
+        opt = torch.optim.Adam(net.parameters(), 2e-3)
+        values = []
+        for _ in range(30):
+            value = loss(net, common.generator(0))
+            opt.zero_grad()
+            value.backward()
+            opt.step()
+            values.append(value.item())
+        assert values[-1] < values[0] - 0.1 * abs(values[0]), name
+
+
+# ---- training ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    for i, image in enumerate(drawn_batch(3, 80, 96)):
+        common.save_image(folder / f"{i}.png", image)
+    return folder
+
+
+def test_training_resumes_exactly_and_each_part_moves_its_own_weights(tmp_path, photos):
+    cfg = replace(TINY, hr=(str(photos),))
+    for out, runs in {"once": [2], "twice": [1, 2]}.items():
+        for steps in runs:
+            torch.manual_seed(0)
+            extractors.train(replace(cfg, out=str(tmp_path / out), steps=(steps,)), CPU)
+    once, twice = (common.load_checkpoint(tmp_path / out / "vqvae.pt") for out in ("once", "twice"))
+    for kind in ("net", "ema"):
+        assert all(torch.equal(v, twice[kind][k]) for k, v in once[kind].items())
+    states = [
+        common.load_checkpoint(tmp_path / "once" / f"{name}.pt")["net"]
+        for name in ("vqvae", "content", "last")
+    ]
+    net = Extractors(cfg)
+    # The part starts from the average of the part before: trained weights are not in its list.
+    changed = [
+        {k for k in named(net, "") if not torch.equal(a[k], b[k])}
+        for a, b in zip(
+            [common.load_checkpoint(tmp_path / "once" / f"{n}.pt")["ema"] for n in ("vqvae", "content")],
+            states[1:],
+            strict=True,
+        )
+    ]  # fmt: skip
+    assert changed[0] <= named(net, "vqvae.encoder.", "vqvae.quant_conv.") and changed[0]
+    assert changed[1] <= named(net, "e_deg.", "rec_lr.", "head.") and changed[1]
+
+
+def test_vqvae_weights_can_be_given(tmp_path, photos):
+    cfg = replace(TINY, hr=(str(photos),), steps=(1,))
+    torch.manual_seed(0)
+    weights = tmp_path / "vq.pt"
+    given = built().vqvae.state_dict()
+    common.save_checkpoint(weights, {"ema": given})
+    extractors.train(replace(cfg, vqvae=str(weights), out=str(tmp_path / "out")), CPU)
+    assert not (tmp_path / "out" / "vqvae.pt").exists()
+    trained = common.load_checkpoint(tmp_path / "out" / "last.pt")["net"]
+    for key, value in given.items():
+        if key.startswith(("decoder.", "post_quant_conv.", "quantize.")):
+            assert torch.equal(trained[f"vqvae.{key}"], value), key
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": (1, 2)},
+        {"crop": 40},
+        {"vq_crop": 0},
+        {"num_samples": 4},
+        {"recipes": ("nonsense",)},
+        {"hr": ("missing",)},
+    ],
+)
+def test_senseless_settings_end_in_one_sentence(tmp_path, changes):
+    with pytest.raises(common.UserError, match="--"):
+        extractors.train(replace(TINY, out=str(tmp_path / "out"), **changes), CPU)
+    assert not (tmp_path / "out").exists()
