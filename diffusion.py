@@ -331,7 +331,7 @@ class Config:
 PRESETS: dict[str, dict] = {
     "paper": {},
     "small": {
-        "steps": 2000,
+        "steps": 1500,
         "batch_size": 16,
         "crop": 48,
         "learning_rate": 5e-4,

@@ -1,6 +1,6 @@
-"""The schedule, samplers, U-Net and losses of stage 2."""
+"""diffusion.py: the noise schedule and its steps in closed form, the U-Net, the training of stage 2."""
 
-from pathlib import Path
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -10,135 +10,411 @@ from torch import Tensor
 import common
 import diffusion
 import extractors
+from diffusion import ALPHAS_CUMPROD, BETAS, Config
 
+CPU = common.Runtime(torch.device("cpu"))
 STAGE_1 = extractors.Config(
-    vq_channels=8, vq_codes=16, deg_channels=8, deg_blocks=1, deg_dim=16, mod_channels=8
+    vq_channels=8,
+    vq_multipliers=(1, 2, 2),
+    vq_blocks=1,
+    vq_codes=16,
+    deg_channels=8,
+    deg_blocks=1,
+    deg_dim=16,
+    mod_channels=8,
 )
-STAGE_2 = diffusion.Config(
+TINY = Config(
+    batch_size=4,
+    crop=16,
     widths=(8, 16),
+    blocks=1,
     attention=(1,),
     mod_channels=8,
     cond_channels=4,
-    batch_size=4,
-    crop=16,
     bf16=False,
 )
 
 
-@pytest.fixture
-def net() -> diffusion.DecoupledDDPM:
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=common.generator(seed, *shape))
+
+
+def uniform(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=common.generator(seed, *shape))
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [common.generator(seed) for seed in seeds]
+
+
+def built(**changes: object) -> diffusion.DecoupledDDPM:
+    """A tiny model whose zero-initialised weights are moved."""
     torch.manual_seed(0)
-    return diffusion.DecoupledDDPM(extractors.Extractors(STAGE_1), 16, STAGE_1.vq_z, STAGE_2)
+    cfg = replace(TINY, **changes)  # type: ignore[arg-type]
+    net = diffusion.build(asdict(cfg), asdict(STAGE_1))
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.05 * torch.randn(p.shape)
+    return net
 
 
-def draws(*seeds: int) -> list[torch.Generator]:
-    return [common.generator(s) for s in seeds]
+# ---- noise schedule ---------------------------------------------------------------------------
 
 
-def test_alphas_cumprod_is_the_product_of_the_linear_schedule() -> None:
-    expected = np.concatenate([[1.0], np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))])
-    np.testing.assert_allclose(diffusion.ALPHAS_CUMPROD.numpy(), expected, rtol=1e-6)
+def test_alphas_cumprod_matches_a_float64_product():
+    betas = np.linspace(1e-4, 0.02, 1000)
+    expected = np.concatenate([[1.0], np.exp(np.log1p(-betas).cumsum())])
+    np.testing.assert_allclose(BETAS, betas, rtol=1e-12)
+    assert ALPHAS_CUMPROD.shape == (1001,) and ALPHAS_CUMPROD.dtype == torch.float32
+    np.testing.assert_allclose(ALPHAS_CUMPROD, expected, rtol=1e-6)
+    assert ALPHAS_CUMPROD[-1] < 1e-4
 
 
-@pytest.mark.parametrize("t", [0, 1, 300, 1000])
-def test_q_sample_matches_closed_form(t: int) -> None:
-    x_0, eps = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
-    abar = np.prod(1 - np.linspace(1e-4, 0.02, 1000)[:t])
-    expected = np.sqrt(abar) * x_0 + np.sqrt(1 - abar) * eps
-    x_t = diffusion.q_sample(x_0, torch.full((2,), t), eps)
-    torch.testing.assert_close(x_t, expected.float(), atol=2e-4, rtol=1e-4)
+def test_q_sample_without_noise_steps_is_the_image():
+    x_0, eps = uniform(3, 3, 4, 5), normal(3, 3, 4, 5)
+    assert torch.equal(diffusion.q_sample(x_0, torch.zeros(3, dtype=torch.long), eps), x_0)
 
 
-def test_p_sample_is_the_ddim_step_of_eta_one() -> None:
-    x_t, noise = torch.randn(3, 3, 8, 8), torch.randn(3, 3, 8, 8)
-    eps, t = 0.1 * torch.randn(3, 3, 8, 8), torch.tensor([1, 40, 900])
-    one = diffusion.p_sample(x_t, t, eps, noise)
-    # p_sample uses eps only through x_0, ddim_step recomputes it: equal where x_0 is clamped, too.
-    two = diffusion.ddim_step(x_t, t, t - 1, eps, 1.0, noise)
-    torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+def test_q_sample_matches_closed_form():
+    x_0, eps, t = uniform(4, 3, 4, 5), normal(4, 3, 4, 5), torch.tensor([1, 30, 500, 1000])
+    x_t = diffusion.q_sample(x_0, t, eps).numpy()
+    for b, steps in enumerate(t.tolist()):
+        alpha_bar = np.prod(1 - np.linspace(1e-4, 0.02, 1000)[:steps])
+        expected = np.sqrt(alpha_bar) * x_0[b].numpy() + np.sqrt(1 - alpha_bar) * eps[b].numpy()
+        np.testing.assert_allclose(x_t[b], expected, atol=1e-5)
+
+
+def test_q_sample_equals_one_step_after_the_other_in_distribution():
+    """Mean and variance of the chain x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise."""
+    steps, x = 40, torch.full((200_000,), 0.8, dtype=torch.float64)
+    gen = common.generator(3)
+    for beta in BETAS[:steps]:
+        x = (1 - beta).sqrt() * x + beta.sqrt() * torch.randn(len(x), generator=gen)
+    x_0 = torch.full((1, 1, 1, 200_000), 0.8)
+    ours = diffusion.q_sample(x_0, torch.tensor([steps]), normal(1, 1, 1, 200_000, seed=4))
+    assert ours.mean().item() == pytest.approx(x.mean().item(), abs=4e-3)
+    assert ours.var().item() == pytest.approx(x.var().item(), rel=0.02)
+    assert ours.var().item() == pytest.approx(1 - ALPHAS_CUMPROD[steps].item(), rel=0.02)
+
+
+def test_predict_x_0_inverts_q_sample_and_clamps():
+    x_0, eps, t = uniform(3, 3, 4, 5) * 2 - 1, normal(3, 3, 4, 5), torch.tensor([1, 100, 500])
+    x_t = diffusion.q_sample(x_0, t, eps)
+    torch.testing.assert_close(diffusion.predict_x_0(x_t, t, eps), x_0, atol=1e-4, rtol=0)
+    assert diffusion.predict_x_0(x_t * 100, t, eps).abs().max() == 1
+
+
+# ---- sampling ---------------------------------------------------------------------------------
+
+
+def test_p_sample_has_the_mean_and_variance_of_the_posterior():
+    """q(x_{t-1} | x_t, x_0) as the product of two Gaussians (arXiv:2006.11239, Eq. 6-7)."""
+    x_0, eps, noise = uniform(4, 3, 4, 4) * 2 - 1, normal(4, 3, 4, 4), normal(4, 3, 4, 4, seed=1)
+    t = torch.tensor([1, 2, 50, 400])
+    x_t = diffusion.q_sample(x_0, t, eps)
+    ours = diffusion.p_sample(x_t, t, eps, noise).numpy()
+    betas = np.linspace(1e-4, 0.02, 1000)
+    for b, step in enumerate(t.tolist()):
+        beta, before = betas[step - 1], np.prod(1 - betas[: step - 1])
+        if step == 1:  # the posterior is x_0 itself
+            np.testing.assert_allclose(ours[b], x_0[b], atol=1e-4)
+            continue
+        precision = (1 - beta) / beta + 1 / (1 - before)
+        mean = np.sqrt(1 - beta) / beta * x_t[b].numpy()
+        mean = (mean + np.sqrt(before) / (1 - before) * x_0[b].numpy()) / precision
+        expected = mean + noise[b].numpy() / np.sqrt(precision)
+        np.testing.assert_allclose(ours[b], expected, atol=2e-3 if step == 2 else 1e-3)
+
+
+def test_p_sample_equals_ddim_step_with_eta_1():
+    x_t, eps, noise = normal(4, 3, 4, 4), normal(4, 3, 4, 4, seed=1), normal(4, 3, 4, 4, seed=2)
+    t = torch.tensor([1, 2, 50, 400])
+    ddim = diffusion.ddim_step(x_t, t, t - 1, eps, 1.0, noise)
+    torch.testing.assert_close(diffusion.p_sample(x_t, t, eps, noise), ddim, atol=1e-3, rtol=0)
+
+
+def test_ddim_step_with_eta_0_moves_along_the_same_noise():
+    x_0, eps = uniform(3, 3, 4, 4) * 2 - 1, normal(3, 3, 4, 4)
+    t, t_next = torch.tensor([10, 100, 400]), torch.tensor([0, 50, 399])
+    x_next = diffusion.ddim_step(diffusion.q_sample(x_0, t, eps), t, t_next, eps)
+    torch.testing.assert_close(x_next, diffusion.q_sample(x_0, t_next, eps), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("t_start", "num_steps", "eta"), [(300, 300, 1.0), (30, 10, 0.0), (7, 3, 0.5)])  # fmt: skip
+def test_sampling_with_the_true_noise_finds_the_image(t_start, num_steps, eta):
+    target, calls = uniform(2, 3, 4, 4), []
+
+    def exact(x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        calls.append(t.tolist())
+        alpha_bar = diffusion.alpha_bar(t)
+        return (x_t - alpha_bar.sqrt() * diffusion.to_signed(target)) / (1 - alpha_bar).sqrt()
+
+    start, c = uniform(2, 3, 4, 4, seed=5), torch.zeros(2, 1, 4, 4)
+    x = diffusion.sample(exact, start, c, t_start, num_steps, generators(0, 1), eta)
+    torch.testing.assert_close(x, target, atol=1e-4, rtol=0)
+    assert len(calls) == num_steps and calls[0] == [t_start] * 2 and calls[-1][0] >= 1
+    assert all(a[0] > b[0] for a, b in zip(calls, calls[1:], strict=False))
+
+
+def test_no_noise_steps_give_the_start_image():
+    start = uniform(2, 3, 4, 4)
+    x = diffusion.sample(lambda *_: 1 / 0, start, start, 0, 10, generators(0, 1))
+    assert torch.equal(x, start)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_sampling_with_the_true_eps_recovers_x_0(eta: float) -> None:
-    x_0 = torch.rand(2, 3, 8, 8) * 2 - 1
+def test_sampling_depends_on_the_seeds_alone(eta):
+    start, c = uniform(2, 3, 4, 4), torch.zeros(2, 1, 4, 4)
 
-    def truth(x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        abar = diffusion.alpha_bar(t)
-        return (x_t - abar.sqrt() * x_0) / (1 - abar).sqrt()
+    def run(*seeds: int) -> Tensor:
+        return diffusion.sample(lambda x, t, c: 0.9 * x, start, c, 20, 5, generators(*seeds), eta)
 
-    out = diffusion.sample(truth, torch.rand(2, 3, 8, 8), x_0, 400, 20, draws(0, 1), eta)
-    torch.testing.assert_close(out, diffusion.to_image(x_0), atol=2e-3, rtol=0)
-
-
-def test_sampling_no_steps_returns_the_start_and_is_deterministic(
-    net: diffusion.DecoupledDDPM,
-) -> None:
-    start, c = torch.rand(2, 3, 16, 16), torch.randn(2, 4, 16, 16)
-    assert torch.equal(diffusion.sample(net, start, c, 0, 5, draws(0, 1)), start)
-    with torch.no_grad():
-        one = diffusion.sample(net, start, c, 50, 3, draws(0, 1))
-        two = diffusion.sample(net, start, c, 50, 3, draws(0, 1))
-        alone = diffusion.sample(net, start[1:], c[1:], 50, 3, draws(1))
-    assert torch.equal(one, two)
-    torch.testing.assert_close(one[1:], alone)
+    assert torch.equal(run(1, 2), run(1, 2))
+    assert not torch.equal(run(1, 2)[0], run(3, 2)[0])
 
 
-def test_unet_starts_at_zero_and_listens_to_every_input(net: diffusion.DecoupledDDPM) -> None:
-    x, t, c = torch.randn(2, 3, 16, 24), torch.tensor([5, 400]), torch.randn(2, 4, 16, 24)
-    assert net.unet(x, t, c).abs().max() == 0 and net.unet(x, t, c).shape == x.shape
-    for p in net.unet.parameters():
-        p.data.add_(0.05 * torch.randn_like(p))
-    out = net.unet(x, t, c)
-    for other in (net.unet(x + 1, t, c), net.unet(x, t + 90, c), net.unet(x, t, c + 1)):
-        assert (other - out).abs().max() > 1e-4
+def test_the_draws_of_a_row_do_not_depend_on_the_batch():
+    together = diffusion.randn_rows((3, 4, 5), generators(1, 2, 3))
+    for b, seed in enumerate((1, 2, 3)):
+        assert torch.equal(together[b], diffusion.randn_rows((3, 4, 5), generators(seed))[0])
+    start, c = uniform(3, 3, 4, 4), torch.zeros(3, 1, 4, 4)
+
+    def run(*rows: int) -> Tensor:
+        draws = generators(*rows)
+        rows_ = list(rows)
+        return diffusion.sample(lambda x, t, c: x / 2, start[rows_], c[rows_], 20, 5, draws, 1.0)
+
+    assert torch.equal(run(0, 1, 2)[1], run(1)[0])
 
 
-def photos(tmp_path: Path, name: str, size: int, share: int) -> common.PhotoCrops:
-    path = tmp_path / f"{name}.png"
-    common.save_image(path, torch.rand(3, size, size, generator=common.generator(size)))
-    rt = common.Runtime(torch.device("cpu"))
-    return common.PhotoCrops([path], size, share, 0, rt)
+def test_signed_and_image_ranges_are_inverse():
+    x = uniform(2, 3, 4, 4)
+    torch.testing.assert_close(diffusion.to_image(diffusion.to_signed(x)), x)
+    assert diffusion.to_image(torch.tensor([-3.0, 3.0])).tolist() == [0, 1]
 
 
-def test_a_step_changes_exactly_what_is_trained_and_fine_tuned(
-    net: diffusion.DecoupledDDPM, tmp_path: Path
-) -> None:
-    before = {k: v.clone() for k, v in net.named_parameters()}
-    tuned = diffusion.finetuned(net.extractors)
-    ids = {id(p) for p in tuned}
-    names = {k for k, p in net.named_parameters() if id(p) in ids}
-    assert {k.rsplit(".", 2)[0] for k in names} == {
-        "extractors.vqvae.encoder.down.0.block.0", "extractors.e_deg.mapping"}  # fmt: skip
-    lr, hr = photos(tmp_path, "lr", 16, 2), photos(tmp_path, "hr", 64, 2)
-    groups = [
-        {"params": [*net.modulation.parameters(), *net.unet.parameters()], "lr": 1e-3},
-        {"params": tuned, "lr": 1e-4},
-    ]
-
-    def loss(
-        net: diffusion.DecoupledDDPM, lr: Tensor, hr: Tensor, generator: torch.Generator
-    ) -> dict:
-        return diffusion.decoupled_loss(net, lr, hr, STAGE_2, generator)
-
-    # Three steps: zero-initialised layers pass gradients on only after they have moved.
-    rt = common.Runtime(torch.device("cpu"))
-    common.fit(rt, net, loss, [lr, hr], groups, tmp_path / "last.pt", STAGE_2, 4, {})
-    after = torch.load(tmp_path / "last.pt", weights_only=True)["net"]
-    changed = {k for k, v in before.items() if not torch.equal(v, after[k])}
-    trained = {k for k in before if k.startswith(("modulation.", "unet."))}
-    frozen = {k for k in before if k not in names | trained}
-    assert not changed & frozen, sorted(changed & frozen)
-    assert names <= changed and trained <= changed, sorted((names | trained) - changed)
+# ---- U-Net ------------------------------------------------------------------------------------
 
 
-def test_the_loss_falls_on_one_batch(net: diffusion.DecoupledDDPM) -> None:
-    x_0, c = torch.full((4, 3, 16, 16), 0.3), torch.zeros(4, 4, 16, 16)
-    opt = torch.optim.Adam(net.unet.parameters(), 3e-3)
+def test_timestep_embedding_separates_all_steps():
+    embedding = diffusion.timestep_embedding(torch.arange(1001), 16)
+    assert embedding.shape == (1001, 16)
+    assert torch.equal(embedding[0], torch.tensor([1.0] * 8 + [0.0] * 8))
+    distance = torch.cdist(embedding.double(), embedding.double()).fill_diagonal_(1)
+    assert distance.min() > 1e-3
+
+
+@pytest.mark.parametrize("widths", [(8,), (8, 16), (8, 16, 16), (8, 12, 16, 16)])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_unet_keeps_the_size_and_starts_at_zero(widths, blocks):
+    net = diffusion.UNet(5, widths, blocks, (len(widths) - 1,))
+    torch.nn.init.zeros_(net.last.bias)
+    out = net(normal(2, 3, 16, 24), torch.tensor([1, 500]), normal(2, 5, 16, 24))
+    assert out.shape == (2, 3, 16, 24)
+    assert out.abs().max() == 0
+
+
+def test_unet_starts_near_zero():
+    """Only the bias of the last convolution, which the zeroed weight leaves alone."""
+    torch.manual_seed(0)
+    net = diffusion.UNet(5, (8, 16), 1, ())
+    out = net(normal(2, 3, 8, 8), torch.tensor([1, 500]), normal(2, 5, 8, 8))
+    torch.testing.assert_close(out, net.last.bias[:, None, None].expand(2, 3, 8, 8))
+
+
+def test_unet_of_the_paper_can_be_built():
+    cfg = Config()
+    with torch.device("meta"):
+        net = diffusion.UNet(cfg.cond_channels, cfg.widths, cfg.blocks, cfg.attention)
+    assert sum(p.numel() for p in net.parameters()) > 50e6
+
+
+def test_every_input_of_the_unet_matters():
+    net = built()
+    x, t, c = normal(2, 3, 8, 8), torch.tensor([10, 400]), normal(2, 4, 8, 8)
+    out = net(x, t, c)
+    for other in (net(x + 0.5, t, c), net(x, t + 50, c), net(x, t, c + normal(2, 4, 8, 8, seed=1))):
+        assert (out - other).abs().amax((1, 2, 3)).min() > 1e-4
+
+
+def test_condition_depends_on_degradation_and_content():
+    net, degradation, content = built(), normal(2, 16), normal(2, 3, 8, 8)
+    c = net.condition(degradation, content)
+    assert c.shape == (2, 4, 8, 8)
+    assert (c - net.condition(degradation + 1, content)).abs().max() > 1e-4
+    assert (c - net.condition(degradation, content + 1)).abs().max() > 1e-4
+
+
+# ---- training ---------------------------------------------------------------------------------
+
+
+def test_real_triple_reads_an_lr_image_at_four_times_its_size():
+    net, lr = built().extractors, uniform(2, 3, 16, 24)
+    x_0, degradation, content = diffusion.real_triple(net, lr)
+    assert torch.equal(x_0, lr)
+    assert degradation.shape == (2, 16) and content.shape == (2, 3, 16, 24)
+
+
+def test_synthetic_triple_takes_degradation_from_another_scene(monkeypatch):
+    """Row b is D(X_b, theta_b); its code is read from D(X_{b-1}, theta_b)."""
+    net, hr, seen = built().extractors, uniform(3, 3, 64, 64), []
+    monkeypatch.setattr(net.e_deg, "forward", lambda lr: seen.append(lr) or lr.mean((2, 3)))
+    real = diffusion.degrade.degrade
+
+    def spy(image: Tensor, theta: object, generator: torch.Generator) -> Tensor:
+        seen.extend([image, theta])
+        return real(image, theta, generator)
+
+    monkeypatch.setattr(diffusion.degrade, "degrade", spy)
+    lr, degradation, content = diffusion.synthetic_triple(
+        net, hr, TINY.recipes, common.generator(0)
+    )
+    image, theta, reference = seen
+    assert torch.equal(image, torch.cat([hr, hr.roll(1, 0)]))
+    assert torch.equal(theta.blur_sigma[:3], theta.blur_sigma[3:])
+    assert torch.equal(degradation, reference.mean((2, 3))) and not torch.equal(reference, lr)
+    torch.testing.assert_close(content, net.content(hr))
+    assert lr.shape == (3, 3, 16, 16) and 0 <= lr.min() and lr.max() <= 1
+
+
+@pytest.mark.parametrize("t_power", [1.0, 2.0])
+def test_ddpm_loss_of_an_exact_network_is_zero_and_all_steps_are_drawn(t_power):
+    x_0, steps = uniform(4000, 3, 1, 1), []
+
+    def exact(x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        steps.append(t)
+        alpha_bar = diffusion.alpha_bar(t)
+        return (x_t - alpha_bar.sqrt() * diffusion.to_signed(x_0)) / (1 - alpha_bar).sqrt()
+
+    cfg = replace(TINY, t_max=20, t_power=t_power)
+    loss = diffusion.ddpm_loss(exact, x_0, x_0, cfg, common.generator(0))
+    assert loss < 1e-6
+    assert steps[0].unique().tolist() == list(range(1, 21))
+    assert (steps[0] <= 5).float().mean() == pytest.approx(0.25 ** (1 / t_power), abs=0.03)
+
+
+def test_ddpm_loss_of_a_zero_network_is_the_variance_of_the_noise():
+    x_0 = uniform(64, 3, 8, 8)
+    loss = diffusion.ddpm_loss(lambda x, t, c: x * 0, x_0, x_0, TINY, common.generator(0))
+    assert loss.item() == pytest.approx(1, abs=0.05)
+
+
+def test_loss_falls_on_one_batch():
+    net, lr, hr = built(), uniform(2, 3, 16, 16), uniform(2, 3, 64, 64)
+    opt = torch.optim.Adam([*net.modulation.parameters(), *net.unet.parameters()], 3e-3)
     values = []
-    for _ in range(40):
-        value = diffusion.ddpm_loss(net, x_0, c, STAGE_2, common.generator(0))
+    for _ in range(30):
+        loss = diffusion.decoupled_loss(net, lr, hr, TINY, common.generator(0))["loss"]
         opt.zero_grad()
-        value.backward()
+        loss.backward()
         opt.step()
-        values.append(value.item())
-    assert values[0] == pytest.approx(1, abs=0.1) and values[-1] < 0.6 * values[0]
+        values.append(loss.item())
+    assert values[-1] < 0.8 * values[0]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Flags for photos and stage-1 weights."""
+    for name, size in (("hr", 72), ("lr", 24)):
+        for i in range(3):
+            common.save_image(tmp_path / name / f"{i}.png", uniform(3, size, size + 8, seed=i))
+    torch.manual_seed(0)
+    weights = extractors.Extractors(STAGE_1).state_dict()
+    state = {"step": 0, "net": weights, "ema": weights, "config": asdict(STAGE_1)}
+    common.save_checkpoint(tmp_path / "stage_1.pt", state)
+    return {
+        "hr": (str(tmp_path / "hr"),),
+        "lr": (str(tmp_path / "lr"),),
+        "checkpoint": str(tmp_path / "stage_1.pt"),
+    }
+
+
+@pytest.mark.parametrize("content_from", ["both", "lr"])
+def test_one_step_changes_the_fine_tuned_layers_and_no_other_of_stage_1(
+    tmp_path, data, content_from
+):
+    # Two steps: at the first one the zeroed last convolution lets no gradient through to M.
+    cfg = replace(TINY, **data, out=str(tmp_path), steps=2, content_from=content_from)
+    diffusion.train(cfg, CPU)
+    after = common.load_checkpoint(tmp_path / "last.pt")["net"]
+    before = common.load_checkpoint(data["checkpoint"])["net"]
+    changed = {k for k, v in before.items() if not torch.equal(v, after[f"extractors.{k}"])}
+    nets = extractors.Extractors(STAGE_1)
+    tuned = {id(p) for p in diffusion.finetuned(nets)}
+    names = {k for k, p in nets.named_parameters() if id(p) in tuned}
+    assert {k.rsplit(".", 2)[0] for k in names} == {"vqvae.encoder.down.0.block.0", "e_deg.mapping"}
+    assert changed and changed <= names
+    # Every tensor of both modules moves; a few biases before a norm have no gradient.
+    assert {k for k in names if k.endswith("weight")} <= changed
+
+
+@pytest.mark.parametrize("changes", [{"finetune_learning_rate": 0.0}, {"content_from": "hr"}])
+def test_stage_1_stays_as_it_is_where_nothing_is_fine_tuned(tmp_path, data, changes):
+    diffusion.train(replace(TINY, **data, out=str(tmp_path), steps=2, **changes), CPU)
+    after = common.load_checkpoint(tmp_path / "last.pt")["net"]
+    before = common.load_checkpoint(data["checkpoint"])["net"]
+    assert all(torch.equal(v, after[f"extractors.{k}"]) for k, v in before.items())
+    assert after["unet.last.weight"].abs().max() > 0
+
+
+def test_one_step_of_fit_changes_the_trained_parameters_only(tmp_path):
+    net = built()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    trained = [*net.modulation.parameters(), *net.unet.parameters()]
+    groups = [
+        {"params": trained, "lr": 1e-2},
+        {"params": diffusion.finetuned(net.extractors), "lr": 1e-2},
+    ]
+    folder = tmp_path / "photos"
+    for i in range(2):
+        common.save_image(folder / f"{i}.png", uniform(3, 72, 72, seed=i))
+    files = common.list_images([str(folder)], "--hr")
+    data = [common.PhotoCrops(files, size, 2, 0, CPU) for size in (16, 64)]
+
+    def loss(net: diffusion.DecoupledDDPM, lr: Tensor, hr: Tensor, generator: torch.Generator):
+        return diffusion.decoupled_loss(net, lr, hr, TINY, generator)
+
+    common.fit(CPU, net, loss, data, groups, tmp_path / "last.pt", TINY, 1, {})
+    after = common.load_checkpoint(tmp_path / "last.pt")["net"]
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    tuned = ("extractors.vqvae.encoder.down.0.block.0.", "extractors.e_deg.mapping.6.")
+    allowed = {k for k in before if k.startswith(("modulation.", "unet.", *tuned))}
+    assert changed <= allowed
+    assert {k for k in allowed if k.endswith("weight")} <= changed
+
+
+def test_training_resumes_exactly(tmp_path, data):
+    cfg = replace(TINY, **data)
+    for out, runs in {"once": [2], "twice": [1, 2]}.items():
+        for steps in runs:
+            torch.manual_seed(0)
+            diffusion.train(replace(cfg, out=str(tmp_path / out), steps=steps), CPU)
+    once, twice = (common.load_checkpoint(tmp_path / out / "last.pt") for out in ("once", "twice"))
+    for kind in ("net", "ema"):
+        assert all(torch.equal(v, twice[kind][k]) for k, v in once[kind].items())
+
+
+def test_a_checkpoint_rebuilds_the_model(tmp_path, data):
+    diffusion.train(replace(TINY, **data, out=str(tmp_path), steps=1), CPU)
+    state = common.load_checkpoint(tmp_path / "last.pt")
+    net = diffusion.build(state["config"], state["config"]["extractors"])
+    net.load_state_dict(state["ema"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"content_from": "nowhere"},
+        {"t_max": 0},
+        {"t_max": 1001},
+        {"crop": 15},
+        {"batch_size": 1},
+        {"checkpoint": "missing.pt"},
+        {"lr": ("missing",)},
+    ],
+)
+def test_senseless_settings_end_in_one_sentence(tmp_path, data, changes):
+    cfg = replace(TINY, **(data | {"out": str(tmp_path / "out")} | changes))
+    with pytest.raises(common.UserError, match="--"):
+        diffusion.train(cfg, CPU)
+    assert not (tmp_path / "out").exists()

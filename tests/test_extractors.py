@@ -123,10 +123,23 @@ def test_quantizer_returns_the_nearest_code():
 
 
 def test_gradient_passes_straight_through_the_codebook():
-    net = built()
-    hr = drawn_batch(1, 32, 32)  # one image alone takes the codebook
+    """The encoder's gradient is the one of the decoder's input, plus that of the commitment."""
+    net, hr = built(), drawn_batch(1, 32, 32)  # one image alone takes the codebook
+    latents, encode, decode = [], net.vqvae.encode, net.vqvae.decode
+
+    def kept(x: Tensor) -> Tensor:
+        x.retain_grad()
+        latents.append(x)
+        return x
+
+    net.vqvae.encode = lambda image: kept(encode(image))
+    net.vqvae.decode = lambda z: decode(kept(z))
     extractors.vqvae_loss(net, hr, common.generator(0))["loss"].backward()
-    assert net.vqvae.encoder.conv_in.weight.grad.abs().max() > 0
+    z, into_decoder = latents
+    codes = net.vqvae.quantize(z)[0]
+    commitment = 0.25 * 2 * (z - codes).detach() / z.numel()
+    torch.testing.assert_close(z.grad, into_decoder.grad + commitment)
+    assert into_decoder.grad.abs().max() > 0
 
 
 def test_restart_moves_only_unused_codes_and_onto_latents():
@@ -263,15 +276,11 @@ def test_contrastive_loss_is_the_margin_where_all_codes_are_equal():
 def test_degradation_loss_pairs_codes_as_equation_4_says(monkeypatch):
     """With codes that name (image, theta), positives share theta and negatives share the image."""
     net, hr, seen = built(), drawn_batch(4, 64, 64), {}
-    theta_of = {}
 
     def fake_degrade(image: Tensor, theta: object, generator: object) -> Tensor:
-        theta_of["number"] = torch.arange(len(image)) % 4
         which = (image[:, None] - hr[None]).abs().amax((2, 3, 4)).argmin(1)
-        codes = torch.stack([which, theta_of["number"]], 1).float()
-        return torch.cat([codes, torch.zeros(len(image), 1)], 1)[..., None, None].expand(
-            -1, 3, 16, 16
-        )
+        codes = torch.stack([which, torch.arange(len(image)) % 4, which], 1).float()
+        return codes[..., None, None].expand(-1, 3, 16, 16)
 
     def fake_loss(anchor: Tensor, positives: Tensor, negatives: Tensor, margin: float) -> Tensor:
         seen.update(anchor=anchor, positives=positives, negatives=negatives)
@@ -285,13 +294,12 @@ def test_degradation_loss_pairs_codes_as_equation_4_says(monkeypatch):
     monkeypatch.setattr(extractors.degrade, "degrade", fake_degrade)
     monkeypatch.setattr(extractors, "contrastive_loss", fake_loss)
     extractors.degradation_loss(net, hr, TINY, common.generator(0))
-    image, theta = ((lambda c, i=i: c[..., i]) for i in range(2))
-    anchor, positives, negatives = seen["anchor"], seen["positives"], seen["negatives"]
-    assert positives.shape == negatives.shape == (TINY.num_samples, 4, 16)
-    assert torch.equal(theta(positives), theta(anchor).expand(2, 4))
-    assert (image(positives) != image(anchor)).all()
-    assert torch.equal(image(negatives), image(anchor).expand(2, 4))
-    assert (theta(negatives) != theta(anchor)).all()
+    assert seen["positives"].shape == seen["negatives"].shape == (TINY.num_samples, 4, 16)
+    (image, theta), (p_image, p_theta), (n_image, n_theta) = (
+        (seen[name][..., 0], seen[name][..., 1]) for name in ("anchor", "positives", "negatives")
+    )
+    assert torch.equal(p_theta, theta.expand(2, 4)) and (p_image != image).all()
+    assert torch.equal(n_image, image.expand(2, 4)) and (n_theta != theta).all()
 
 
 def test_vqvae_loss_trains_the_vqvae_alone():
@@ -367,22 +375,16 @@ def test_training_resumes_exactly_and_each_part_moves_its_own_weights(tmp_path, 
     once, twice = (common.load_checkpoint(tmp_path / out / "vqvae.pt") for out in ("once", "twice"))
     for kind in ("net", "ema"):
         assert all(torch.equal(v, twice[kind][k]) for k, v in once[kind].items())
-    states = [
-        common.load_checkpoint(tmp_path / "once" / f"{name}.pt")["net"]
-        for name in ("vqvae", "content", "last")
-    ]
-    net = Extractors(cfg)
-    # The part starts from the average of the part before: trained weights are not in its list.
-    changed = [
-        {k for k in named(net, "") if not torch.equal(a[k], b[k])}
-        for a, b in zip(
-            [common.load_checkpoint(tmp_path / "once" / f"{n}.pt")["ema"] for n in ("vqvae", "content")],
-            states[1:],
-            strict=True,
-        )
-    ]  # fmt: skip
-    assert changed[0] <= named(net, "vqvae.encoder.", "vqvae.quant_conv.") and changed[0]
-    assert changed[1] <= named(net, "e_deg.", "rec_lr.", "head.") and changed[1]
+    # Each part starts from the average of the one before it.
+    files = [tmp_path / "once" / f"{name}.pt" for name in ("vqvae", "content", "last")]
+    parts = [common.load_checkpoint(file) for file in files]
+    names = named(Extractors(cfg), "")
+    content, degradation = (
+        {k for k in names if not torch.equal(before["ema"][k], after["net"][k])}
+        for before, after in zip(parts, parts[1:], strict=False)
+    )
+    assert content and content <= named(Extractors(cfg), "vqvae.encoder.", "vqvae.quant_conv.")
+    assert degradation and degradation <= named(Extractors(cfg), "e_deg.", "rec_lr.", "head.")
 
 
 def test_vqvae_weights_can_be_given(tmp_path, photos):
