@@ -1,4 +1,4 @@
-"""diffusion.py: the noise schedule and its steps in closed form, the U-Net, the training of stage 2."""
+"""diffusion.py: the noise schedule and its steps in closed form, the U-Net, the training."""
 
 from dataclasses import asdict, replace
 
@@ -140,7 +140,9 @@ def test_ddim_step_with_eta_0_moves_along_the_same_noise():
     torch.testing.assert_close(x_next, diffusion.q_sample(x_0, t_next, eps), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("t_start", "num_steps", "eta"), [(300, 300, 1.0), (30, 10, 0.0), (7, 3, 0.5)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("t_start", "num_steps", "eta"), [(300, 300, 1.0), (30, 10, 0.0), (7, 3, 0.5)]
+)
 def test_sampling_with_the_true_noise_finds_the_image(t_start, num_steps, eta):
     target, calls = uniform(2, 3, 4, 4), []
 
@@ -318,8 +320,7 @@ def data(tmp_path):
     for name, size in (("hr", 72), ("lr", 24)):
         for i in range(3):
             common.save_image(tmp_path / name / f"{i}.png", uniform(3, size, size + 8, seed=i))
-    torch.manual_seed(0)
-    weights = extractors.Extractors(STAGE_1).state_dict()
+    weights = built().extractors.state_dict()
     state = {"step": 0, "net": weights, "ema": weights, "config": asdict(STAGE_1)}
     common.save_checkpoint(tmp_path / "stage_1.pt", state)
     return {
@@ -330,7 +331,7 @@ def data(tmp_path):
 
 
 @pytest.mark.parametrize("content_from", ["both", "lr"])
-def test_one_step_changes_the_fine_tuned_layers_and_no_other_of_stage_1(
+def test_training_changes_the_fine_tuned_layers_and_no_other_of_stage_1(
     tmp_path, data, content_from
 ):
     # Two steps: at the first one the zeroed last convolution lets no gradient through to M.
@@ -344,7 +345,6 @@ def test_one_step_changes_the_fine_tuned_layers_and_no_other_of_stage_1(
     names = {k for k, p in nets.named_parameters() if id(p) in tuned}
     assert {k.rsplit(".", 2)[0] for k in names} == {"vqvae.encoder.down.0.block.0", "e_deg.mapping"}
     assert changed and changed <= names
-    # Every tensor of both modules moves; a few biases before a norm have no gradient.
     assert {k for k in names if k.endswith("weight")} <= changed
 
 

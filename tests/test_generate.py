@@ -1,0 +1,420 @@
+"""generate.py: the filter, the start image, sizes, and the command line on all kinds of images."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import common
+import diffusion
+import extractors
+import generate
+
+REPO = Path(__file__).resolve().parents[1]
+STAGE_1 = extractors.Config(
+    vq_channels=8,
+    vq_multipliers=(1, 2, 2),
+    vq_blocks=1,
+    vq_codes=16,
+    deg_channels=8,
+    deg_blocks=1,
+    deg_dim=16,
+    mod_channels=8,
+)
+STAGE_2 = diffusion.Config(
+    widths=(8, 16), blocks=1, attention=(1,), mod_channels=8, cond_channels=4
+)
+
+
+def uniform(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=common.generator(seed, *shape))
+
+
+def pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Smooth uint8 pixels (H, W, 3)."""
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(y / (4 + c + seed) + x / (7 + 2 * c)) for c in range(3)]
+    return (127.5 + 127 * np.stack(waves, -1)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def net():
+    """A tiny untrained model; its zero-initialised weights are moved."""
+    torch.manual_seed(0)
+    config = asdict(STAGE_2) | {"extractors": asdict(STAGE_1)}
+    net = diffusion.build(config, config["extractors"])
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.05 * torch.randn(p.shape)
+    return net.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(net, tmp_path_factory):
+    """The model as common.fit leaves it."""
+    path = tmp_path_factory.mktemp("weights") / "last.pt"
+    config = asdict(STAGE_2) | {"extractors": asdict(STAGE_1)}
+    weights = net.state_dict()
+    state = {"step": 1, "net": weights, "ema": weights, "opt": {}, "config": config}
+    torch.save(state, path)
+    return path
+
+
+# ---- the method -------------------------------------------------------------------------------
+
+
+def test_any_size_gives_a_quarter_of_it(net):
+    hr = common.crop_to_multiple(uniform(3, 37, 50), generate.SCALE, "x")[None]
+    assert hr.shape == (1, 3, 36, 48)
+    lr, scores = generate.generate(net, hr, [uniform(3, 17, 20)], 10, 2, 3)
+    assert lr.shape == (1, 3, 3, 9, 12)
+    assert 0 <= lr.min() and lr.max() <= 1 and lr.isfinite().all()
+    assert scores["content"].shape == scores["degradation"].shape == (1, 3)
+    assert 0 <= scores["kept"][0] < 3
+
+
+def test_no_noise_steps_give_rec_lr_s_answer(net):
+    hr, refs = uniform(2, 3, 40, 48), [uniform(3, 16, 20), uniform(3, 30, 18, seed=1)]
+    lr, scores = generate.generate(net, hr, refs, 0, 10, 4, seeds=(0, 1), bf16=False)
+    codes = torch.cat([net.extractors.e_deg(ref[None]) for ref in refs])
+    expected = net.extractors.reconstruct(codes, hr, net.extractors.content(hr)).clamp(0, 1)
+    assert lr.shape == (2, 1, 3, 10, 12) and scores["kept"].tolist() == [0, 0]
+    torch.testing.assert_close(lr[:, 0], expected)
+
+
+def test_reference_image_and_seed_matter(net):
+    hr, ref = uniform(1, 3, 32, 32), uniform(3, 16, 16)
+    settings = {"t_start": 20, "num_steps": 2, "candidates": 2}
+    lr = generate.generate(net, hr, [ref], **settings, seeds=(5,))[0]
+    assert torch.equal(lr, generate.generate(net, hr, [ref], **settings, seeds=(5,))[0])
+    assert not torch.equal(lr[:, 0], lr[:, 1])  # candidates differ
+    for other in (
+        generate.generate(net, hr, [1 - ref / 2], **settings, seeds=(5,)),
+        generate.generate(net, 1 - hr, [ref], **settings, seeds=(5,)),
+        generate.generate(net, hr, [ref], **settings, seeds=(6,)),
+        generate.generate(net, hr, [ref], **settings, seeds=(5,), start="degrade"),
+    ):
+        assert (lr - other[0]).abs().max() > 1e-3
+
+
+def test_degraded_start_is_d_of_the_hr_image(net):
+    hr = uniform(2, 3, 64, 64)
+    code, content = torch.zeros(2, 16), torch.zeros(2, 3, 16, 16)
+    start = generate.start_image(net, hr, code, content, "degrade", (3, 4))
+    assert start.shape == (2, 3, 16, 16)
+    alone = generate.start_image(net, hr[1:], code[1:], content[1:], "degrade", (4,))
+    torch.testing.assert_close(start[1:], alone, atol=2 / 255, rtol=0)
+
+
+def test_errors_are_zero_only_for_the_same_content_and_degradation(net):
+    lr = uniform(2, 1, 3, 9, 12)
+    up = extractors.resized(lr[:, 0], 36, 48)
+    code, content = net.extractors.e_deg(lr[:, 0]), net.extractors.content(up)
+    far, near = generate.errors(net, lr, code, content)
+    assert far.shape == near.shape == (2, 1)
+    assert far.max() < 1e-5 and near.max() < 1e-5
+    expected = (content - 1 - content).square().mean((1, 2, 3)).sqrt()
+    torch.testing.assert_close(generate.errors(net, lr, code, content - 1)[0][:, 0], expected)
+    torch.testing.assert_close(generate.errors(net, lr, code - 1, content)[1], near + 4.0)
+
+
+@pytest.mark.parametrize("good", [0, 1, 2, 3])
+def test_filter_keeps_the_good_candidate(net, monkeypatch, good):
+    """Candidates of noise and one that has the content of hr: the reduction of hr itself."""
+    hr, planted = uniform(1, 3, 9, 12), uniform(4, 3, 9, 12, seed=1)
+    planted[good] = hr[0]
+    monkeypatch.setattr(generate.diffusion, "sample", lambda *_: planted)
+    hr = extractors.resized(hr, 36, 48).clamp(0, 1)
+    reference = planted[good]  # of the right degradation, too
+    lr, scores = generate.generate(net, hr, [reference], 10, 2, 4)
+    assert scores["kept"].tolist() == [good]
+    assert torch.equal(lr[0], planted[..., :9, :12])
+
+
+def test_filter_weighs_both_errors_equally(net, monkeypatch):
+    tables = {
+        # Relative to their means: content (0.5, 0.8, 1.7), degradation (1.7, 0.8, 0.5).
+        "both": (torch.tensor([[0.5, 0.8, 1.7]]), torch.tensor([[170.0, 80.0, 50.0]])),
+        "zero": (torch.zeros(1, 3), torch.tensor([[3.0, 1.0, 2.0]])),
+    }
+    for table in tables.values():
+        monkeypatch.setattr(generate, "errors", lambda *_, table=table: table)
+        scores = generate.generate(net, uniform(1, 3, 32, 32), [uniform(3, 16, 16)], 5, 1, 3)[1]
+        assert scores["kept"].tolist() == [1]
+
+
+def test_unique_names():
+    files = [Path(p) for p in ("a/x.png", "b/x.png", "b/y.jpg", "c/x.jpg")]
+    assert generate.unique_names(files) == ["x", "x_2", "y", "x_3"]
+
+
+def test_unique_names_do_not_meet_a_file_that_is_called_so():
+    names = generate.unique_names([Path(p) for p in ("a/x.png", "b/x.png", "b/x_2.png")])
+    assert len(set(names)) == 3
+
+
+def test_references_are_drawn_from_all_and_depend_on_seed_and_index(tmp_path):
+    files = [tmp_path / f"{i}.png" for i in range(4)]
+    for i, file in enumerate(files):
+        Image.fromarray(pixels(20, 20, i)).save(file)
+
+    def drawn(seed: int) -> list[Path]:
+        return [generate.load_reference(files, seed, i, set())[0] for i in range(40)]
+
+    assert set(drawn(0)) == set(files)
+    assert drawn(0) == drawn(0) != drawn(1)
+
+
+# ---- the command line -------------------------------------------------------------------------
+
+
+def run(*args: object, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, REPO / "generate.py", *args]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [str(a) for a in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
+    )
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if not p.is_dir()}
+
+
+def assert_refused(done: subprocess.CompletedProcess, *words: str) -> None:
+    """Exit code 2 and one sentence that names what is wrong."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert all(word in last for word in words), last
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, tmp_path_factory):
+    """A folder with inputs and the pairs of a first run, and that run."""
+    folder = tmp_path_factory.mktemp("finished")
+    for name, height, width in (("a", 37, 50), ("b", 64, 48), ("c", 64, 48), ("d", 64, 48)):
+        (folder / "hr").mkdir(exist_ok=True)
+        Image.fromarray(pixels(height, width)).save(folder / "hr" / f"{name}.png")
+    (folder / "refs").mkdir()
+    for i in range(2):
+        Image.fromarray(pixels(20, 24, 5 * i)).save(folder / "refs" / f"r{i}.jpg")
+    return folder, run(*flags(checkpoint), cwd=folder)
+
+
+def flags(checkpoint: Path, *more: object) -> list[object]:
+    """Flags for a run inside the folder: a copy of it gets the same records."""
+    paths = ["--hr", "hr", "--lr-ref", "refs", "--checkpoint", checkpoint, "--out", "out"]
+    return [*paths, "--t-start", 20, "--num-steps", 2, *more]
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished folder that a test may change."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def test_a_folder_becomes_aligned_pairs(finished):
+    folder, done = finished
+    out = folder / "out"
+    assert done.returncode == 0, done.stderr
+    assert "4 pairs" in done.stdout and "0 images skipped" in done.stdout
+    names = ["a.png", "b.png", "c.png", "d.png"]
+    assert sorted(p.name for p in (out / "hr").iterdir()) == names
+    assert sorted(p.name for p in (out / "lr").iterdir()) == names
+    assert set(files_of(out)) - {f"{side}/{n}" for side in ("hr", "lr") for n in names} == {
+        "pairs.jsonl",
+        "preview.png",
+    }
+    for name in names:
+        hr, lr, source = (
+            np.asarray(Image.open(p))
+            for p in (out / "hr" / name, out / "lr" / name, folder / "hr" / name)
+        )
+        H, W = (side // 4 * 4 for side in source.shape[:2])
+        np.testing.assert_array_equal(hr, source[:H, :W])
+        assert lr.shape == (H // 4, W // 4, 3)
+    Image.open(out / "preview.png").load()
+
+
+def test_every_pair_is_recorded(finished):
+    folder = finished[0]
+    records = [json.loads(line) for line in (folder / "out" / "pairs.jsonl").open()]
+    assert [r["lr"] for r in records] == [f"lr/{name}.png" for name in "abcd"]
+    for record in records:
+        assert all((folder / record[key]).is_file() for key in ("source", "lr_ref"))
+        assert len(record["content_errors"]) == len(record["degradation_errors"]) == 4
+        assert 0 <= record["kept"] < 4
+        assert (record["seed"], record["t_start"], record["num_steps"]) == (0, 20, 2)
+
+
+def test_a_second_run_changes_no_byte(copied, checkpoint):
+    before = files_of(copied / "out")
+    times = {p: p.stat().st_mtime_ns for p in (copied / "out").rglob("*")}
+    done = run(*flags(checkpoint), cwd=copied)
+    assert done.returncode == 0 and files_of(copied / "out") == before
+    assert {p: p.stat().st_mtime_ns for p in (copied / "out").rglob("*")} == times
+
+
+@pytest.mark.parametrize("name", ["c"])
+def test_a_deleted_file_comes_back_identical(finished, checkpoint, name):
+    folder = finished[0]
+    before = files_of(folder / "out")
+    (folder / "out" / "lr" / f"{name}.png").unlink()
+    done = run(*flags(checkpoint), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert files_of(folder / "out") == before
+
+
+def test_a_run_that_was_killed_goes_on(copied, checkpoint):
+    """The last line of the table is torn, and one picture is missing."""
+    table = copied / "out" / "pairs.jsonl"
+    before = {name: data for name, data in files_of(copied / "out").items() if "r/" in name}
+    text = table.read_text()
+    table.write_text(text[: len(text) - 40])
+    (copied / "out" / "lr" / "b.png").unlink()
+    done = run(*flags(checkpoint), cwd=copied)
+    assert done.returncode == 0, done.stderr
+    after = files_of(copied / "out")
+    assert {name: data for name, data in after.items() if "r/" in name} == before
+    assert len([json.loads(line) for line in table.open()]) == 4
+
+
+def test_other_settings_need_another_folder(copied, checkpoint):
+    before = files_of(copied / "out")
+    assert_refused(run(*flags(checkpoint, "--seed", 1), cwd=copied), "seed", "--out")
+    assert files_of(copied / "out") == before
+
+
+def test_unreadable_images_are_skipped_and_counted(copied, checkpoint):
+    shutil.rmtree(copied / "out")
+    (copied / "hr" / "b.png").write_text("This is not an image.")
+    image = Image.fromarray(pixels(64, 64))
+    image.save(copied / "hr" / "e.jpg")
+    data = (copied / "hr" / "e.jpg").read_bytes()
+    (copied / "hr" / "e.jpg").write_bytes(data[: len(data) // 2])
+    Image.fromarray(pixels(20, 64)).save(copied / "hr" / "f.png")
+    (copied / "hr" / "notes.txt").write_text("Not an image by name: no mention.")
+    (copied / "refs" / "r1.jpg").write_bytes(b"")
+    Image.fromarray(pixels(8, 8)).save(copied / "refs" / "r2.png")
+    done = run(*flags(checkpoint), cwd=copied)
+    assert done.returncode == 0, done.stderr
+    assert "3 pairs" in done.stdout and "3 images skipped" in done.stdout
+    assert sorted(p.name for p in (copied / "out" / "lr").iterdir()) == ["a.png", "c.png", "d.png"]
+    for name in ("b.png", "e.jpg", "f.png"):
+        assert name in done.stdout + done.stderr
+    assert "notes.txt" not in done.stdout + done.stderr
+    records = [json.loads(line) for line in (copied / "out" / "pairs.jsonl").open()]
+    assert {Path(r["lr_ref"]).name for r in records} == {"r0.jpg"}
+
+
+def test_all_kinds_of_images_are_handled(copied, checkpoint):
+    shutil.rmtree(copied / "out")
+    shutil.rmtree(copied / "hr")
+    (copied / "hr").mkdir()
+    color = pixels(64, 48)
+    image = Image.fromarray(color)
+    image.convert("L").save(copied / "hr" / "gray.png")
+    image.convert("P").save(copied / "hr" / "palette.png")
+    rgba = np.concatenate([color, color[..., :1]], axis=2)
+    Image.fromarray(rgba).save(copied / "hr" / "alpha.png")
+    Image.fromarray(color[..., 0].astype(np.uint16) * 257).save(copied / "hr" / "deep.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying: 48 x 64 becomes 64 x 48
+    Image.fromarray(pixels(48, 64)).save(copied / "hr" / "lying.jpg", exif=exif, quality=95)
+    done = run(*flags(checkpoint, "--candidates", 1), cwd=copied)
+    assert done.returncode == 0, done.stderr
+    assert "5 pairs" in done.stdout and "0 images skipped" in done.stdout
+    for name in ("gray", "palette", "alpha", "deep", "lying"):
+        hr, lr = (Image.open(copied / "out" / side / f"{name}.png") for side in ("hr", "lr"))
+        assert (hr.mode, hr.size, lr.mode, lr.size) == ("RGB", (48, 64), "RGB", (12, 16)), name
+    written = {p.stem: np.asarray(Image.open(p)) for p in (copied / "out" / "hr").iterdir()}
+    gray, deep, upright = (written[name] for name in ("gray", "deep", "lying"))
+    assert (gray == gray[..., :1]).all()
+    np.testing.assert_array_equal(deep, np.repeat(color[..., :1], 3, axis=2))
+    assert np.abs(upright.astype(float) - np.rot90(pixels(48, 64), -1)).mean() < 6
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--start", "foo"], ["--start", "foo"]),
+        (["--t-start", "-1"], ["--t-start", "-1"]),
+        (["--candidates", "0"], ["--candidates", "0"]),
+        (["--hr", "missing"], ["--hr", "missing"]),
+        (["--hr", "empty"], ["--hr", "empty"]),
+        (["--lr-ref", "empty"], ["--lr-ref", "empty"]),
+        (["--checkpoint", "missing.pt"], ["--checkpoint", "missing.pt"]),
+        (["--checkpoint", "torn.pt"], ["torn.pt"]),
+        (["--checkpoint", "stage_1.pt"], ["stage_1.pt", "diffusion.py"]),
+    ],
+)
+def test_senseless_input_is_refused_and_nothing_written(copied, checkpoint, capsys, more, words):
+    shutil.rmtree(copied / "out")
+    (copied / "empty").mkdir()
+    (copied / "torn.pt").write_bytes(checkpoint.read_bytes()[:1000])
+    torch.save({"ema": {}, "config": asdict(STAGE_1)}, copied / "stage_1.pt")
+    before = files_of(copied)
+    # In this process: a new one takes seconds to import torch.
+    done = refused_here([str(a) for a in flags(checkpoint, *more)], copied, capsys)
+    assert_refused(done, *words)
+    assert files_of(copied) == before and not (copied / "out").exists()
+
+
+def refused_here(argv: list[str], cwd: Path, capsys) -> subprocess.CompletedProcess:
+    """What `generate.py argv` would print and return, without a new process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["generate.py", *argv])
+        with pytest.raises(SystemExit) as stopped:
+            common.launch(generate.main, generate.Config, generate.PRESETS, "")
+    out, err = capsys.readouterr()
+    return subprocess.CompletedProcess(argv, stopped.value.code, out, err)
+
+
+def test_missing_weights_name_the_command_that_makes_them(copied, checkpoint, monkeypatch, capsys):
+    shutil.rmtree(copied / "out")
+    monkeypatch.setattr(common, "__file__", str(copied / "common.py"))  # no data/pretrained there
+    argv = [str(a) for a in flags(Path()) if a not in ("--checkpoint", Path())]
+    before = files_of(copied)
+    assert_refused(refused_here(argv, copied, capsys), "python diffusion.py")
+    assert files_of(copied) == before and not (copied / "out").exists()
+
+
+def test_another_photo_of_the_same_name_is_not_taken_for_the_finished_one(copied, checkpoint):
+    shutil.copytree(copied / "hr", copied / "other")
+    Image.fromarray(pixels(64, 48, 9)).save(copied / "other" / "b.png")
+    done = run(*flags(checkpoint), "--hr", "other", cwd=copied)
+    hr = np.asarray(Image.open(copied / "out" / "hr" / "b.png"))
+    assert done.returncode == 2 or (hr == pixels(64, 48, 9)).all()
+
+
+def test_a_run_on_fewer_photos_forgets_no_pair(copied, checkpoint):
+    done = run(*flags(checkpoint), "--hr", "hr/b.png", cwd=copied)
+    table = (copied / "out" / "pairs.jsonl").read_text()
+    assert done.returncode == 2 or all(f"lr/{name}.png" in table for name in "abcd")
+
+
+def test_no_usable_image_at_all_is_an_error(copied, checkpoint):
+    shutil.rmtree(copied / "out")
+    for file in (copied / "hr").iterdir():
+        file.write_text("This is not an image.")
+    assert_refused(run(*flags(checkpoint), cwd=copied), "none of the HR images")
+    assert not list((copied / "out").rglob("*.png"))
+
+
+def test_no_usable_reference_at_all_is_an_error(copied, checkpoint):
+    shutil.rmtree(copied / "out")
+    for file in (copied / "refs").iterdir():
+        file.write_text("This is not an image.")
+    assert_refused(run(*flags(checkpoint), cwd=copied), "--lr-ref")
