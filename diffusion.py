@@ -218,7 +218,7 @@ class DecoupledDDPM(nn.Module):
 
     def __init__(self, nets: extractors.Extractors, dim: int, z: int, cfg: "Config") -> None:
         super().__init__()
-        self.extractors, self.widths = nets, cfg.widths
+        self.extractors, self.widths, self.t_max = nets, cfg.widths, cfg.t_max
         self.modulation = extractors.ModulationBlock(z, dim, cfg.mod_channels, cfg.cond_channels)
         self.unet = UNet(cfg.cond_channels, cfg.widths, cfg.blocks, cfg.attention)
 

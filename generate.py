@@ -216,12 +216,14 @@ def batched(items: Iterator[Job], size: int) -> Iterator[list[Job]]:
 
 def unique_names(files: Sequence[Path]) -> list[str]:
     """File stems; where two are equal, the later ones get a number."""
-    seen: dict[str, int] = {}
-    names = []
+    names: dict[str, None] = {}  # an ordered set
     for file in files:
-        seen[file.stem] = seen.get(file.stem, 0) + 1
-        names.append(file.stem if seen[file.stem] == 1 else f"{file.stem}_{seen[file.stem]}")
-    return names
+        name, number = file.stem, 1
+        while name in names:
+            number += 1
+            name = f"{file.stem}_{number}"
+        names[name] = None
+    return list(names)
 
 
 def read_records(path: Path, settings: dict) -> dict[str, dict]:
@@ -287,51 +289,68 @@ def main(cfg: Config, rt: common.Runtime) -> None:
         ("--batch-size", cfg.batch_size, 1, 10_000),
     ):
         common.require(low <= value <= high, f"{flag} {value}: must be in {low}..{high}.")
+    common.require(0 <= cfg.eta <= 1, f"--eta {cfg.eta}: must be in 0..1.")
     common.require(cfg.start in STARTS, f"--start {cfg.start}: choose {' or '.join(STARTS)}.")
     files = common.find_photos(cfg.hr, "hr", "--hr")
     references = common.find_photos(cfg.lr_ref, "lr", "--lr-ref")
     out, table = Path(cfg.out), Path(cfg.out) / "pairs.jsonl"
-    settings = {key: getattr(cfg, key) for key in ("start", "t_start", "num_steps", "eta", "seed")}
+    settings = {
+        key: getattr(cfg, key)
+        for key in ("start", "t_start", "num_steps", "eta", "candidates", "seed")
+    }
     records = read_records(table, settings)
     names = unique_names(files)
     todo = [
         job for job in zip(range(len(files)), names, files, strict=True) if job[1] not in records
     ]
+    for name, photo in zip(names, files, strict=True):
+        source = records[name]["source"] if name in records else str(photo)
+        common.require(
+            source == str(photo),
+            f"{table} holds a pair {name} made of {source}: give another --out.",
+        )
     net = load_generator(cfg.checkpoint, rt.device)
+    common.require(
+        cfg.t_start <= net.t_max, f"--t-start {cfg.t_start}: the weights know {net.t_max} steps."
+    )
     counts = {"skipped": 0}
     out.mkdir(parents=True, exist_ok=True)
-    progress = tqdm(total=len(files), initial=len(records), unit="pair", disable=not rt.is_main)
-    for batch in batched(jobs(todo, references, cfg, counts), cfg.batch_size):
-        hr = torch.stack([job.hr for job in batch]).to(rt.device)
-        seeds = [cfg.seed << 32 | job.index for job in batch]
-        lr, scores = generate(
-            net,
-            hr,
-            [job.lr_ref for job in batch],
-            cfg.t_start,
-            cfg.num_steps,
-            cfg.candidates,
-            cfg.start,
-            cfg.eta,
-            seeds,
-            cfg.bf16,
-        )
-        scores = {key: value.cpu() for key, value in scores.items()}
-        for b, job in enumerate(batch):
-            kept = int(scores["kept"][b])
-            row = {"hr": f"hr/{job.name}.png", "lr": f"lr/{job.name}.png"}
-            common.save_image(out / row["hr"], job.hr)
-            common.save_image(out / row["lr"], lr[b, kept])
-            record = row | {"source": str(job.file), "lr_ref": str(job.reference), **settings}
-            record |= {
-                f"{key}_errors": scores[key][b].tolist() for key in ("content", "degradation")
-            }
-            records[job.name] = record | {"kept": kept}
-            with open(table, "a", encoding="utf-8") as file:  # survives a kill; sorted at the end
-                file.write(json.dumps(records[job.name]) + "\n")
-        progress.update(len(batch))
-    progress.close()
-    ordered = [records[name] for name in names if name in records]
+    bar = tqdm(
+        total=len(files), initial=len(files) - len(todo), unit="pair", disable=not rt.is_main
+    )
+    with bar as progress:  # closed before an error is printed
+        for batch in batched(jobs(todo, references, cfg, counts), cfg.batch_size):
+            hr = torch.stack([job.hr for job in batch]).to(rt.device)
+            seeds = [cfg.seed << 32 | job.index for job in batch]
+            lr, scores = generate(
+                net,
+                hr,
+                [job.lr_ref for job in batch],
+                cfg.t_start,
+                cfg.num_steps,
+                cfg.candidates,
+                cfg.start,
+                cfg.eta,
+                seeds,
+                cfg.bf16,
+            )
+            scores = {key: value.cpu() for key, value in scores.items()}
+            for b, job in enumerate(batch):
+                kept = int(scores["kept"][b])
+                row = {"hr": f"hr/{job.name}.png", "lr": f"lr/{job.name}.png"}
+                common.save_image(out / row["hr"], job.hr)
+                common.save_image(out / row["lr"], lr[b, kept])
+                record = row | {"source": str(job.file), "lr_ref": str(job.reference), **settings}
+                record |= {
+                    f"{key}_errors": scores[key][b].tolist() for key in ("content", "degradation")
+                }
+                records[job.name] = record | {"kept": kept}
+                with open(
+                    table, "a", encoding="utf-8"
+                ) as file:  # survives a kill; sorted at the end
+                    file.write(json.dumps(records[job.name]) + "\n")
+            progress.update(len(batch))
+    ordered = [records[name] for name in sorted(records)]
     text = "".join(json.dumps(record) + "\n" for record in ordered)
     if not table.is_file() or table.read_text(encoding="utf-8") != text:
         with common.replacing(table) as temporary:

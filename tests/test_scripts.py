@@ -132,3 +132,24 @@ def test_two_processes_train_and_resume(tmp_path):
         assert_well(done)
         assert "resuming" in done.stdout
         assert step_of(path) == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [
+        ("extractors.py --hr nowhere", "nowhere"),
+        ("extractors.py --crop 50", "--crop 50"),
+        ("extractors.py --recipes foo", "foo"),
+        ("extractors.py --num-samples 9", "--num-samples 9"),
+        ("diffusion.py --lr nowhere", "nowhere"),
+        ("diffusion.py --content-from foo", "--content-from foo"),
+        ("diffusion.py --crop 31", "--crop 31"),
+        ("generate.py --t-start 501", "--t-start 501"),
+        ("generate.py --eta 2", "--eta 2"),
+    ],
+)
+def test_wrong_flags_are_refused_before_any_work(trained, tmp_path, command, word):
+    script, *flags = command.split()
+    done = run(script, *flags, "--out", tmp_path / "out", cwd=trained[0])
+    assert done.returncode == 2 and word in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
