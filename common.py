@@ -239,7 +239,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 class PhotoCrops(Dataset[Tensor]):
-    """Random crops (3, size, size): item i depends on (seed, rank, i) alone, so resuming is exact.
+    """Random crops (3, size, size): item i depends on (seed, stream, rank, i) alone.
 
     Photos that can't be read or are smaller than the crop are left out, counted and named once.
     """
