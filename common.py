@@ -4,6 +4,7 @@ Nothing of the method is here; a reader who skips this file loses no idea of the
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import inspect
@@ -11,23 +12,28 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageOps
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+A = TypeVar("A")
+B = TypeVar("B")
 C = TypeVar("C")
 
 
@@ -143,6 +149,22 @@ def launch(
         sys.exit(130)
 
 
+def in_parallel(work: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
+    """work(item) of all items, in order, several at a time; an error cancels what has not begun."""
+    waiting: collections.deque[Future[B]] = collections.deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
 # ---- randomness -------------------------------------------------------------------------------
 
 
@@ -223,6 +245,36 @@ def save_image(path: str | Path, x: Tensor) -> None:
     image = Image.fromarray(to_uint8(x).permute(1, 2, 0).cpu().numpy())
     with replacing(path) as temporary:
         image.save(temporary, format="PNG")
+
+
+def copy_file(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name: a hard link, or a copy where the file system has none."""
+    with replacing(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
+def centre(image: Tensor, size: int, side: int) -> Tensor:
+    """The middle size x size pixels of an image, padded with white, as side x side pixels."""
+    top, left = (max(0, n - size) // 2 for n in image.shape[1:])
+    crop = image[:, top : top + size, left : left + size]
+    crop = F.pad(crop, (0, size - crop.shape[2], 0, size - crop.shape[1]), value=1.0)[None]
+    if side >= size:
+        return F.interpolate(crop, (side, side), mode="nearest")[0]
+    return F.interpolate(crop, (side, side), mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
+def save_sheet(path: str | Path, titles: Sequence[str], rows: Sequence[Sequence[Tensor]]) -> None:
+    """Write rows of pictures (3, side, side) under a line of titles."""
+    lines = [torch.cat([F.pad(x, (2, 2, 2, 2), value=1.0) for x in row], dim=2) for row in rows]
+    body = torch.cat(lines, dim=1)
+    head = Image.new("RGB", (body.shape[2], 18), "white")
+    for i, title in enumerate(titles):
+        ImageDraw.Draw(head).text((6 + i * body.shape[2] // len(titles), 3), title, fill="black")
+    pixels = torch.frombuffer(bytearray(head.tobytes()), dtype=torch.uint8).float() / 255
+    save_image(path, torch.cat([pixels.view(18, -1, 3).permute(2, 0, 1), body], dim=1))
 
 
 @contextlib.contextmanager

@@ -1,16 +1,21 @@
 """D: hand-made degradation of clean HR images into synthetic LR (Section 2.1 uses Real-ESRGAN's).
 
-In: HR images and one row of parameters per image. Out: LR images, 1/scale of the size. Two rounds
-of blur, resize, noise and JPEG (Real-ESRGAN, arXiv:2107.10833), then a sinc filter and the resize
-to LR. A batch is one canvas: images of different intermediate sizes sit in its top left corners,
-and every operation takes the true `size` of each image, so that no image sees its neighbours.
+In: HR images and one row of parameters per image. Out: LR images, 1/scale of the size. Each image
+goes through its own operations (blur, resize, noise, JPEG) in its own order: two rounds and a sinc
+filter for Real-ESRGAN (arXiv:2107.10833), shuffled for BSRGAN (arXiv:2103.14006). On the way they
+have sizes of their own too, so a batch is a list of images; what can be done for several of them at
+once is done on a canvas, in whose top left corners they sit.
 
-    python degrade.py
-    python degrade.py --hr data/hr --out out/realesrgan --seed 1
+    python degrade.py --hr data/hr --out out/realesrgan
+    python degrade.py --hr data/hr --out out/bsrgan --recipe bsrgan --per-image 4 --seed 1
 """
 
+import contextlib
+import functools
 import json
 import math
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -25,70 +30,105 @@ import common
 
 
 @dataclass(frozen=True)
-class Stage:
+class Round:
     """One round of blur, resize, noise, JPEG; pairs are ranges that are drawn from uniformly."""
 
     blur_prob: float = 1.0
     blur_sigma: tuple[float, float] = (0.2, 3.0)  # pixels, of each axis
     sinc_prob: float = 0.1
     resize_prob: tuple[float, float, float] = (0.2, 0.7, 0.1)  # up, down, keep
-    resize: tuple[float, float] = (0.15, 1.5)  # in stage 2: of the LR size
+    resize: tuple[float, float] = (0.15, 1.5)  # in round 2: of the LR size
     gaussian_prob: float = 0.5  # otherwise Poisson
     gaussian: tuple[float, float] = (1.0, 30.0)  # std in levels of 255
     poisson: tuple[float, float] = (0.05, 3.0)
     gray_prob: float = 0.4
-    jpeg: tuple[int, int] = (30, 95)
+    jpeg: tuple[int, int] = (30, 95)  # 0 is none
+
+
+@dataclass(frozen=True)
+class Final:
+    """What comes with the resize to LR, before or after the last JPEG."""
+
+    sinc_prob: float = 0.8
+    sharpen_prob: float = 0.0  # otherwise
+    sharpen: tuple[float, float] = (0.0, 1.5)  # amount of unsharp masking
 
 
 # fmt: off
-RECIPES = {
+ROUNDS = {
     # Real-ESRGAN x4plus, as published.
     "realesrgan": (
-        Stage(),
-        Stage(blur_prob=0.8, blur_sigma=(0.2, 1.5), resize_prob=(0.3, 0.4, 0.3), resize=(0.3, 1.2),
+        Round(),
+        Round(blur_prob=0.8, blur_sigma=(0.2, 1.5), resize_prob=(0.3, 0.4, 0.3), resize=(0.3, 1.2),
               gaussian=(1.0, 25.0), poisson=(0.05, 2.5)),
+        Final(),
     ),
     # The lighter settings of SynDiff (arXiv:2303.06994).
     "light": (
-        Stage(resize=(0.3, 1.5), gaussian=(1.0, 15.0), poisson=(0.05, 2.0), jpeg=(60, 95)),
-        Stage(blur_prob=0.5, blur_sigma=(0.2, 1.5), resize_prob=(0.3, 0.4, 0.3), resize=(0.6, 1.2),
+        Round(resize=(0.3, 1.5), gaussian=(1.0, 15.0), poisson=(0.05, 2.0), jpeg=(60, 95)),
+        Round(blur_prob=0.5, blur_sigma=(0.2, 1.5), resize_prob=(0.3, 0.4, 0.3), resize=(0.6, 1.2),
               gaussian=(1.0, 12.0), poisson=(0.05, 1.0), jpeg=(60, 100)),
+        Final(sinc_prob=0.0),
     ),
-    # Not in the paper: one lens blur, then little noise and compression, as modern cameras have.
-    # The two above hardly ever draw an LR this clean, and what E_deg never saw it can't tell apart.
+    # Not in the paper: one lens blur, then little noise, sharpening and compression, as modern
+    # cameras have. The others hardly ever draw an LR this clean, and none is sharpened; what E_deg
+    # never saw it can't tell apart.
     "camera": (
-        Stage(blur_sigma=(0.3, 4.0), sinc_prob=0.0, resize_prob=(0.0, 0.0, 1.0),
-              gaussian_prob=1.0, gaussian=(0.0, 0.5), jpeg=(100, 100)),
-        Stage(blur_prob=0.0, resize_prob=(0.0, 0.0, 1.0), gaussian=(0.0, 8.0), poisson=(0.0, 0.8),
+        Round(blur_sigma=(0.3, 4.0), sinc_prob=0.0, resize_prob=(0.0, 0.0, 1.0),
+              gaussian_prob=1.0, gaussian=(0.0, 0.0), jpeg=(0, 0)),
+        Round(blur_prob=0.0, resize_prob=(0.0, 0.0, 1.0), gaussian=(0.0, 8.0), poisson=(0.0, 0.8),
               jpeg=(70, 100)),
+        Final(sinc_prob=0.0, sharpen_prob=0.5),
     ),
 }
 # Six kinds of kernel: two axes or one (isotropic), times three profiles.
 KINDS = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso")
 KIND_PROB = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)
+KERNEL_SIZES = (7, 9, 11, 13, 15, 17, 19, 21)
+GENERALIZED_SHAPE, PLATEAU_SHAPE = (0.5, 4.0), (1.0, 2.0)
+
+# BSRGAN: the same seven operations for every image, in random order, then a JPEG. `s` is the scale
+# that is left: at scale 4 the image is halved first with this probability.
+BSRGAN_HALVE_PROB = 0.25
+BSRGAN_SIZES = (7, 9, 11, 13, 15, 17, 19, 21, 23, 25)
+BSRGAN_ANISO_PROB = 0.5          # eigenvalues of the covariance U(0, 4 + s)
+BSRGAN_ISO_SIGMA = (2.0, 0.2)    # otherwise sigma U(0, 2 + 0.2 s)
+BSRGAN_RESIZE_PROB = 0.75        # downsample 2 by U(1, 2 s)
+BSRGAN_SHIFTED_SIGMA = (0.1, 0.6)  # otherwise by s, behind a Gaussian of sigma U(0.1, 0.6 s)
+BSRGAN_NOISE = (2, 25)           # whole levels of 255
+BSRGAN_NOISE_PROB = (0.4, 0.4, 0.2)  # colour, gray, correlated over channels (at the highest level)
+BSRGAN_JPEG_PROB, BSRGAN_JPEG = 0.9, (30, 95)
 # fmt: on
-MODES = ("area", "bilinear", "bicubic")
-KERNEL_SIZE = 21  # of all kernels; smaller ones are padded with zeros
-FINAL_SINC_PROB = 0.8
+RECIPES = (*ROUNDS, "bsrgan", "bicubic")
+
+MODES = ("area", "bilinear", "bicubic", "antialiased")  # the last one: bicubic, as Pillow has it
+CPU_CANVAS = 3 * 2**16  # values
+KERNEL_SIZE = 25  # of all kernels; smaller ones are padded with zeros
+# What `order` is made of; the number says which column of the parameters an operation reads.
+OPERATIONS = ("", "blur 1", "blur 2", "blur 3", "resize 1", "resize 2", "resize 3",
+              "gaussian 1", "gaussian 2", "poisson 1", "poisson 2", "jpeg 1", "jpeg 2")  # fmt: skip
+STEPS = 10
 
 
 @dataclass
 class Degradation:
-    """Parameters theta of D, one row per image; columns are rounds (the last sinc is a third)."""
+    """Parameters theta of D, one row per image; only what an operation in `order` reads counts."""
 
-    blur_sigma: Tensor  # (B, 2, 2) widths along both axes, pixels
-    blur_angle: Tensor  # (B, 2) radians
-    blur_shape: Tensor  # (B, 2) exponent beta; 1 is a Gaussian
-    blur_plateau: Tensor  # (B, 2) bool: 1 / (1 + q^beta) instead of exp(-q^beta / 2)
-    blur_size: Tensor  # (B, 3) kernel size, odd; 1 is no blur
+    order: Tensor  # (B, 10) indices into OPERATIONS; 0 does nothing
+    blur_sigma: Tensor  # (B, 3, 2) widths along both axes, pixels
+    blur_angle: Tensor  # (B, 3) radians
+    blur_shape: Tensor  # (B, 3) exponent beta; 1 is a Gaussian
+    blur_plateau: Tensor  # (B, 3) bool: 1 / (1 + q^beta) instead of exp(-q^beta / 2)
+    blur_size: Tensor  # (B, 3) kernel size, odd
     sinc_cutoff: Tensor  # (B, 3) radians per pixel; 0 is no sinc
-    resize: Tensor  # (B, 2) factors: of the HR size, of the LR size
-    resize_mode: Tensor  # (B, 3) index into MODES; the last one is the resize to LR
-    gaussian_std: Tensor  # (B, 2) on [0, 1]; 0 is none
-    poisson_scale: Tensor  # (B, 2); 0 is none
+    sharpen: Tensor  # (B, 3) amount: adds that times what the blur takes away; 0 is a blur
+    resize: Tensor  # (B, 2) new size / HR size; the third resize is to LR
+    resize_mode: Tensor  # (B, 3) index into MODES
+    gaussian_std: Tensor  # (B, 2) on [0, 1]
+    poisson_scale: Tensor  # (B, 2)
     gray_noise: Tensor  # (B, 2) bool: the same noise in all channels
-    jpeg_quality: Tensor  # (B, 2) 1..100; 0 is no compression
-    jpeg_last: Tensor  # (B,) bool: the resize to LR comes before the last JPEG
+    colour_mix: Tensor  # (B, 3, 3) mixes the channels of coloured Gaussian noise
+    jpeg_quality: Tensor  # (B, 2) 1..100
     scale: Tensor  # (B,) HR size / LR size
     seed: Tensor  # (B,) of the noise
 
@@ -105,6 +145,15 @@ class Degradation:
         rows = torch.arange(len(self)).repeat_interleave(times)
         return self[rows]
 
+    def operations(self, step: int) -> list[str]:
+        """What each image goes through at this step, for instance "blur 1" or "resize 2 area"."""
+        names = [OPERATIONS[code] for code in self.order[:, step].tolist()]
+        modes = self.resize_mode.tolist()
+        return [
+            f"{name} {MODES[row[int(name[-1]) - 1]]}" if name.startswith("resize") else name
+            for name, row in zip(names, modes, strict=True)
+        ]
+
     def to(self, device: torch.device | str) -> "Degradation":
         """Move all tensors."""
         return Degradation(*(getattr(self, f.name).to(device) for f in fields(self)))
@@ -118,6 +167,7 @@ class Degradation:
     def to_json(self) -> list[str]:
         """One JSON object per row; floats survive the round trip exactly."""
         columns = {f.name: getattr(self, f.name).tolist() for f in fields(self)}
+        columns["order"] = [[OPERATIONS[i] for i in row] for row in columns["order"]]
         rows = zip(*columns.values(), strict=True)
         return [json.dumps(dict(zip(columns, row, strict=True))) for row in rows]
 
@@ -125,6 +175,8 @@ class Degradation:
     def from_json(lines: list[str]) -> "Degradation":
         """Read what to_json wrote."""
         rows = [json.loads(line) for line in lines]
+        for row in rows:
+            row["order"] = [OPERATIONS.index(name) for name in row["order"]]
         columns = (torch.tensor([row[f.name] for row in rows]) for f in fields(Degradation))
         return Degradation(*columns)
 
@@ -133,23 +185,38 @@ class Degradation:
 
         Blur width (log LR pixels), resolution lost by resizing (log), ringing, noise, JPEG loss.
         """
-        scale = self.scale.float()
-        first, second = self.blur_sigma.square().mean(-1).unbind(1)  # (B,) pixels^2
-        blurred = (self.blur_size[:, :2] > 1) & (self.sinc_cutoff[:, :2] == 0)
-        lr_factor = self.resize[:, 1]  # pixels of the second canvas per LR pixel
-        variance = first * blurred[:, 0] / scale**2 + second * blurred[:, 1] / lr_factor**2
-        lost = torch.stack([self.resize[:, 0] * scale, lr_factor], 1).amin(1).clamp(max=1)
-        ringing = (math.pi - self.sinc_cutoff.where(self.sinc_cutoff > 0, math.pi)).amax(1)
-        poisson = self.poisson_scale * 0.04  # the std that scale has at a mid gray of 8 bits
-        noise = (self.gaussian_std + poisson) * self.gaussian_std.new_tensor([0.4, 1.0])
-        quality = self.jpeg_quality.where(self.jpeg_quality > 0, 100)
+        grid = self.scale.float()  # pixels per LR pixel at the current step
+        lost, blur_variance, noise_variance = grid, torch.zeros_like(grid), torch.zeros_like(grid)
+        ringing, quality = torch.zeros_like(grid), torch.full_like(grid, 100.0)
+        for codes in self.order.unbind(1):
+            here = {name: codes == i for i, name in enumerate(OPERATIONS)}
+            for i in range(3):
+                cutoff, amount = self.sinc_cutoff[:, i], self.sharpen[:, i]
+                width = self.blur_sigma[:, i].square().mean(1) / grid.square()
+                width = width.where((cutoff == 0) & (amount == 0), 0.0)
+                edges = (1 - cutoff / math.pi).where(cutoff > 0, amount)
+                blur_variance = blur_variance + width.where(here[f"blur {i + 1}"], 0.0)
+                ringing = torch.maximum(ringing, edges.where(here[f"blur {i + 1}"], 0.0))
+            for i in range(2):
+                grid = torch.where(here[f"resize {i + 1}"], self.resize[:, i] * self.scale, grid)
+            grid = grid.where(~here["resize 3"], 1.0)
+            lost = torch.minimum(lost, grid)
+            for i in range(2):
+                # Poisson: the std that scale has at a mid gray of 8 bits.
+                std = self.gaussian_std[:, i].where(
+                    here[f"gaussian {i + 1}"], self.poisson_scale[:, i] * 0.04
+                )
+                noisy = here[f"gaussian {i + 1}"] | here[f"poisson {i + 1}"]
+                noise_variance = noise_variance + (std / grid.clamp(min=1)).square() * noisy
+                loss = self.jpeg_quality[:, i].where(here[f"jpeg {i + 1}"], 100)
+                quality = torch.minimum(quality, loss)
         return torch.stack(
             [
-                (variance + 0.01).log() / 4.6 + 1,
-                -lost.log(),
-                ringing / math.pi,
-                (noise.square().sum(1).sqrt() * 255 + 1).log() / 3.5,
-                1 - quality.amin(1) / 100,
+                (blur_variance + 0.01).log() / 4.6 + 1,
+                -lost.clamp(max=1).log(),
+                ringing,
+                (noise_variance.sqrt() * 255 + 1).log() / 3.5,
+                1 - quality / 100,
             ],
             dim=1,
         )
@@ -158,197 +225,384 @@ class Degradation:
 # ---- drawing theta ----------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Independent random numbers for each image of a batch: (B,) each."""
+
+    batch: int
+    generator: torch.Generator | None
+
+    def uniform(self, low: float | Tensor = 0.0, high: float | Tensor = 1.0) -> Tensor:
+        """In [low, high)."""
+        return low + (high - low) * torch.rand(self.batch, generator=self.generator)
+
+    def chance(self, probability: float) -> Tensor:
+        """True with this probability."""
+        return self.uniform() < probability
+
+    def choice(self, probabilities: tuple[float, ...]) -> Tensor:
+        """An index with these probabilities."""
+        edges = torch.tensor(probabilities, dtype=torch.float64).cumsum(0)[:-1].float()
+        return torch.bucketize(self.uniform(), edges, right=True)
+
+    def one_of(self, values: tuple[int, ...] | range) -> Tensor:
+        """One of these values, all equally likely."""
+        index = torch.randint(len(values), (self.batch,), generator=self.generator)
+        return torch.tensor(values)[index]
+
+    def around_one(self, low: float, high: float) -> Tensor:
+        """Below or above one with even chance."""
+        return torch.where(self.chance(0.5), self.uniform(low, 1.0), self.uniform(1.0, high))
+
+
+def step(name: str, performed: Tensor) -> Tensor:
+    """The code of an operation where it is performed, else 0: (B,)."""
+    return OPERATIONS.index(name) * performed.long()
+
+
+def bicubic(batch: int, scale: int) -> Degradation:
+    """Parameters of a plain reduction to LR: what the recipes start from."""
+    theta = Degradation(
+        order=torch.zeros(batch, STEPS, dtype=torch.long),
+        blur_sigma=torch.ones(batch, 3, 2),
+        blur_angle=torch.zeros(batch, 3),
+        blur_shape=torch.ones(batch, 3),
+        blur_plateau=torch.zeros(batch, 3, dtype=torch.bool),
+        blur_size=torch.ones(batch, 3, dtype=torch.long),
+        sinc_cutoff=torch.zeros(batch, 3),
+        sharpen=torch.zeros(batch, 3),
+        resize=torch.ones(batch, 2),
+        resize_mode=torch.full((batch, 3), MODES.index("antialiased")),
+        gaussian_std=torch.zeros(batch, 2),
+        poisson_scale=torch.zeros(batch, 2),
+        gray_noise=torch.zeros(batch, 2, dtype=torch.bool),
+        colour_mix=torch.eye(3).repeat(batch, 1, 1),
+        jpeg_quality=torch.full((batch, 2), 100),
+        scale=torch.full((batch,), scale),
+        seed=torch.zeros(batch, dtype=torch.long),
+    )
+    theta.order[:, 0] = OPERATIONS.index("resize 3")
+    return theta
+
+
+def draw_rounds(theta: Degradation, draw: Draw, first: Round, second: Round, final: Final) -> None:
+    """Real-ESRGAN's two rounds (arXiv:2107.10833), written into theta."""
+    always = torch.ones(len(theta), dtype=torch.bool)
+    steps = []
+    for i, options in enumerate((first, second)):
+        kind, size = draw.choice(KIND_PROB), draw.one_of(KERNEL_SIZES)
+        isotropic = kind % 2 == 0
+        gaussian_shape = kind < KINDS.index("generalized_iso")
+        plateau = kind >= KINDS.index("plateau_iso")
+        width, height = draw.uniform(*options.blur_sigma), draw.uniform(*options.blur_sigma)
+        turn = draw.uniform(-math.pi, math.pi)
+        shape = draw.around_one(*GENERALIZED_SHAPE)
+        shape = torch.where(plateau, draw.around_one(*PLATEAU_SHAPE), shape)
+        lowest = torch.where(size < 13, math.pi / 3, math.pi / 5)
+        theta.blur_sigma[:, i] = torch.stack([width, torch.where(isotropic, width, height)], 1)
+        theta.blur_angle[:, i] = torch.where(isotropic, 0.0, turn)
+        theta.blur_shape[:, i] = torch.where(gaussian_shape, 1.0, shape)
+        theta.blur_plateau[:, i] = plateau
+        theta.blur_size[:, i] = size
+        sinc = draw.chance(options.sinc_prob)
+        theta.sinc_cutoff[:, i] = torch.where(sinc, draw.uniform(lowest, math.pi), 0.0)
+        direction = draw.choice(options.resize_prob)
+        up, down = draw.uniform(1.0, options.resize[1]), draw.uniform(options.resize[0], 1.0)
+        factor = torch.stack([up, down, torch.ones(len(theta))]).gather(0, direction[None])[0]
+        theta.resize[:, i] = factor / (1 if i == 0 else theta.scale)
+        theta.resize_mode[:, i] = draw.one_of(range(3))
+        gaussian = draw.chance(options.gaussian_prob)
+        std, scale = draw.uniform(*options.gaussian) / 255, draw.uniform(*options.poisson)
+        theta.gaussian_std[:, i] = torch.where(gaussian, std, 0.0)
+        theta.poisson_scale[:, i] = torch.where(gaussian, 0.0, scale)
+        theta.gray_noise[:, i] = draw.chance(options.gray_prob)
+        theta.jpeg_quality[:, i] = draw.one_of(range(options.jpeg[0], options.jpeg[1] + 1))
+        steps += [
+            step(f"blur {i + 1}", draw.chance(options.blur_prob)),
+            step(f"resize {i + 1}", (direction < 2) | (i > 0)),
+            step(f"gaussian {i + 1}", theta.gaussian_std[:, i] > 0)
+            + step(f"poisson {i + 1}", theta.poisson_scale[:, i] > 0),
+            step(f"jpeg {i + 1}", theta.jpeg_quality[:, i] > 0),
+        ]
+    theta.resize_mode[:, 2] = draw.one_of(range(3))
+    theta.blur_size[:, 2] = draw.one_of(KERNEL_SIZES)
+    sinc, cutoff = draw.chance(final.sinc_prob), draw.uniform(math.pi / 3, math.pi)
+    sharpen = ~sinc & draw.chance(final.sharpen_prob)
+    theta.sinc_cutoff[:, 2] = torch.where(sinc, cutoff, 0.0)
+    theta.sharpen[:, 2] = torch.where(sharpen, draw.uniform(*final.sharpen), 0.0)
+    jpeg, to_lr, filtered = steps.pop(), step("resize 3", always), step("blur 3", sinc | sharpen)
+    jpeg_last = draw.chance(0.5)
+    steps += [
+        torch.where(jpeg_last, to_lr, jpeg),
+        torch.where(jpeg_last, filtered, to_lr),
+        torch.where(jpeg_last, jpeg, filtered),
+    ]
+    theta.order[:] = torch.stack(steps, 1)
+
+
+def draw_bsrgan(theta: Degradation, draw: Draw) -> None:
+    """BSRGAN's shuffled operations (arXiv:2103.14006), written into theta.
+
+    Left out is its camera pipeline, whose model was never released. Deviation: the overshoot of a
+    bicubic resize is clipped not there but in the next noise or JPEG.
+    """
+    B = len(theta)
+    always = torch.ones(B, dtype=torch.bool)
+    halved = draw.chance(BSRGAN_HALVE_PROB) & (theta.scale == 4)
+    halving = torch.where(draw.chance(0.5), draw.one_of(range(3)), MODES.index("antialiased"))
+    left = theta.scale / torch.where(halved, 2.0, 1.0)
+    for i in range(2):
+        aniso = draw.chance(BSRGAN_ANISO_PROB)[:, None]
+        axes = torch.stack([draw.uniform(0, 4 + left), draw.uniform(0, 4 + left)], 1).sqrt()
+        base, more = BSRGAN_ISO_SIGMA
+        radius = draw.uniform(0, base + more * left)[:, None]
+        theta.blur_sigma[:, i] = torch.where(aniso, axes, radius)
+        theta.blur_angle[:, i] = torch.where(aniso[:, 0], draw.uniform(0, math.pi), 0.0)
+        theta.blur_size[:, i] = draw.one_of(BSRGAN_SIZES)
+    # Downsample 2. Its second form keeps every s-th pixel of the image under a Gaussian shifted by
+    # (s - 1) / 2: just what bilinear resizing by s does behind a centred one.
+    resized = draw.chance(BSRGAN_RESIZE_PROB)
+    base, more = BSRGAN_SHIFTED_SIGMA
+    theta.blur_sigma[:, 2] = draw.uniform(base, more * left)[:, None]
+    theta.blur_size[:, 2] = KERNEL_SIZE
+    factor = torch.where(resized, draw.uniform(1, 2 * left), left)
+    theta.resize[:, 0] = 0.5
+    theta.resize[:, 1] = torch.where(halved, 0.5, 1.0) / factor
+    second = torch.where(resized, draw.one_of(range(3)), MODES.index("bilinear"))
+    theta.resize_mode[:] = torch.stack([halving, second, draw.one_of(range(3))], 1)
+    colour, low, high = draw.choice(BSRGAN_NOISE_PROB), *BSRGAN_NOISE
+    level = torch.where(colour == 2, high, draw.one_of(range(low, high + 1)))
+    theta.gaussian_std[:, 0] = level / 255
+    theta.gray_noise[:, 0] = colour == 1
+    # Correlated channels: the covariance |U^T diag(d) U| is made valid as NumPy does, by taking its
+    # eigenvalues' absolute values.
+    U = torch.linalg.svd(torch.rand(B, 3, 3, generator=draw.generator).double()).U
+    d = torch.rand(B, 3, generator=draw.generator).double()
+    value, vector = torch.linalg.eigh((U.mT @ torch.diag_embed(d) @ U).abs())
+    mix = (vector * value.abs().sqrt()[:, None]) @ vector.mT
+    theta.colour_mix[:] = mix.float().where((colour == 2)[:, None, None], torch.eye(3))
+    low, high = BSRGAN_JPEG
+    theta.jpeg_quality[:] = torch.stack([draw.one_of(range(low, high + 1)) for _ in range(2)], 1)
+    place = torch.stack([draw.uniform() for _ in range(6)], 1)  # (B, 6) of the six operations
+    place[:, 2:4] = place[:, 2:4].sort(1).values  # downsample 3 comes after downsample 2
+    codes = torch.stack(
+        [
+            step("blur 1", always),
+            step("blur 2", always),
+            step("blur 3", ~resized),
+            step("resize 2", always),
+            step("resize 3", always),
+            step("gaussian 1", always),
+            step("jpeg 1", draw.chance(BSRGAN_JPEG_PROB)),
+        ],
+        dim=1,
+    )
+    shuffled = place[:, [0, 1, 2, 2, 3, 4, 5]].argsort(dim=1, stable=True)
+    theta.order[:, 0] = step("resize 1", halved)
+    theta.order[:, 1:8] = codes.gather(1, shuffled)
+    theta.order[:, 8] = step("jpeg 2", always)
+
+
 def sample_degradation(
     batch: int,
     recipe: str = "realesrgan",
     scale: int = 4,
     generator: torch.Generator | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> Degradation:
-    """Draw parameters of D for a number of images, all independent (Real-ESRGAN's distributions).
+    """Draw parameters of D for a number of images, all independent; UserError for another recipe.
 
     `generator` is a CPU generator: theta is drawn on the CPU, so it is the same for any device.
     """
     if recipe not in RECIPES:
         raise common.UserError(f"no recipe {recipe!r}; there are {', '.join(RECIPES)}.")
+    theta, draw = bicubic(batch, scale), Draw(batch, generator)
+    if recipe == "bsrgan":
+        draw_bsrgan(theta, draw)
+    elif recipe != "bicubic":
+        draw_rounds(theta, draw, *ROUNDS[recipe])
+    theta.seed = torch.randint(2**62, (batch,), generator=generator)
+    return theta if device is None else theta.to(device)
 
-    def uniform(low: float | Tensor = 0.0, high: float | Tensor = 1.0) -> Tensor:
-        return low + (high - low) * torch.rand(batch, generator=generator)
 
-    def chance(probability: float) -> Tensor:
-        return uniform() < probability
+# ---- images of different sizes -----------------------------------------------------------------
 
-    def choice(probabilities: tuple[float, ...]) -> Tensor:
-        edges = torch.tensor(probabilities, dtype=torch.float64).cumsum(0)[:-1].float()
-        return torch.bucketize(uniform(), edges, right=True)
 
-    def one_of(*values: float) -> Tensor:
-        return torch.tensor(values)[torch.randint(len(values), (batch,), generator=generator)]
+def sizes(images: list[Tensor]) -> Tensor:
+    """Heights and widths (B, 2), on the CPU."""
+    return torch.tensor([image.shape[1:] for image in images])
 
-    def around_one(low: float, high: float) -> Tensor:
-        return torch.where(chance(0.5), uniform(low, 1.0), uniform(1.0, high))
 
-    rounds = []
-    for stage in RECIPES[recipe]:
-        kind = choice(KIND_PROB)
-        size = one_of(*range(7, KERNEL_SIZE + 1, 2))
-        sinc = chance(stage.sinc_prob)
-        blur = chance(stage.blur_prob)
-        isotropic = kind % 2 == 0
-        width = uniform(*stage.blur_sigma)
-        height = torch.where(isotropic, width, uniform(*stage.blur_sigma))
-        gaussian_shape = kind < KINDS.index("generalized_iso")
-        plateau = kind >= KINDS.index("plateau_iso")
-        shape = torch.where(plateau, around_one(1.0, 2.0), around_one(0.5, 4.0))
-        lowest = torch.where(size < 13, math.pi / 3, math.pi / 5)
-        direction = choice(stage.resize_prob)
-        up, down = uniform(1.0, stage.resize[1]), uniform(stage.resize[0], 1.0)
-        gaussian = chance(stage.gaussian_prob)
-        rounds.append(
-            {
-                "blur_sigma": torch.stack([width, height], 1),
-                "blur_angle": torch.where(isotropic, 0.0, uniform(-math.pi, math.pi)),
-                "blur_shape": torch.where(gaussian_shape, 1.0, shape),
-                "blur_plateau": plateau,
-                "blur_size": torch.where(blur, size, 1),
-                "sinc_cutoff": torch.where(blur & sinc, uniform(lowest, math.pi), 0.0),
-                "resize": torch.stack([up, down, torch.ones(batch)]).gather(0, direction[None])[0],
-                "resize_mode": one_of(0, 1, 2),
-                "gaussian_std": torch.where(gaussian, uniform(*stage.gaussian) / 255, 0.0),
-                "poisson_scale": torch.where(gaussian, 0.0, uniform(*stage.poisson)),
-                "gray_noise": chance(stage.gray_prob),
-                "jpeg_quality": one_of(*range(stage.jpeg[0], stage.jpeg[1] + 1)),
-            }
-        )
-    columns = {key: [r[key] for r in rounds] for key in rounds[0]}
-    final = chance(FINAL_SINC_PROB if recipe == "realesrgan" else 0.0)
-    columns["blur_size"].append(torch.where(final, one_of(*range(7, KERNEL_SIZE + 1, 2)), 1))
-    columns["sinc_cutoff"].append(torch.where(final, uniform(math.pi / 3, math.pi), 0.0))
-    columns["resize_mode"].append(one_of(0, 1, 2))
-    theta = Degradation(
-        **{key: torch.stack(value, 1) for key, value in columns.items()},
-        jpeg_last=chance(0.5),
-        scale=torch.full((batch,), scale),
-        seed=torch.randint(2**62, (batch,), generator=generator),
-    )
-    return theta.to(device)
+def canvas(images: list[Tensor]) -> Tensor:
+    """Images (3, H, W) in the top left corners of one tensor (B, 3, max H, max W)."""
+    if len(images) == 1:
+        return images[0][None]
+    H, W = sizes(images).amax(0).tolist()
+    return torch.stack([F.pad(x, (0, W - x.shape[2], 0, H - x.shape[1])) for x in images])
+
+
+def cut(x: Tensor, size: Tensor) -> list[Tensor]:
+    """The images of a canvas: the inverse of canvas()."""
+    return [image[:, :h, :w] for image, (h, w) in zip(x, size.tolist(), strict=True)]
 
 
 # ---- blur -------------------------------------------------------------------------------------
 
 
-def blur_kernel(
-    sigma: Tensor, angle: Tensor, shape: Tensor, plateau: Tensor, size: Tensor, cutoff: Tensor
-) -> Tensor:
-    """Blur kernels (B, 21, 21), each summing to 1; sigma (B, 2), all else (B,).
+def blur_kernels(theta: Degradation) -> Tensor:
+    """The kernels (B, 3, 25, 25) of theta's three blurs, each summing to 1.
 
     With q = x^T Sigma^-1 x: exp(-q^beta / 2) (Gaussian for beta = 1), the plateau 1 / (1 + q^beta),
     or, where cutoff > 0, the circular sinc cutoff J_1(cutoff r) / (2 pi r) (arXiv:2107.10833, Eq.
-    2-6).
+    2-6). Sharpening by `amount` is (1 + amount) delta - amount kernel.
     """
     half = KERNEL_SIZE // 2
-    axis = torch.arange(-half, half + 1, device=sigma.device, dtype=torch.float64)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    sigma, angle, shape, cutoff = (v.double() for v in (sigma, angle, shape, cutoff))
-    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
-    along, across = x * cos + y * sin, y * cos - x * sin  # (B, 21, 21)
-    q = (along / sigma[:, :1, None]).square() + (across / sigma[:, 1:, None]).square()
-    q = q.pow(shape[:, None, None])
-    smooth = torch.where(plateau[:, None, None], 1 / (1 + q), (-q / 2).exp())
-    r = (x.square() + y.square()).sqrt()
-    omega = cutoff[:, None, None]
-    sinc = omega * torch.special.bessel_j1(omega * r) / (2 * math.pi * r)
-    sinc[:, half, half] = cutoff.square() / (4 * math.pi)
-    kernel = torch.where(omega > 0, sinc, smooth)
-    inside = torch.maximum(x.abs(), y.abs()) <= (size[:, None, None] // 2)
-    kernel = kernel * inside
-    return (kernel / kernel.sum((1, 2), keepdim=True)).float()
+    axis = torch.arange(-half, half + 1, device=theta.seed.device, dtype=torch.float64)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")  # (25, 25)
+
+    def pixels(column: Tensor) -> Tensor:
+        return column.double()[..., None, None]  # (B, 3, 1, 1)
+
+    width, height = (pixels(s) for s in theta.blur_sigma.clamp(min=1e-3).unbind(2))
+    cos, sin = pixels(theta.blur_angle).cos(), pixels(theta.blur_angle).sin()
+    along, across = x * cos + y * sin, y * cos - x * sin
+    q = (along / width).square() + (across / height).square()
+    q = q.pow(pixels(theta.blur_shape))
+    kernel = torch.where(theta.blur_plateau[..., None, None], 1 / (1 + q), (-q / 2).exp())
+    radius, cutoff = (x.square() + y.square()).sqrt(), pixels(theta.sinc_cutoff)
+    sinc = cutoff * torch.special.bessel_j1(cutoff * radius) / (2 * math.pi * radius)
+    sinc[..., half, half] = cutoff[..., 0, 0].square() / (4 * math.pi)
+    kernel = torch.where(cutoff > 0, sinc, kernel)
+    kernel = kernel * (torch.maximum(x.abs(), y.abs()) <= pixels(theta.blur_size // 2))
+    kernel = kernel / kernel.sum((2, 3), keepdim=True)
+    amount, delta = pixels(theta.sharpen), (radius == 0).double()
+    return torch.where(amount > 0, (1 + amount) * delta - amount * kernel, kernel).float()
 
 
-def pick(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """x[b, :, rows[b], columns[b]] for every image b: (B, C, H', W')."""
-    b = torch.arange(len(x), device=x.device)[:, None, None]
-    return x.transpose(0, 1)[:, b, rows[:, :, None], columns[:, None, :]].transpose(0, 1)
+def mirrored(length: int, margin: int, n: int) -> Tensor:
+    """Indices -margin .. length + margin - 1, mirrored into [0, n)."""
+    period = max(2 * n - 2, 1)
+    i = torch.arange(-margin, length + margin) % period
+    return torch.minimum(i, period - i).clamp(max=n - 1)
 
 
-def mirrored(length: int, margin: int, n: Tensor) -> Tensor:
-    """Indices -margin .. length + margin - 1, mirrored into [0, n[b]): (B, length + 2 margin)."""
-    period = (2 * n[:, None] - 2).clamp(min=1)
-    i = torch.arange(-margin, length + margin, device=n.device) % period
-    return torch.minimum(i, period - i).clamp(max=n[:, None] - 1)
-
-
-def blur(x: Tensor, kernel: Tensor, size: Tensor) -> Tensor:
-    """Correlate image b (its top left size[b] pixels) with kernel[b] (K, K), edges mirrored."""
-    B, C, H, W = x.shape
-    half = kernel.shape[-1] // 2
-    padded = pick(x, mirrored(H, half, size[:, 0]), mirrored(W, half, size[:, 1]))
-    weight = kernel.repeat_interleave(C, 0)[:, None]  # (B*C, 1, K, K)
-    return F.conv2d(padded.reshape(1, B * C, *padded.shape[2:]), weight, groups=B * C).view_as(x)
+def blur(image: Tensor, kernel: Tensor) -> Tensor:
+    """Correlate an image (3, H, W) with a kernel (K, K), edges mirrored."""
+    _, H, W = image.shape
+    K, s = len(kernel), 4
+    h, w = -(-H // s), -(-W // s)
+    rows, columns = (mirrored(n * s, K // 2, side) for n, side in ((h, H), (w, W)))
+    padded = image.index_select(1, rows.to(image.device)).index_select(2, columns.to(image.device))
+    # One convolution of stride 4 gives the 4 x 4 pixels of a cell as its channels, each with the
+    # kernel in another place: two to four times as fast as a depthwise convolution.
+    cell = torch.eye(s * s, device=image.device).view(s * s, 1, s, s)
+    weight = F.conv_transpose2d(cell, kernel[None, None])  # (16, 1, K + 3, K + 3)
+    y = F.conv2d(padded[:, None], weight, stride=s)  # (3, 16, h, w)
+    return F.pixel_shuffle(y, s)[:, 0, :H, :W]
 
 
 # ---- resize -----------------------------------------------------------------------------------
 
 
-def resize_matrix(n_in: Tensor, n_out: Tensor, mode: Tensor, columns: int, rows: int) -> Tensor:
-    """Weights (B, rows, columns) that resize n_in[b] pixels to n_out[b]; zero outside of them.
+def cubic(distance: Tensor, a: float) -> Tensor:
+    """Keys' kernel, 1 at 0 and 0 beyond 2 pixels."""
+    d = distance.abs()
+    near = ((a + 2) * d - (a + 3)) * d * d + 1
+    far = a * (((d - 5) * d + 8) * d - 4)
+    return torch.where(d <= 1, near, torch.where(d < 2, far, 0.0))
 
-    Equals torch.nn.functional.interpolate without antialiasing, for each mode of MODES.
+
+def resize_weights(old: Tensor, new: Tensor, mode: str) -> Tensor:
+    """Weights (B, 2, N, M) that resize the two sides of image b from old[b] to new[b] pixels.
+
+    old, new (B, 2); N and M are their largest. Equals torch's interpolate of that mode
+    ("antialiased" is its bicubic with antialias=True, the others are without).
     """
-    n_in, n_out, mode = n_in.double()[:, None], n_out.double()[:, None], mode[:, None]
-    i = torch.arange(rows, device=n_in.device, dtype=torch.float64)  # (rows,)
-    centre = (i + 0.5) * n_in / n_out - 0.5  # (B, rows), where output i looks in the input
-    left = centre.floor()
-    weights = torch.zeros(len(n_in), rows, columns, device=n_in.device, dtype=torch.float64)
-    for tap in (-1, 0, 1, 2):
-        d = (centre - left - tap).abs()
-        # Keys' cubic with a = -0.75, split at distance 1.
-        near = ((1.25 * d - 2.25) * d) * d + 1
-        far = -0.75 * (((d - 5) * d + 8) * d - 4)
-        cubic = torch.where(d <= 1, near, far)
-        value = torch.where(mode == MODES.index("bicubic"), cubic, (1 - d).clamp(min=0))
-        at = (left + tap).clamp(min=0).minimum(n_in - 1).long()
-        weights.scatter_add_(2, at[..., None].clamp(max=columns - 1), value[..., None])
-    j = torch.arange(columns, device=n_in.device, dtype=torch.float64)
-    first = (i * n_in / n_out).floor()[..., None]
-    last = ((i + 1) * n_in / n_out).ceil()[..., None]
-    area = ((j >= first) & (j < last)) / (last - first)
-    weights = torch.where((mode == MODES.index("area"))[..., None], area, weights)
-    return (weights * (i[:, None] < n_out[..., None])).float()
+    M, N = int(old.max()), int(new.max())
+    matrix = torch.zeros(*old.shape, N, M, device=old.device)
+    old, new = old.double()[..., None, None], new.double()[..., None, None]  # (B, 2, 1, 1)
+    ratio = old / new
+    i = torch.arange(N, device=old.device, dtype=torch.float64)[:, None]
+    centre = (i + 0.5) * old / new - 0.5  # (B, 2, N, 1), where output i looks in the input
+    # The inputs of one output: `taps` at most, from `first` on.
+    if mode == "area":
+        first, last = (i * old / new).floor(), ((i + 1) * old / new).ceil()
+        taps = math.ceil(ratio.max()) + 1
+    elif mode == "antialiased":
+        support = 2 * ratio.clamp(min=1)
+        first, taps = (centre - support).ceil(), math.ceil(2 * support.max()) + 1
+    else:
+        first, taps = centre.floor() - 1, 4
+    j = first + torch.arange(taps, device=old.device)  # (B, 2, N, taps)
+    if mode == "area":
+        weight = ((j < last) & (j < old)) / (last - first)
+    elif mode == "antialiased":
+        weight = cubic((j - centre) * 2 / support, -0.5) * ((j >= 0) & (j < old))
+        weight = weight / weight.sum(3, keepdim=True)
+    elif mode == "bicubic":
+        weight = cubic(j - centre, -0.75)
+    else:
+        weight = (1 - (j - centre).abs()).clamp(min=0)
+    at = j.clamp(min=0).minimum(old - 1).long()
+    return matrix.scatter_add_(3, at, weight.float())
 
 
-def resize(x: Tensor, size: Tensor, new_size: Tensor, mode: Tensor) -> Tensor:
-    """Resize image b from size[b] to new_size[b] as two matrix products: (B, C, max H', max W')."""
-    H, W = new_size.amax(0).tolist()
-    vertical = resize_matrix(size[:, 0], new_size[:, 0], mode, x.shape[2], H)
-    horizontal = resize_matrix(size[:, 1], new_size[:, 1], mode, x.shape[3], W)
-    return vertical[:, None] @ x @ horizontal[:, None].transpose(2, 3)
+def resize(images: list[Tensor], new: Tensor, mode: str) -> list[Tensor]:
+    """Resize image b (3, H, W) to new[b] = (H', W') as two matrix products."""
+    device = images[0].device
+    weights = resize_weights(sizes(images).to(device), new.to(device), mode)
+    return [
+        (weights[b, 0, :H, : x.shape[1]].contiguous() @ x)
+        @ weights[b, 1, :W, : x.shape[2]].contiguous().mT
+        for b, (x, (H, W)) in enumerate(zip(images, new.tolist(), strict=True))
+    ]
 
 
 # ---- noise ------------------------------------------------------------------------------------
 
 
-def noise(x: Tensor, size: Tensor, theta: Degradation, stage: int, seed: Tensor) -> Tensor:
-    """Add Gaussian or Poisson noise; image b draws from seed[b], whatever the rest of the batch."""
-    out = x.clone()
-    for b, (h, w) in enumerate(size.tolist()):
-        image = x[b, :, :h, :w]
-        gray = bool(theta.gray_noise[b, stage])
-        std, scale = float(theta.gaussian_std[b, stage]), float(theta.poisson_scale[b, stage])
-        draw = common.generator(int(seed[b]), stage, device=x.device)
-        if std > 0:
-            eps = torch.randn(1 if gray else 3, h, w, generator=draw, device=x.device)
-            out[b, :, :h, :w] += std * eps
-        if scale > 0:
-            luma = image.new_tensor([0.2989, 0.5870, 0.1140])
-            source = torch.einsum("c,chw->hw", luma, image)[None] if gray else image
-            source = (source.clamp(0, 1) * 255).round() / 255
-            # Photons per unit: as many levels as the image has, rounded up to a power of two.
-            used = torch.bincount((source * 255).round().long().flatten()).count_nonzero()
-            levels = 2.0 ** math.ceil(math.log2(int(used)))
-            photons = torch.poisson(source * levels, generator=draw) / levels
-            out[b, :, :h, :w] += scale * (photons - source)
-    return out.clamp(0, 1)
+def gaussian(
+    images: list[Tensor],
+    std: Tensor,
+    gray: Tensor,
+    mix: Tensor,
+    draws: list[torch.Generator],
+) -> list[Tensor]:
+    """Add Gaussian noise of std[b] from draws[b]: gray, or colours correlated by mix[b] (3, 3)."""
+    x = canvas(images)
+    eps = canvas(
+        [
+            torch.randn(i.shape, generator=g, device=x.device)
+            for i, g in zip(images, draws, strict=True)
+        ]
+    )
+    colours = (mix @ eps.flatten(2)).view_as(eps)
+    eps = torch.where(gray[:, None, None, None], eps[:, :1], colours)
+    return cut((x + std[:, None, None, None] * eps).clamp_(0, 1), sizes(images))
+
+
+def poisson(
+    images: list[Tensor], scale: Tensor, gray: Tensor, draws: list[torch.Generator]
+) -> list[Tensor]:
+    """Add scale[b] times the shot noise of an image with as many photons per unit as it has levels.
+
+    The levels (values of 8 bits that occur) are rounded up to a power of two.
+    """
+    x = canvas(images)
+    gray, scale = gray[:, None, None, None], scale[:, None, None, None]
+    luma = 0.2989 * x[:, :1] + 0.5870 * x[:, 1:2] + 0.1140 * x[:, 2:]
+    source = (torch.where(gray, luma, x).clamp_(0, 1) * 255).round_()
+    here = canvas([torch.ones_like(image[:1]) for image in images])
+    values = torch.where(here > 0, source, source[:, :, :1, :1]).long().flatten(1)
+    used = torch.zeros(len(x), 256, device=x.device).scatter_(1, values, 1.0).sum(1)
+    levels = torch.exp2(used.log2().ceil())[:, None, None, None]
+    source = source / 255
+    size, channels = sizes(images), torch.where(gray, 1, 3).flatten().tolist()
+    rates = [rate[:c] for rate, c in zip(cut(source * levels, size), channels, strict=True)]
+    photons = [
+        torch.poisson(r, generator=g).expand(3, -1, -1) for r, g in zip(rates, draws, strict=True)
+    ]
+    return cut((x + scale * (canvas(photons) / levels - source)).clamp_(0, 1), size)
 
 
 # ---- JPEG: libjpeg's integer arithmetic, followed exactly in float64 ---------------------------
@@ -367,6 +621,7 @@ CHROMA_TABLE = torch.tensor([
 # fmt: on
 
 
+@functools.cache
 def dct_matrix() -> Tensor:
     """The 8x8 integer matrix of one pass of libjpeg's slow integer DCT (jfdctint.c), float64.
 
@@ -401,37 +656,62 @@ def scaled_table(base: Tensor, quality: Tensor) -> Tensor:
     return ((base.to(quality.device) * percent + 50) // 100).clamp(1, 255).double()
 
 
-def shift(x: Tensor, bits: int) -> Tensor:
-    """Divide whole numbers by 2^bits, rounded half up: libjpeg's DESCALE."""
-    return (x + 2 ** (bits - 1)).mul_(2.0**-bits).floor_()
+def along_columns(matrix: Tensor, plane: Tensor) -> Tensor:
+    """Multiply every column of every 8 x 8 block of a plane (B, H, W)."""
+    B, H, W = plane.shape
+    return (matrix @ plane.view(B, H // 8, 8, W)).view(B, H, W)
 
 
 def quantised(plane: Tensor, table: Tensor) -> Tensor:
-    """A plane (B, H, W) after the DCT, quantisation by table (B, 8, 8) and the inverse DCT."""
+    """A plane (B, H, W) after the DCT, quantisation by table (B, 8, 8) and the inverse DCT.
+
+    libjpeg runs each pass in integers and shifts them right by 11, 15, 11 and 18 bits, rounding
+    half up. Rows come first, then columns; in the inverse the other way around.
+    """
     B, H, W = plane.shape
     M = dct_matrix().to(plane.device)
-    rows, columns = (B, H, W // 8, 8), (B, H // 8, 8, W)
-    y = shift((plane - 128).view(rows) @ M.T, 11)
-    y = shift(M @ y.view(columns), 15).view(B, H // 8, 8, W // 8, 8)  # 8 times the coefficients
-    table = table[:, None, :, None, :]
-    y = y.sign() * ((y.abs() + 4 * table) / (8 * table)).floor_() * table
-    y = shift(M.T @ y.view(columns), 11)
-    y = shift(y.view(rows) @ M, 18)
-    return (y.view(B, H, W) + 128).clamp_(0, 255)
+    y = along_columns(M * 2.0**-11, (plane.double() - 128).mT.contiguous()).add_(0.5).floor_()
+    y = along_columns(M * 2.0**-15, y.mT.contiguous()).add_(0.5).floor_()  # 8 times the coefficient
+    # Halves are rounded away from zero: a nudge that is far less than 1 / (8 q) brings them there.
+    divisor, table = 8 / (1 + 2.0**-40) * table[:, None, :, None], table[:, None, :, None]
+    y.view(B, H // 8, 8, W // 8, 8).div_(divisor).round_().mul_(table)
+    y = along_columns(M.T * 2.0**-11, y).add_(0.5).floor_()
+    y = along_columns(M.T * 2.0**-18, y.mT.contiguous()).add_(128.5).floor_()
+    return y.mT.contiguous().clamp_(0, 255).float()
 
 
-def clamped(length: int, n: Tensor) -> Tensor:
-    """Indices 0 .. length - 1, clamped into [0, n[b]): (B, length)."""
-    return torch.arange(length, device=n.device).minimum(n[:, None] - 1)
+def combined(planes: tuple[Tensor, ...], factors: tuple[int, ...], bias: int = 2**15) -> Tensor:
+    """The sum of factors times whole planes plus the bias, shifted right by 16 bits.
+
+    All of it stays below 2^24, so float32 is exact.
+    """
+    total = planes[0] * (factors[0] * 2.0**-16)
+    for plane, factor in zip(planes[1:], factors[1:], strict=True):
+        total.add_(plane, alpha=factor * 2.0**-16)
+    return total.add_(bias * 2.0**-16).floor_()
 
 
-def halve(chroma: Tensor, rows: Tensor) -> Tensor:
-    """Average 2 x 2 pixels as libjpeg does (bias 1, 2, 1, 2, ...), then repeat row rows[b] - 1."""
-    total = F.avg_pool2d(chroma, 2, divisor_override=1)  # (B, 2, H/2, W/2)
-    bias = 1.0 + torch.arange(total.shape[3], device=total.device) % 2
-    total = (total + bias).mul_(0.25).floor_()
-    every = torch.arange(total.shape[3], device=rows.device).expand(len(rows), -1)
-    return pick(total, clamped(total.shape[2], rows), every)
+def pick(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """x[b, :, rows[b], columns[b]] for every image b: (B, C, H', W')."""
+    if len(x) == 1:  # ten times as fast on a CPU
+        return x.index_select(2, rows[0]).index_select(3, columns[0])
+    b = torch.arange(len(x), device=x.device)[:, None, None]
+    return x.transpose(0, 1)[:, b, rows[:, :, None], columns[:, None, :]].transpose(0, 1)
+
+
+def clamped(margin: int, length: int, n: Tensor) -> Tensor:
+    """Indices -margin .. length + margin - 1, clamped into [0, n[b]): (B, length + 2 margin)."""
+    i = torch.arange(-margin, length + margin, device=n.device)
+    return i.clamp(min=0).minimum(n[:, None] - 1)
+
+
+def halve(chroma: Tensor, size: Tensor) -> Tensor:
+    """Average 2 x 2 pixels as libjpeg does (bias 1, 2, 1, 2, ...); repeat the last true row."""
+    total = chroma[:, :, ::2] + chroma[:, :, 1::2]
+    bias = 1.0 + torch.arange(total.shape[3] // 2, device=total.device) % 2
+    total = (total[..., ::2] + total[..., 1::2] + bias).mul_(0.25).floor_()  # (B, 2, H/2, W/2)
+    H, W = total.shape[2:]
+    return pick(total, clamped(0, H, size[:, 0]), clamped(0, W, size[:, 1].clamp(min=W)))
 
 
 def double(chroma: Tensor, size: Tensor) -> Tensor:
@@ -440,22 +720,44 @@ def double(chroma: Tensor, size: Tensor) -> Tensor:
     Chroma of one or two columns is repeated instead, as in jdsample.c.
     """
     B, C, H, W = chroma.shape
+    x = pick(chroma, clamped(1, H, size[:, 0]), clamped(1, W, size[:, 1]))  # (B, C, H+2, W+2)
+    near = 3 * x[:, :, 1:-1]
+    x = torch.stack([near + x[:, :, :-2], near + x[:, :, 2:]], 3).view(B, C, 2 * H, W + 2)
+    near = 3 * x[..., 1:-1]
+    y = torch.empty(B, C, 2 * H, 2 * W, device=x.device)
+    y[..., ::2] = near.add(x[..., :-2]).add_(8)
+    y[..., 1::2] = near.add_(x[..., 2:]).add_(7)
+    y.mul_(1 / 16).floor_()
+    narrow = size[:, 1, None, None, None] <= 2
+    if narrow.any():
+        y = torch.where(narrow, chroma.repeat_interleave(2, 2).repeat_interleave(2, 3), y)
+    return y
 
-    def neighbours(n: Tensor, length: int, step: int) -> Tensor:
-        i = torch.arange(length, device=n.device) + step
-        return i.clamp(min=0).minimum(n[:, None] - 1)
 
-    here_y, here_x = neighbours(size[:, 0], H, 0), neighbours(size[:, 1], W, 0)
-    centre = 3 * pick(chroma, here_y, here_x)
-    above = centre + pick(chroma, neighbours(size[:, 0], H, -1), here_x)
-    below = centre + pick(chroma, neighbours(size[:, 0], H, 1), here_x)
-    y = torch.stack([above, below], 3).view(B, C, 2 * H, W)
-    every = torch.arange(2 * H, device=size.device).expand(B, -1)
-    left = pick(y, every, neighbours(size[:, 1], W, -1))
-    right = pick(y, every, neighbours(size[:, 1], W, 1))
-    y = torch.stack([(3 * y + left + 8), (3 * y + right + 7)], 4).mul_(1 / 16).floor_()
-    plain = chroma.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    return y.view(B, C, 2 * H, 2 * W).where(size[:, 1, None, None, None] > 2, plain)
+@torch.no_grad()
+def jpeg_round_trip(x: Tensor, quality: Tensor, subsampling: str, size: Tensor) -> Tensor:
+    """jpeg() for checked arguments, without a gradient."""
+    B, _, H, W = x.shape
+    H16, W16 = -(-H // 16) * 16, -(-W // 16) * 16
+    rgb = pick(x, clamped(0, H16, size[:, 0]), clamped(0, W16, size[:, 1]))
+    planes = rgb.clamp_(0, 1).mul_(255).round_().unbind(1)  # (B, H16, W16) each
+    luma = combined(planes, (19595, 38470, 7471))
+    # Chroma is rounded a unit of 2^-16 lower.
+    blue = combined(planes, (-11059, -21709, 32768), 2**23 + 2**15 - 1)
+    red = combined(planes, (32768, -27439, -5329), 2**23 + 2**15 - 1)
+    luma = quantised(luma, scaled_table(LUMA_TABLE, quality))
+    chroma, half = torch.stack([blue, red], 1), (size + 1) // 2  # (B, 2, H16, W16)
+    if subsampling == "4:2:0":
+        chroma = halve(chroma, half)
+    table = scaled_table(CHROMA_TABLE, quality).repeat_interleave(2, 0)
+    chroma = quantised(chroma.flatten(0, 1), table).view_as(chroma) - 128
+    if subsampling == "4:2:0":
+        chroma = double(chroma, half)
+    blue, red = chroma.unbind(1)
+    torch.add(luma, combined((red,), (91881,)), out=rgb[:, 0])
+    torch.add(luma, combined((blue, red), (-22554, -46802)), out=rgb[:, 1])
+    torch.add(luma, combined((blue,), (116130,)), out=rgb[:, 2])
+    return rgb[:, :, :H, :W].clamp(0, 255).div_(255)
 
 
 def jpeg(
@@ -463,8 +765,9 @@ def jpeg(
 ) -> Tensor:
     """Compress and decompress images as Pillow (libjpeg) does, bit for bit.
 
-    x (B, 3, H, W) in [0, 1], first rounded to 8 bits; quality (B,) in 1..100, 0 leaves the image
-    alone; `size` (B, 2) are the true sizes on a canvas, default all of it. Returns (B, 3, H, W).
+    x (B, 3, H, W) in [0, 1], first rounded to 8 bits; quality (B,) in 1..100; `size` (B, 2) are the
+    true sizes on a canvas, default all of it. Returns (B, 3, H, W); gradients pass
+    straight through. ValueError for another quality or subsampling.
     """
     if subsampling not in ("4:2:0", "4:4:4"):
         raise ValueError(f"subsampling {subsampling!r}: 4:2:0 and 4:4:4 are supported.")
@@ -472,39 +775,29 @@ def jpeg(
     if B == 0:
         return x
     quality = torch.as_tensor(quality, device=x.device).expand(B).long()
-    size = x.new_tensor([H, W]).long().expand(B, 2) if size is None else size
-    H16, W16 = -(-H // 16) * 16, -(-W // 16) * 16
-    rgb = pick(x, clamped(H16, size[:, 0]), clamped(W16, size[:, 1]))
-    r, g, b = (rgb.clamp(0, 1) * 255).round().double().unbind(1)  # (B, H16, W16)
-    luma = shift(19595 * r + 38470 * g + 7471 * b, 16)
-    # Rounding of chroma differs by one unit of 2^-16 from rounding half up.
-    blue = shift(-11059 * r - 21709 * g + 32768 * b + 2**23 - 1, 16)
-    red = shift(32768 * r - 27439 * g - 5329 * b + 2**23 - 1, 16)
-    luma = quantised(luma, scaled_table(LUMA_TABLE, quality))
-    chroma = torch.stack([blue, red], 1)  # (B, 2, H16, W16)
-    half = (size + 1) // 2
-    if subsampling == "4:2:0":
-        chroma = halve(chroma, half[:, 0])
-    extra = chroma.shape[2] % 8, chroma.shape[3] % 8
-    assert extra == (0, 0), "chroma must consist of whole blocks"
-    table = scaled_table(CHROMA_TABLE, quality).repeat_interleave(2, 0)
-    chroma = quantised(chroma.flatten(0, 1), table).view_as(chroma)
-    if subsampling == "4:2:0":
-        chroma = double(chroma, half)
-    blue, red = (chroma - 128).unbind(1)
-    rgb = torch.stack(
-        [
-            luma + shift(91881 * red, 16),
-            luma + shift(-22554 * blue - 46802 * red, 16),
-            luma + shift(116130 * blue, 16),
-        ],
-        dim=1,
-    )
-    rgb = rgb[:, :, :H, :W].clamp(0, 255).float() / 255
-    return torch.where(quality[:, None, None, None] > 0, rgb, x)
+    if int(quality.min()) < 1 or int(quality.max()) > 100:
+        raise ValueError(f"JPEG quality {quality.tolist()}: must be in 1..100.")
+    size = torch.tensor([[H, W]], device=x.device).expand(B, 2) if size is None else size
+    y = jpeg_round_trip(x.float(), quality, subsampling, size)
+    return y + (x - x.detach()) if x.requires_grad else y
 
 
 # ---- D ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def plain_float32(device: torch.device) -> Iterator[None]:
+    """Neither bf16 nor TF32 inside, whatever the training around it allows itself."""
+    matmul = torch.backends.cuda.matmul
+    allowed, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        with (
+            torch.autocast(device.type, enabled=False),
+            torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
+        ):
+            yield
+    finally:
+        matmul.allow_tf32 = allowed
 
 
 @torch.no_grad()
@@ -514,66 +807,82 @@ def degrade(hr: Tensor, theta: Degradation, generator: torch.Generator | None = 
     Row i is degraded with row i of theta. Without a generator the noise is that of theta.seed, so
     that theta replays the image; with one it is drawn anew.
     """
-    if len(hr) != len(theta):
-        raise ValueError(f"{len(hr)} images, but {len(theta)} rows of parameters")
-    theta = theta.to("cpu")
+    (B, _, H, W), theta = hr.shape, theta.to("cpu")
+    if len(theta) != B:
+        raise ValueError(f"{B} images, but {len(theta)} rows of parameters")
+    if B == 0 or bool((theta.scale != theta.scale[0]).any()):
+        raise ValueError("a batch needs at least one image, and the same scale for all")
+    scale = int(theta.scale[0])
+    if H % scale or W % scale:
+        raise ValueError(f"images of {H} x {W} pixels can't be degraded by scale {scale}")
     seed = theta.seed
     if generator is not None:
-        seed = torch.randint(2**62, (len(hr),), generator=generator, device=generator.device).cpu()
-    # Images of similar intermediate size share a canvas: less of it is empty.
-    chunk = 4 if hr.device.type == "cpu" else len(hr)
-    H, W = (side // int(theta.scale[0]) for side in hr.shape[2:])
-    lr = torch.empty(len(hr), 3, H, W, device=hr.device)
-    with torch.autocast(hr.device.type, enabled=False):
-        for rows in theta.resize[:, 0].argsort(stable=True).split(chunk):
-            at = rows.to(hr.device)
-            lr[at] = degrade_canvas(hr[at], theta[rows], seed[rows])
-    return lr
+        seed = torch.randint(2**62, (B,), generator=generator, device=generator.device).cpu()
+    images = list(hr.float())
+    with plain_float32(hr.device):
+        kernels = blur_kernels(theta).to(hr.device)
+        for step in range(STEPS):
+            operations = theta.operations(step)
+            for operation in set(operations) - {""}:
+                same = [row for row in range(B) if operations[row] == operation]
+                for rows in together(same, images):
+                    before = [images[row] for row in rows]
+                    after = operate(operation, before, rows, theta, (H, W), kernels, seed)
+                    for row, image in zip(rows, after, strict=True):
+                        images[row] = image
+    return (torch.stack(images).clamp_(0, 1) * 255).round_() / 255
 
 
-def degrade_canvas(hr: Tensor, theta: Degradation, seed: Tensor) -> Tensor:
-    """degrade() for images that share one canvas."""
-    B, _, H, W = hr.shape
-    scale, device = int(theta.scale[0]), hr.device
-    lr_size = torch.tensor([[H // scale, W // scale]]).expand(B, 2)
-    if bool((theta.scale != scale).any()) or H % scale or W % scale:
-        raise ValueError(f"images of {H} x {W} pixels can't be degraded by scale {scale}")
-    hr_size = torch.tensor([[H, W]]).expand(B, 2)
-    # Sizes stay on the CPU, where canvases are planned; their copies go to the device once.
-    middle = [
-        (base * theta.resize[:, stage, None]).floor().long().clamp(min=1)
-        for stage, base in enumerate([hr_size, lr_size])
-    ]
-    on, mode = theta.to(device), theta.resize_mode.to(device)
+def together(rows: list[int], images: list[Tensor]) -> Iterator[list[int]]:
+    """Split rows into groups that share a canvas, on a CPU one that its cache can hold."""
+    room = CPU_CANVAS if images[0].device.type == "cpu" else math.inf
+    group: list[int] = []
+    for row in sorted(rows, key=lambda row: images[row].numel()):
+        if group and images[row].numel() * (len(group) + 1) > room:
+            yield group
+            group = []
+        group.append(row)
+    yield group
 
-    def blurred(x: Tensor, size: Tensor, stage: int) -> Tensor:
-        if bool((theta.blur_size[:, stage] == 1).all()):
-            return x
-        shape = min(stage, 1)  # the final filter is a sinc or nothing: it has no shape of its own
-        kernel = blur_kernel(
-            on.blur_sigma[:, shape],
-            on.blur_angle[:, shape],
-            on.blur_shape[:, shape],
-            on.blur_plateau[:, shape],
-            on.blur_size[:, stage],
-            on.sinc_cutoff[:, stage],
-        )
-        return blur(x, kernel, size)
 
-    x, size = hr, hr_size
-    for stage, new_size in enumerate(middle):
-        x = blurred(x, size.to(device), stage)
-        x, size = resize(x, size.to(device), new_size.to(device), mode[:, stage]), new_size
-        x = noise(x, size, theta, stage, seed)
-        if stage == 0:
-            x = jpeg(x, on.jpeg_quality[:, 0], size=size.to(device))
-    # The last JPEG comes before or after the resize to LR and its filter.
-    before, after = (~theta.jpeg_last).nonzero()[:, 0], theta.jpeg_last.nonzero()[:, 0]
-    x[before] = jpeg(x[before], on.jpeg_quality[before, 1], size=size[before].to(device))
-    x = resize(x, size.to(device), lr_size.to(device), mode[:, 2])
-    x = blurred(x, lr_size.to(device), 2).clamp(0, 1)
-    x[after] = jpeg(x[after], on.jpeg_quality[after, 1])
-    return (x * 255).round() / 255
+def operate(
+    operation: str,
+    images: list[Tensor],
+    rows: list[int],
+    theta: Degradation,
+    hr_size: tuple[int, int],
+    kernels: Tensor,
+    seed: Tensor,
+) -> list[Tensor]:
+    """One operation, with the parameters in these rows of theta, kernels and seed."""
+    kind, number, *mode = operation.split()
+    i, device = int(number) - 1, images[0].device
+
+    def column(values: Tensor) -> Tensor:
+        return values[rows, i].to(device)
+
+    def draws() -> list[torch.Generator]:
+        return [common.generator(int(seed[row]), i, device=device) for row in rows]
+
+    if kind == "blur":
+        margins = ((KERNEL_SIZE - theta.blur_size[rows, i]) // 2).tolist()
+        return [
+            blur(image, kernels[row, i, m : KERNEL_SIZE - m, m : KERNEL_SIZE - m])
+            for image, row, m in zip(images, rows, margins, strict=True)
+        ]
+    if kind == "resize":
+        size = torch.tensor([hr_size] * len(rows))
+        exact = size // theta.scale[rows, None]
+        new = exact if i == 2 else (size * theta.resize[rows, i, None]).floor().long().clamp(min=1)
+        return resize(images, new, *mode)
+    if kind == "jpeg":
+        size = sizes(images)
+        y = jpeg(canvas(images), column(theta.jpeg_quality), size=size.to(device))
+        return cut(y, size)
+    if kind == "poisson":
+        return poisson(images, column(theta.poisson_scale), column(theta.gray_noise), draws())
+    std, gray, mix = theta.gaussian_std, theta.gray_noise, theta.colour_mix[rows].to(device)
+    return gaussian(images, column(std), column(gray), mix, draws())
 
 
 # ---- the command ------------------------------------------------------------------------------
@@ -584,40 +893,133 @@ class Config:
     """Settings of the command; every field is a flag."""
 
     hr: tuple[str, ...] = ()  # folders or files of HR photos (else data/hr, else data/sample/hr)
-    out: str = "out/degraded"  # folder that gets hr/, lr/ and pairs.jsonl
-    recipe: str = "realesrgan"  # which published options: realesrgan, light, camera
+    out: str = "out/degraded"  # folder that gets hr/, lr/, pairs.jsonl and preview.png
+    recipe: str = "realesrgan"  # realesrgan, bsrgan, light, camera or bicubic
+    per_image: int = 1  # pairs to make of every photo
     scale: int = 4  # HR size / LR size
-    seed: int = 0  # image i is degraded with draws from (seed, i)
+    seed: int = 0  # pair k of photo i is degraded with draws from (seed, i, k)
+    bench: bool = False  # only measure the speed of every operation and recipe
     device: str = "auto"  # cpu, cuda or auto
+
+
+BENCH_RUNS = 6
+
+
+def bench(files: list[Path], device: torch.device) -> None:
+    """Print images per second, best of several runs, for 16 photos of 256 x 256 pixels."""
+    photos = [common.load_image(file)[:, :256, :256] for file in files]
+    photos = [photo for photo in photos if photo.shape[1:] == (256, 256)]
+    common.require(bool(photos), "--bench needs --hr photos of at least 256 x 256 pixels.")
+    hr = torch.stack([photos[i % len(photos)] for i in range(16)]).to(device)
+    images, few = list(hr), Draw(16, common.generator(0))
+    draws = [common.generator(i, device=device) for i in range(16)]
+    std, gray, mix = torch.full((16,), 0.05), few.chance(0.4), torch.eye(3).expand(16, 3, 3)
+    std, gray, mix = std.to(device), gray.to(device), mix.to(device)
+    theta, half = sample_degradation(16, generator=few.generator), torch.full((16, 2), 128)
+    kernels = blur_kernels(theta).to(device)[:, 0, 2:-2, 2:-2]
+    works: dict[str, Callable[[], object]] = {
+        "draw theta": lambda: sample_degradation(16),
+        "kernels": lambda: blur_kernels(theta),
+        "blur 21 x 21": lambda: [blur(x, k) for x, k in zip(images, kernels, strict=True)],
+        "resize to half": lambda: resize(images, half, "bicubic"),
+        "Gaussian noise": lambda: gaussian(images, std, gray, mix, draws),
+        "Poisson noise": lambda: poisson(images, std, gray, draws),
+        "JPEG": lambda: (
+            [jpeg(x[None], 60) for x in images] if device.type == "cpu" else jpeg(hr, 60)
+        ),
+    }
+
+    def whole(recipe: str) -> None:
+        for i in range(8):
+            degrade(hr, sample_degradation(16, recipe, generator=common.generator(i)))
+
+    works |= {f"all of {recipe}": functools.partial(whole, recipe) for recipe in RECIPES}
+    print(f"16 x 256 x 256 pixels on {device}, {torch.get_num_threads()} threads")
+    for name, work in works.items():
+        seconds = []
+        for _ in range(BENCH_RUNS):  # the first one warms up
+            began = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+        images_done = 16 * (8 if name.startswith("all") else 1)
+        print(f"{name:<18} {images_done / min(seconds[1:]):8.0f} images/s")
+
+
+def save_preview(path: Path, out: Path, rows: list[dict]) -> None:
+    """Write a picture of a few pairs: the middle of HR | LR."""
+    pairs = [[common.load_image(out / row[side]) for side in ("hr", "lr")] for row in rows]
+    pictures = [
+        [common.centre(hr, 96 * hr.shape[1] // lr.shape[1], 384), common.centre(lr, 96, 384)]
+        for hr, lr in pairs
+    ]
+    common.save_sheet(path, ("HR", "LR"), pictures)
 
 
 def main(cfg: Config, rt: common.Runtime) -> None:
     """Degrade a folder: out/hr, out/lr with the same names, out/pairs.jsonl with theta."""
     common.require(cfg.recipe in RECIPES, f"--recipe {cfg.recipe}: choose of {', '.join(RECIPES)}.")
-    common.require(cfg.scale > 0, f"--scale {cfg.scale}: must be positive.")
+    for flag, value in (("--scale", cfg.scale), ("--per-image", cfg.per_image)):
+        common.require(value > 0, f"{flag} {value}: must be positive.")
+    common.require(
+        rt.world_size == 1, "degrade.py takes every core by itself: start it without torchrun."
+    )
     files, out = common.find_photos(cfg.hr, "hr", "--hr"), Path(cfg.out)
-    table, lines, skipped = out / "pairs.jsonl", [], 0
+    if cfg.bench:
+        return bench(files, rt.device)
+    table = out / "pairs.jsonl"
     done = set(table.read_text(encoding="utf-8").splitlines()) if table.is_file() else set()
-    for i, file in enumerate(tqdm(files, unit="image", disable=not rt.is_main)):
-        draw = common.generator(cfg.seed, i)
-        theta = sample_degradation(1, cfg.recipe, cfg.scale, draw)
-        name = f"{i:06d}_{file.stem}.png"
+
+    def work(i: int) -> list[str] | str:
+        """Lines for the table, once photo i's pairs are there; or why it can't be used."""
+        rows, thetas = [], []
+        for k in range(cfg.per_image):
+            name = f"{i:06d}_{files[i].stem}" + (f"_{k}" if cfg.per_image > 1 else "") + ".png"
+            draw = common.generator(cfg.seed, i, k)
+            thetas.append(sample_degradation(1, cfg.recipe, cfg.scale, draw))
+            row = {"hr": f"hr/{name}", "lr": f"lr/{name}", "source": str(files[i])}
+            rows.append(row | {"theta": json.loads(thetas[k].to_json()[0])})
+        lines = [json.dumps(row) for row in rows]
+        # Only rows of an earlier run with these very parameters spare the work.
+        if done.issuperset(lines) and all(
+            (out / str(row[side])).is_file() for row in rows for side in ("hr", "lr")
+        ):
+            return lines
         try:
-            photo = common.crop_to_multiple(common.load_image(file), cfg.scale, file)
+            photo = common.crop_to_multiple(common.load_image(files[i]), cfg.scale, files[i])
         except ValueError as error:
-            skipped += 1
-            tqdm.write(f"skipped: {error}")
-            continue
-        row = {"hr": f"hr/{name}", "lr": f"lr/{name}", "source": str(file)}
-        lines.append(json.dumps(row | {"theta": json.loads(theta.to_json()[0])}))
-        # Only a row of an earlier run with these very parameters spares the work.
-        if not (lines[-1] in done and (out / row["hr"]).is_file() and (out / row["lr"]).is_file()):
-            hr = common.to_uint8(photo).float() / 255  # as it is written, also of a 16-bit photo
-            common.save_image(out / row["hr"], hr)
-            common.save_image(out / row["lr"], degrade(hr[None].to(rt.device), theta)[0])
-    with common.replacing(table) as temporary:
-        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    print(f"{len(lines)} pairs in {out}, {skipped} images skipped")
+            return f"skipped: {error}"
+        photo = common.to_uint8(photo).float() / 255  # as it is written, also of a 16-bit photo
+        common.save_image(out / rows[0]["hr"], photo)
+        for row, theta in zip(rows, thetas, strict=True):
+            common.save_image(out / row["lr"], degrade(photo[None].to(rt.device), theta)[0])
+            if row is not rows[0]:
+                common.copy_file(out / rows[0]["hr"], out / row["hr"])
+        return lines
+
+    lines: list[str] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # each thread below has a core to itself
+    with plain_float32(rt.device):
+        results = common.in_parallel(work, range(len(files)), threads)
+        for result in tqdm(results, total=len(files), unit="photo"):
+            if isinstance(result, str):
+                tqdm.write(result)
+                continue
+            lines += result
+            if not done.issuperset(result):  # so that a killed run goes on; put in order at the end
+                with open(table, "a", encoding="utf-8") as file:
+                    file.write("".join(line + "\n" for line in result))
+    common.require(bool(lines), "none of the HR images could be used; see the files named above.")
+    text, preview = "".join(line + "\n" for line in lines), out / "preview.png"
+    if not preview.is_file() or table.read_text(encoding="utf-8") != text:
+        with common.replacing(table) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        few = lines[: 4 * cfg.per_image : cfg.per_image]
+        save_preview(preview, out, [json.loads(line) for line in few])
+    skipped = len(files) - len(lines) // cfg.per_image
+    print(f"{len(lines)} pairs in {out}, {skipped} images skipped; look at {preview}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
@@ -245,39 +244,18 @@ def read_records(path: Path, settings: dict) -> dict[str, dict]:
     return records
 
 
-def preview_row(hr: Tensor, lr_ref: Tensor, lr: Tensor, side: int = 96, zoom: int = 3) -> Tensor:
-    """HR | LR reference | generated LR | bicubic: central crops of `side` LR pixels, enlarged."""
-
-    def centre(image: Tensor, size: int) -> Tensor:
-        top, left = ((n - size) // 2 if n > size else 0 for n in image.shape[1:])
-        crop = image[:, top : top + size, left : left + size]
-        return F.pad(crop, (0, size - crop.shape[2], 0, size - crop.shape[1]), value=1.0)
-
-    bicubic = extractors.resized(hr[None], *lr.shape[1:])[0].clamp(0, 1)
-    panels = [
-        centre(x, side).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
-        for x in (lr_ref, lr, bicubic)
-    ]
-    hr = extractors.resized(centre(hr, side * SCALE)[None], side * zoom, side * zoom)[0]
-    return torch.cat([F.pad(x, (2, 2, 2, 2), value=1.0) for x in (hr.clamp(0, 1), *panels)], dim=2)
-
-
 def save_preview(path: Path, out: Path, records: Sequence[dict]) -> None:
-    """Write a few rows of pictures under a line of titles."""
+    """Write a picture of a few pairs: the middle of HR | LR reference | generated LR | bicubic."""
     rows = []
     for record in records:
-        hr, lr_ref, lr = out / record["hr"], Path(record["lr_ref"]), out / record["lr"]
-        if lr_ref.is_file():
-            load = common.load_image
-            rows.append(preview_row(load(hr), load(lr_ref), load(lr)))
-    if not rows:
-        return
-    body = torch.cat(rows, dim=1)
-    head = Image.new("RGB", (body.shape[2], 18), "white")
-    for i, title in enumerate(("HR", "LR reference", "generated LR", "bicubic")):
-        ImageDraw.Draw(head).text((6 + i * body.shape[2] // 4, 3), title, fill="black")
-    titles = torch.frombuffer(bytearray(head.tobytes()), dtype=torch.uint8).float() / 255
-    common.save_image(path, torch.cat([titles.view(18, -1, 3).permute(2, 0, 1), body], dim=1))
+        if Path(record["lr_ref"]).is_file():
+            files = (out / record["hr"], record["lr_ref"], out / record["lr"])
+            hr, lr_ref, lr = (common.load_image(file) for file in files)
+            bicubic = extractors.resized(hr[None], *lr.shape[1:])[0].clamp(0, 1)
+            small = [common.centre(x, 96, 288) for x in (lr_ref, lr, bicubic)]
+            rows.append([common.centre(hr, 96 * SCALE, 288), *small])
+    if rows:
+        common.save_sheet(path, ("HR", "LR reference", "generated LR", "bicubic"), rows)
 
 
 def main(cfg: Config, rt: common.Runtime) -> None:
