@@ -238,10 +238,10 @@ def bicubic(hr: Tensor, batch: Sequence[Pair]) -> Tensor:
     return torch.from_numpy(np.stack(reduced)).permute(0, 3, 1, 2).to(hr.device) / 255
 
 
-def real_esrgan(hr: Tensor, batch: Sequence[Pair], seed: int) -> Tensor:
-    """Real-ESRGAN's D, each image with parameters and noise drawn from (seed, its index)."""
+def synthetic(hr: Tensor, batch: Sequence[Pair], recipe: str, seed: int) -> Tensor:
+    """A recipe of degrade.py, each image with parameters and noise from (seed, its index)."""
     draws = [common.generator(seed, pair.index) for pair in batch]
-    recipe, scale = "realesrgan", batch[0].scale
+    scale = batch[0].scale
     theta = [degrade.sample_degradation(1, recipe, scale, generator=draw) for draw in draws]
     return degrade.degrade(hr, degrade.Degradation.cat(theta))
 
@@ -319,7 +319,8 @@ def table_2(
     diffusion = functools.partial(realdgen, net=net, cfg=cfg)
     rows: list[tuple[str, Method, list[Pair]]] = [
         ("bicubic", bicubic, own),
-        ("Real-ESRGAN", functools.partial(real_esrgan, seed=cfg.seed), own),
+        ("Real-ESRGAN", functools.partial(synthetic, recipe="realesrgan", seed=cfg.seed), own),
+        ("BSRGAN", functools.partial(synthetic, recipe="bsrgan", seed=cfg.seed), own),
         ("RealDGen T=0, own LR", rec_lr, own),
         ("RealDGen T=0, other scene", rec_lr, other),
         ("RealDGen, own LR", diffusion, own),

@@ -319,9 +319,8 @@ def main(cfg: Config, rt: common.Runtime) -> None:
                 common.save_image(out / row["hr"], job.hr)
                 common.save_image(out / row["lr"], lr[b, kept])
                 record = row | {"source": str(job.file), "lr_ref": str(job.reference), **settings}
-                record |= {
-                    f"{key}_errors": scores[key][b].tolist() for key in ("content", "degradation")
-                }
+                for key in ("content", "degradation"):  # the last digits vary with the batch
+                    record[f"{key}_errors"] = [float(f"{e:.4g}") for e in scores[key][b].tolist()]
                 records[job.name] = record | {"kept": kept}
                 with open(
                     table, "a", encoding="utf-8"

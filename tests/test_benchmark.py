@@ -209,13 +209,13 @@ def test_bicubic_is_pillows(tmp_path):
         np.testing.assert_array_equal((image * 255).permute(1, 2, 0), np.asarray(expected))
 
 
-def test_real_esrgan_depends_on_seed_and_index_not_on_the_batch(tmp_path):
+def test_synthetic_lr_depends_on_seed_and_index_not_on_the_batch(tmp_path):
     pairs, hr = batch_of(write_pairs(tmp_path))
-    lr = benchmark.real_esrgan(hr, pairs, seed=3)
-    assert torch.equal(lr[2:4], benchmark.real_esrgan(hr[2:4], pairs[2:4], seed=3))
-    assert not torch.equal(lr, benchmark.real_esrgan(hr, pairs, seed=4))
+    lr = benchmark.synthetic(hr, pairs, "realesrgan", seed=3)
+    assert torch.equal(lr[2:4], benchmark.synthetic(hr[2:4], pairs[2:4], "realesrgan", seed=3))
+    assert not torch.equal(lr, benchmark.synthetic(hr, pairs, "realesrgan", seed=4))
     moved = [replace(pair, index=pair.index + 1) for pair in pairs]
-    assert not torch.equal(lr, benchmark.real_esrgan(hr, moved, seed=3))
+    assert not torch.equal(lr, benchmark.synthetic(hr, moved, "realesrgan", seed=3))
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -262,6 +262,7 @@ def test_the_table_has_each_method_and_every_value(tmp_path, monkeypatch, copyin
     assert counts == {
         "bicubic": 5,
         "Real-ESRGAN": 5,
+        "BSRGAN": 5,
         "RealDGen T=0, own LR": 5,
         "RealDGen T=0, other scene": 4,
         "RealDGen, own LR": 5,
