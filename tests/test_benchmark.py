@@ -310,8 +310,9 @@ def test_scale_2_reaches_the_generator_at_4_times_the_lr_size(
 ):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
     results, _ = run_table(tmp_path, write_pairs(tmp_path / "x2", ["a1", "a2"], scale=2))
-    rows = results["sets"][0]["rows"]
-    assert all(row["n"] == 2 for row in rows) and rows[2]["mean"]["PSNR Y"] == 100
+    rows = {row["method"]: row for row in results["sets"][0]["rows"]}
+    assert all(row["n"] == 2 for row in rows.values())
+    assert rows["RealDGen T=0, own LR"]["mean"]["PSNR Y"] == 100
 
 
 @pytest.mark.parametrize("name", ["RealSR", "DRealSR"])

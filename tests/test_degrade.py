@@ -504,6 +504,31 @@ def test_poisson_noise_has_the_variance_of_its_photons():
     assert (noisy[0] - image)[..., middle].mean().abs() < 1e-3
 
 
+def test_photon_tables_hold_the_poisson_distribution():
+    threshold, alias, K, first = degrade.photon_tables(torch.device("cpu"))
+    for n in range(9):
+        k = int(K[n])
+        part = slice(int(first[n]), int(first[n]) + 256 * k)
+        stay, other = (t[part].view(256, k).double() for t in (threshold, alias))
+        probability = stay.scatter_add(1, other.long(), 1 - stay) / k
+        rate = np.arange(256)[:, None] / 255 * 2**n
+        expected = stats.poisson.pmf(np.arange(k), rate)
+        np.testing.assert_allclose(probability, expected, atol=1e-7)
+        assert stats.poisson.sf(k - 1, 2**n) < 1e-12  # what the table leaves out
+
+
+def test_poisson_noise_passes_a_chi_square_test():
+    image = torch.full((3, 400, 400), 7 / 255)
+    image[:, 0, :64] = torch.arange(64) / 255  # 64 levels, so 64 photons per unit
+    noisy = degrade.poisson([image], same(1, 1.0), same(1, False), generators(1))[0][:, 1:]
+    counts = (noisy * 64).round().long().flatten().bincount(minlength=12)[:12].numpy()
+    expected = stats.poisson.pmf(np.arange(12), 64 * 7 / 255)
+    enough = expected * counts.sum() > 5
+    observed = np.append(counts[enough], noisy.numel() - counts[enough].sum())
+    expected = np.append(expected[enough], 1 - expected[enough].sum()) * noisy.numel()
+    assert stats.chisquare(observed, expected).pvalue > 1e-4
+
+
 def test_poisson_counts_the_levels_of_each_image_alone():
     """Few levels make few photons, so more noise; the neighbour on the canvas does not matter."""
     flat = torch.full((3, 60, 60), 0.5)
