@@ -7,6 +7,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -177,11 +178,18 @@ def generator(*numbers: int, device: torch.device | str = "cpu") -> torch.Genera
 # ---- image files ------------------------------------------------------------------------------
 
 
-def list_images(paths: Sequence[str], flag: str) -> list[Path]:
-    """All image files among files and folders (searched in depth), sorted; UserError if none."""
+def list_images(paths: Sequence[str], flag: str, packed: bool = False) -> list[Path]:
+    """All image files among files and folders (searched in depth), sorted; UserError if none.
+
+    With `packed`, files of data/pack.py may be named among them.
+    """
     files: list[Path] = []
     for path in map(Path, paths):
         require(path.exists(), f"{flag} {path}: no such file or folder.")
+        if path.suffix == ".npy" and path.is_file():
+            require(packed, f"{flag} {path}: packed crops are only to train on; name photos here.")
+            files.append(path)
+            continue
         inside = path.rglob("*") if path.is_dir() else [path]
         files += sorted(p for p in inside if p.suffix.lower() in SUFFIXES and p.is_file())
     where = " ".join(map(str, paths))
@@ -189,11 +197,18 @@ def list_images(paths: Sequence[str], flag: str) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def find_photos(given: Sequence[str], kind: str, flag: str) -> list[Path]:
-    """The files the user named, else those of data/KIND, else of data/sample/KIND (saying so)."""
+def find_photos(given: Sequence[str], kind: str, flag: str, packed: bool = False) -> list[Path]:
+    """The files the user named, else those of data/KIND, else of data/sample/KIND (saying so).
+
+    With `packed`, data/KIND.npy comes before data/KIND (saying so).
+    """
     if given:
-        return list_images(given, flag)
+        return list_images(given, flag, packed)
     here = Path(__file__).parent / "data"
+    if packed and (here / f"{kind}.npy").is_file():
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"using the packed crops of data/{kind}.npy, not the photos of data/{kind}")
+        return [here / f"{kind}.npy"]
     with contextlib.suppress(UserError):
         return list_images([str(here / kind)], flag)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -290,10 +305,24 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@functools.cache  # once in each process; a data set holds no map, which pickling would copy
+def open_pack(path: Path) -> np.ndarray:
+    """Crops (N, 3, side, side) written by data/pack.py, uint8, left on disk; UserError if not."""
+    try:
+        crops = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: no readable .npy file ({error}).") from None
+    found = f"{crops.dtype} of shape {crops.shape}"
+    right = crops.dtype == np.uint8 and crops.ndim == 4 and crops.shape[1] == 3 and len(crops) > 0
+    require(right, f"{path}: {found}, not uint8 (N, 3, side, side): make it with data/pack.py.")
+    return crops
+
+
 class PhotoCrops(Dataset[Tensor]):
     """Random crops (3, size, size): item i depends on (seed, stream, rank, i) alone.
 
-    Photos that can't be read or are smaller than the crop are left out, counted and named once.
+    Photos that can't be read or are smaller than the crop are left out, counted and named once. Of
+    files of data/pack.py, each row counts as a photo.
     """
 
     def __init__(
@@ -304,21 +333,33 @@ class PhotoCrops(Dataset[Tensor]):
         self.left = 2**30  # bytes of photos that may stay in memory
         self.files: list[Path] = []
         self.bad: set[int] = set()
+        self.packs = [file for file in files if file.suffix == ".npy"]
+        for pack in self.packs:
+            side = min(open_pack(pack).shape[2:])
+            small = f"{pack}: crops of {side} pixels, too small to train on {size}"
+            require(side >= size, f"{small}: pack them again with --size {size} or more.")
+        self.count = sum(len(open_pack(pack)) for pack in self.packs)
         bad: list[Path] = []
-        for file in files:
+        photos = [file for file in files if file.suffix != ".npy"]
+        for file in photos:
             try:
                 with Image.open(file) as image:
                     (self.files if min(image.size) >= size else bad).append(file)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
                 bad.append(file)
         if bad and rt.is_main:
-            print(f"skipped {len(bad)} of {len(files)} photos: unreadable or under {size} pixels "
+            print(f"skipped {len(bad)} of {len(photos)} photos: unreadable or under {size} pixels "
                   f"(the first: {bad[0]})")  # fmt: skip
         need = f"no photo of at least {size} x {size} pixels among {len(files)} files"
-        require(bool(self.files), f"{need} ({files[0]}, ...).")
+        self.count += len(self.files)
+        require(self.count > 0, f"{need} ({files[0]}, ...).")
 
     def photo(self, index: int) -> Tensor:
-        """Photo as uint8 (3, H, W); kept in memory as long as there is room."""
+        """Photo as uint8 (3, H, W); kept in memory as long as there is room, unless packed."""
+        for crops in map(open_pack, self.packs):
+            if index < len(crops):
+                return torch.from_numpy(np.array(crops[index]))
+            index -= len(crops)
         if index not in self.cache:
             pixels = to_uint8(load_image(self.files[index]))
             if pixels.numel() > self.left:
@@ -331,7 +372,7 @@ class PhotoCrops(Dataset[Tensor]):
         for attempt in range(20):
             gen = generator(*self.key, i, attempt)
             index, top, left, flip = torch.randint(2**30, (4,), generator=gen).tolist()
-            index %= len(self.files)
+            index %= self.count
             if index in self.bad:
                 continue
             try:
