@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 A = TypeVar("A")
@@ -319,7 +320,7 @@ def open_pack(path: Path) -> np.ndarray:
 
 
 class PhotoCrops(Dataset[Tensor]):
-    """Random crops (3, size, size): item i depends on (seed, stream, rank, i) alone.
+    """Random crops (3, size, size): item i depends on (seed, stream, i) alone.
 
     Photos that can't be read or are smaller than the crop are left out, counted and named once. Of
     files of data/pack.py, each row counts as a photo.
@@ -328,7 +329,7 @@ class PhotoCrops(Dataset[Tensor]):
     def __init__(
         self, files: list[Path], size: int, batch_size: int, seed: int, rt: Runtime, stream: int = 0
     ) -> None:
-        self.size, self.batch_size, self.key = size, batch_size, (seed, stream, rt.rank)
+        self.size, self.batch_size, self.key = size, batch_size, (seed, stream)
         self.cache: dict[int, Tensor] = {}
         self.left = 2**30  # bytes of photos that may stay in memory
         self.files: list[Path] = []
@@ -387,14 +388,14 @@ class PhotoCrops(Dataset[Tensor]):
             return (crop.flip(2) if flip % 2 else crop).float() / 255
         raise UserError("20 photos in a row could not be read; look at the files named above.")
 
-    def batches(self, start: int, steps: int, device: torch.device) -> Iterator[Tensor]:
-        """Batches (B, 3, size, size) on the device for the steps from start to steps."""
-        workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+    def batches(self, numbers: Iterable[int], device: torch.device) -> Iterator[Tensor]:
+        """The batches (B, 3, size, size) of these numbers, on the device."""
+        B = self.batch_size
         loader = DataLoader(
             self,
-            self.batch_size,
-            sampler=range(start * self.batch_size, steps * self.batch_size),
-            num_workers=workers,
+            B,
+            sampler=[n * B + b for n in numbers for b in range(B)],
+            num_workers=0 if device.type == "cpu" else min(8, os.cpu_count() or 1),
             pin_memory=device.type == "cuda",
         )
         for batch in loader:
@@ -479,6 +480,41 @@ def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
         )
 
 
+def any_process(flag: bool, rt: Runtime) -> bool:
+    """True in every process if it is in one."""
+    if rt.world_size == 1:
+        return flag
+    flags = torch.tensor([float(flag)], device=rt.device)
+    dist.all_reduce(flags)
+    return bool(flags)
+
+
+def count_flops(compute: Callable[..., dict[str, Tensor]], *batches: Tensor, number: int) -> int:
+    """Floating-point operations of a loss and its gradient: matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        compute(*batches, number=number)["loss"].backward()
+    return counter.get_total_flops()
+
+
+def open_log(path: Path, tensorboard: bool) -> Callable[[int, dict[str, float]], None]:
+    """A function that appends a step's numbers to log.jsonl beside path, and to TensorBoard."""
+    writer: Any = None
+    if tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard needs `pip install tensorboard`.") from None
+        writer = SummaryWriter(str(path.parent / "tensorboard" / path.stem))
+
+    def log(step: int, numbers: dict[str, float]) -> None:
+        with open(path.with_name("log.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps({"part": path.stem, "step": step, **numbers}) + "\n")
+        for name, value in numbers.items() if writer else ():
+            writer.add_scalar(name, value, step)
+
+    return log
+
+
 def fit(
     rt: Runtime,
     net: nn.Module,
@@ -489,13 +525,18 @@ def fit(
     cfg: Any,
     steps: int,
     config: dict[str, Any],
-    preview: Callable[[nn.Module, int], None] | None = None,
+    compiled: Sequence[nn.Module] = (),
+    preview: Callable[[], dict[str, float]] | None = None,
+    refresh: Callable[..., None] | None = None,
 ) -> nn.Module:
     """Minimise loss(net, *batches, generator=...)["loss"]; return the net with averaged weights.
 
     Resumes from `path` if it exists and leaves the result there: a dict with step, net, ema, opt,
-    config. Batches (one of each data set) and draws depend on (seed, rank, step) alone. `groups`
-    are AdamW parameter groups; parameters outside of them are frozen.
+    config. A step averages the gradients of cfg.accumulate batches in each process; batch and draws
+    depend on (seed, step, number of the batch) alone, so that 1 process with 2 batches does what 2
+    processes with 1 do. `groups` are AdamW parameter groups; parameters outside of them are frozen.
+    preview() may draw a picture and returns numbers to log. Every ten steps refresh(*batches,
+    generator) may change weights by other means than gradients, in the first process for all.
     """
     net.to(rt.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = [p for group in groups for p in group["params"]]
@@ -524,44 +565,68 @@ def fit(
             state = {"step": step, "net": net.state_dict(), "ema": ema, "opt": opt.state_dict()}
             save_checkpoint(path, state | {"config": config})
 
+    def compute(*batches: Tensor, number: int) -> dict[str, Tensor]:
+        with rt.autocast(cfg.bf16):
+            return loss(net, *batches, generator=generator(cfg.seed, number, device=rt.device))
+
     path.parent.mkdir(parents=True, exist_ok=True)
+    log = open_log(path, cfg.tensorboard)
+    if cfg.compile:
+        for module in compiled:
+            module.compile()
     stop: list[bool] = []
     previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    per_step = rt.world_size * cfg.accumulate  # batches of all processes
+    mine = [
+        step * per_step + i
+        for step in range(start, steps)
+        for i in range(rt.rank, per_step, rt.world_size)
+    ]
     try:
         began, began_step, net_state = time.time(), start, net.state_dict()
         averaged = [(ema[k], v) for k, v in net_state.items() if v.is_floating_point()]
-        streams = [d.batches(start, steps, rt.device) for d in data]
-        images_per_step = sum(d.batch_size for d in data) * rt.world_size
-        for step, *batches in zip(range(start, steps), *streams, strict=True):
-            gen = generator(cfg.seed, rt.rank, step, device=rt.device)
-            with rt.autocast(cfg.bf16):
-                values = loss(net, *batches, generator=gen)
+        streams = zip(mine, *(d.batches(mine, rt.device) for d in data), strict=True)
+        images_per_batch = sum(d.batch_size for d in data)
+        flops = 0
+        for step in range(start, steps):
             opt.zero_grad(set_to_none=True)
-            values["loss"].backward()
+            for part in range(cfg.accumulate):
+                number, *batches = next(streams)
+                if refresh and part == 0 and step % 10 == 0:
+                    refresh(*batches, generator(cfg.seed, -1 - step, device=rt.device))
+                if rt.is_main and not flops:
+                    flops = count_flops(compute, *batches, number=number)
+                    opt.zero_grad(set_to_none=True)
+                values = compute(*batches, number=number)
+                (values["loss"] / cfg.accumulate).backward()
             average_gradients(trained, rt.world_size)
             norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
             opt.step()
             # A warm-up of the average, so that a short run does not ship its initialisation.
             decay = min(cfg.ema_decay, (1 + step) / (10 + step))
             torch._foreach_lerp_([a for a, _ in averaged], [v for _, v in averaged], 1 - decay)
-            saving = (step + 1) % cfg.save_every == 0 or step + 1 == steps or bool(stop)
-            if rt.is_main and (saving or (step + 1) % cfg.log_every == 0):
-                numbers = {key: value.item() for key, value in values.items()}
-                rate = (step + 1 - began_step) * images_per_step / (time.time() - began)
-                text = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
-                part = f"{path.parent.name}/{path.stem}"
-                print(f"{part} {step + 1}/{steps}  {text}  {rate:.1f} images/s", flush=True)
-                with open(path.with_name("log.jsonl"), "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"part": path.stem, "step": step + 1, **numbers}) + "\n")
-                if not math.isfinite(numbers["loss"]) or not norm.isfinite():
-                    found = f"the loss is {numbers['loss']}, its gradient {norm.item()}"
-                    raise UserError(f"{found} at step {step + 1}; {path} is from before.")
+            done = step + 1
+            together = rt.world_size == 1 or done % 10 == 0  # all processes stop at the same step
+            stopping = together and any_process(bool(stop), rt)
+            saving = done % cfg.save_every == 0 or done == steps or stopping
+            if rt.is_main and (saving or done % cfg.log_every == 0):
+                shown = {key: value.item() for key, value in values.items()}
+                images = (done - began_step) * images_per_batch * per_step
+                rate = images / (time.time() - began)
+                if saving and preview:
+                    shown |= preview()
+                text = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
+                speed = f"{rate:.1f} images/s, {rate * flops / images_per_batch / 1e12:.3g} TFLOP/s"
+                name = f"{path.parent.name}/{path.stem}"
+                print(f"{name} {done}/{steps}  {text}  {speed}", flush=True)
+                log(done, shown)
+                if not math.isfinite(shown["loss"]) or not norm.isfinite():
+                    found = f"the loss is {shown['loss']}, its gradient {norm.item()}"
+                    raise UserError(f"{found} at step {done}; {path} is from before.")
             if saving:
-                save(step + 1)
-                if preview and rt.is_main:
-                    preview(net, step + 1)
-            if stop and saving:
-                raise SystemExit(f"stopped at step {step + 1}; the same command goes on from there")
+                save(done)
+            if stopping:
+                raise SystemExit(f"stopped at step {done}; the same command goes on from there")
     finally:
         signal.signal(signal.SIGTERM, previous)
     net.load_state_dict(ema)

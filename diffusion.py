@@ -219,11 +219,18 @@ class DecoupledDDPM(nn.Module):
     def __init__(self, nets: extractors.Extractors, dim: int, z: int, cfg: "Config") -> None:
         super().__init__()
         self.extractors, self.widths, self.t_max = nets, cfg.widths, cfg.t_max
+        self.without = cfg.without
         self.modulation = extractors.ModulationBlock(z, dim, cfg.mod_channels, cfg.cond_channels)
         self.unet = UNet(cfg.cond_channels, cfg.widths, cfg.blocks, cfg.attention)
 
     def condition(self, degradation: Tensor, content: Tensor) -> Tensor:
-        """c = M(F_deg, F_cont): (B, D), (B, z, h, w) -> (B, C, h, w). Eq. (7)-(8)."""
+        """c = M(F_deg, F_cont): (B, D), (B, z, h, w) -> (B, C, h, w). Eq. (7)-(8).
+
+        For ablations (Table 4) one of them may be missing; without both nothing is said of the
+        image, which is the diffusion of SynDiff (arXiv:2303.06994).
+        """
+        degradation = degradation * ("degradation" not in self.without)
+        content = content * ("content" not in self.without)
         return self.modulation(degradation, content)
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
@@ -270,13 +277,22 @@ def synthetic_triple(
 
 def ddpm_loss(
     net: DecoupledDDPM, x_0: Tensor, c: Tensor, cfg: "Config", generator: torch.Generator
-) -> Tensor:
+) -> dict[str, Tensor]:
     """Mean of (eps - eps_theta(x_t, t, c))^2 over random t and eps. Algorithm 1."""
     u = torch.rand(len(x_0), generator=generator, device=x_0.device) ** cfg.t_power
     t = 1 + (u * cfg.t_max).long().clamp(max=cfg.t_max - 1)
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
     x_t = q_sample(to_signed(x_0), t, eps)
-    return F.mse_loss(net(x_t, t, c).float(), eps)
+    eps_pred = net(x_t, t, c).float()
+    loss = F.mse_loss(eps_pred, eps)
+    if cfg.perceptual_weight == 0:
+        return {"loss": loss}
+    # The paper's future work: the predicted x_0 of little noise should also look like x_0.
+    with torch.autocast(x_0.device.type, enabled=False):
+        vgg = common.perceptual_net("LPIPS", "vgg", x_0.device)
+        distance = vgg(predict_x_0(x_t, t, eps_pred), to_signed(x_0)).flatten()
+    perceptual = (distance * (t <= cfg.perceptual_t)).mean()
+    return {"loss": loss + cfg.perceptual_weight * perceptual, "perceptual": perceptual}
 
 
 def decoupled_loss(
@@ -291,7 +307,27 @@ def decoupled_loss(
     if hr is not None:
         triples.append(synthetic_triple(net.extractors, hr, cfg.recipes, generator))
     x_0, degradation, content = (torch.cat(parts) for parts in zip(*triples, strict=True))
-    return {"loss": ddpm_loss(net, x_0, net.condition(degradation, content), cfg, generator)}
+    if cfg.content_noise > 0:  # Not in the paper: so that content can't show an LR's own noise
+        noise = torch.randn(content.shape, generator=generator, device=content.device)
+        content = content + cfg.content_noise * content.detach().std() * noise
+    return ddpm_loss(net, x_0, net.condition(degradation, content), cfg, generator)
+
+
+@torch.no_grad()
+def swap_grid(net: DecoupledDDPM, lr: Tensor, hr: Tensor, path: Path) -> dict[str, float]:
+    """Picture of LR made by a short chain: content of the column, degradation of the row's LR."""
+    nets, B = net.extractors, len(hr)
+    content, t = nets.content(hr), min(net.t_max, 100)
+    rows = []
+    for reference in lr:
+        code = nets.e_deg(reference[None]).expand(B, -1)
+        start = nets.reconstruct(code, hr, content)
+        draws = [common.generator(b, device=hr.device) for b in range(B)]
+        made = sample(net, start.float(), net.condition(code, content), t, 10, draws)
+        side = lr.shape[2]
+        rows.append([common.centre(image, side, 2 * side) for image in (reference, *made)])
+    common.save_sheet(path, ("LR", *["its degradation, another scene"] * B), rows)
+    return {}
 
 
 # ---- configuration and training -----------------------------------------------------------------
@@ -307,6 +343,8 @@ class Config:
     checkpoint: str = ""  # stage-1 weights (default: runs/extractors, else data/pretrained)
     content_from: str = "both"  # lr: real LR as printed; hr: synthetic pairs; both: half of each
     recipes: tuple[str, ...] = ("realesrgan", "light", "camera")  # of D, for synthetic pairs
+    content_noise: float = 0.0  # added to the content in training, in its own std
+    without: tuple[str, ...] = ()  # ablation: degradation, content or both are not given
     steps: int = 240_000  # 100 epochs of 152,000 crops in batches of 64
     batch_size: int = 8  # per process
     crop: int = 256  # LR crop, pixels
@@ -314,6 +352,8 @@ class Config:
     finetune_learning_rate: float = 1e-6  # of parts of the extractors; 0 freezes them
     t_max: int = 500  # largest step of noise
     t_power: float = 1.0  # t = t_max * u^power: above 1 more of the small steps; the paper: 1
+    perceptual_weight: float = 0.0  # of LPIPS-VGG between predicted x_0 and x_0; the paper: 0
+    perceptual_t: int = 100  # up to this step of noise
     widths: tuple[int, ...] = (128, 256, 512, 512)  # channels of the U-Net per resolution
     blocks: int = 2  # residual blocks per resolution
     attention: tuple[int, ...] = (2, 3)  # resolutions with attention
@@ -324,6 +364,9 @@ class Config:
     bf16: bool = True  # where the device has it
     log_every: int = 50
     save_every: int = 500
+    accumulate: int = 1  # batches per step and process
+    compile: bool = True  # torch.compile
+    tensorboard: bool = False  # log there, too
     seed: int = 0
     device: str = "auto"
 
@@ -341,6 +384,7 @@ PRESETS: dict[str, dict] = {
         "mod_channels": 48,
         "cond_channels": 16,
         "ema_decay": 0.998,
+        "compile": False,
         "save_every": 100,
     },
 }
@@ -359,6 +403,8 @@ def train(cfg: Config, rt: common.Runtime) -> None:
     use_lr, use_hr = cfg.content_from in ("lr", "both"), cfg.content_from in ("hr", "both")
     common.require(use_lr or use_hr, f"--content-from {cfg.content_from}: choose lr, hr or both.")
     common.require(1 <= cfg.t_max <= 1000, f"--t-max {cfg.t_max}: must be in 1..1000.")
+    unknown = set(cfg.without) - {"degradation", "content"}
+    common.require(not unknown, f"--without {' '.join(unknown)}: choose degradation, content.")
     multiple = 2 ** (len(cfg.widths) - 1)
     common.require(
         cfg.crop > 0 and cfg.crop % multiple == 0,
@@ -372,15 +418,15 @@ def train(cfg: Config, rt: common.Runtime) -> None:
     net.extractors.load_state_dict(stage_1["ema"])
     data = []
     if use_lr:
-        files = common.find_photos(cfg.lr, "lr", "--lr")
+        files = common.find_photos(cfg.lr, "lr", "--lr", packed=True)
         data.append(common.PhotoCrops(files, cfg.crop, share, cfg.seed, rt))
     if use_hr:
-        files = common.find_photos(cfg.hr, "hr", "--hr")
+        files = common.find_photos(cfg.hr, "hr", "--hr", packed=True)
         data.append(common.PhotoCrops(files, 4 * cfg.crop, share, cfg.seed, rt, stream=1))
     tuned = finetuned(net.extractors) if cfg.finetune_learning_rate > 0 else []
     if rt.is_main:
         print(cfg)
-        print(f"stage-1 weights: {path}; photos: {', '.join(str(len(d.files)) for d in data)}")
+        print(f"stage-1 weights: {path}; photos: {', '.join(str(d.count) for d in data)}")
         print(f"M {common.count_parameters(net.modulation)}, "
               f"U-Net {common.count_parameters(net.unet)}, "
               f"fine-tuned: {sum(p.numel() for p in tuned)} parameters")  # fmt: skip
@@ -393,8 +439,23 @@ def train(cfg: Config, rt: common.Runtime) -> None:
         lr = batches[0] if use_lr else None
         return decoupled_loss(net, lr, batches[-1] if use_hr else None, cfg, generator)
 
-    config = asdict(cfg) | {"extractors": stage_1["config"]}
-    common.fit(rt, net, loss, data, groups, Path(cfg.out) / "last.pt", cfg, cfg.steps, config)
+    photos = [torch.stack([d[10**9 + i] for i in range(3)]).to(rt.device) for d in data]
+    scenes = photos[-1] if use_hr else extractors.resized(photos[0], 4 * cfg.crop, 4 * cfg.crop)
+    references = photos[0] if use_lr else extractors.resized(photos[0], cfg.crop, cfg.crop)
+    out = Path(cfg.out)
+    common.fit(
+        rt,
+        net,
+        loss,
+        data,
+        groups,
+        out / "last.pt",
+        cfg,
+        cfg.steps,
+        asdict(cfg) | {"extractors": stage_1["config"]},
+        compiled=[net.unet, net.modulation, net.extractors.e_deg, net.extractors.vqvae.encoder],
+        preview=lambda: swap_grid(net, references, scenes, out / "last.png"),
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ degraded photos against the frozen decoder (Eq. 1-2); E_deg together with Rec_lr
     torchrun --nproc_per_node=8 extractors.py --hr data/hr --preset paper
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -185,11 +186,10 @@ class Quantizer(nn.Module):
         return self.embedding(number).permute(0, 3, 1, 2), number
 
     @torch.no_grad()
-    def restart(self, z: Tensor, number: Tensor, generator: torch.Generator) -> None:
-        """Move codes that no latent of the batch chose onto such latents, one in ten a time."""
+    def restart(self, z: Tensor, generator: torch.Generator) -> None:
+        """Move codes that are nearest to none of the latents (B, z, h, w) onto some of those."""
         codes = len(self.embedding.weight)
-        unused = torch.bincount(number.flatten(), minlength=codes) == 0
-        unused &= torch.rand(codes, generator=generator, device=z.device) < 0.1
+        unused = torch.bincount(self(z)[1].flatten(), minlength=codes) == 0
         flat = z.float().permute(0, 2, 3, 1).flatten(0, 2)
         chosen = torch.randint(len(flat), (codes,), generator=generator, device=z.device)
         weight = self.embedding.weight
@@ -280,6 +280,25 @@ def resized(image: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(image.float(), (height, width), mode="bicubic", antialias=True)
 
 
+def load_vqvae(vqvae: VQVAE, path: str) -> None:
+    """Read public first-stage weights: safetensors or a plain state dict, with or without wrapper.
+
+    UserError if a weight is missing or of another shape; what the VQ-VAE does not have is ignored.
+    """
+    state = common.load_checkpoint(path)
+    state = state.get("state_dict", state.get("ema", state))
+    own = vqvae.state_dict()
+    wrong = [
+        key for key, value in own.items() if key not in state or state[key].shape != value.shape
+    ]
+    common.require(
+        not wrong,
+        f"--vqvae {path}: {len(wrong)} of {len(own)} weights are missing or of another shape, for "
+        f"instance {next(iter(wrong), '')}: --preset paper has the sizes of the public vq-f4.",
+    )
+    vqvae.load_state_dict({key: state[key] for key in own})
+
+
 class Extractors(nn.Module):
     """The networks of stage 1: E_cont, E_deg, Rec_lr, and the head that only trains E_deg."""
 
@@ -314,11 +333,12 @@ class Extractors(nn.Module):
 # ---- losses -----------------------------------------------------------------------------------
 
 
-def vqvae_loss(net: Extractors, hr: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+def vqvae_loss(
+    net: Extractors, hr: Tensor, generator: torch.Generator | None = None
+) -> dict[str, Tensor]:
     """Reconstruction, codebook and commitment terms of the VQ-VAE (arXiv:1711.00937, Eq. 3)."""
     z = net.vqvae.encode(hr)
     codes, number = net.vqvae.quantize(z)
-    net.vqvae.quantize.restart(z, number, generator)
     latents = z + (codes - z).detach()  # straight through
     # Not in the paper: every other image skips the codebook, because the content may, too.
     latents = torch.cat([latents[::2], z[1::2]])
@@ -416,6 +436,41 @@ def degradation_loss(
     }
 
 
+# ---- looking at it ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def vqvae_report(net: Extractors, hr: Tensor, path: Path) -> dict[str, float]:
+    """Picture and PSNR of reconstructed photos, with and without the codebook, and its use."""
+    z = net.vqvae.encode(hr)
+    codes, number = net.vqvae.quantize(z)
+    with_codes, without = (net.vqvae.decode(x).float().clamp(0, 1) for x in (codes, z))
+    rows = list(zip(hr, with_codes, without, strict=True))[:4]
+    common.save_sheet(path, ("HR", "with the codebook", "without"), rows)
+    return {
+        "held-out psnr": float(psnr(F.mse_loss(with_codes, hr))),
+        "without codebook": float(psnr(F.mse_loss(without, hr))),
+        "codes used": number.unique().numel(),
+    }
+
+
+@torch.no_grad()
+def swap_grid(net: Extractors, hr: Tensor, cfg: "Config", path: Path) -> dict[str, float]:
+    """Picture of Rec_lr: content of the column, degradation of the row, whose LR comes first."""
+    n = len(hr)
+    lr = degrade.degrade(hr, sample_mixed(n, cfg.recipes, common.generator(cfg.seed)))
+    code, content = net.e_deg(lr), net.content(hr)
+    made = torch.stack([net.reconstruct(c.expand(n, -1), hr, content) for c in code]).float()
+    side = lr.shape[2]
+    rows = [
+        [common.centre(image, side, 2 * side) for image in (first, *row.clamp(0, 1))]
+        for first, row in zip(lr, made, strict=True)
+    ]
+    common.save_sheet(path, ("LR", *["its degradation, another scene"] * n), rows)
+    own = made[range(n), range(n)]
+    return {"held-out psnr": float(psnr((own - lr).square().mean((1, 2, 3))).mean())}
+
+
 # ---- configuration and training -----------------------------------------------------------------
 
 
@@ -456,6 +511,9 @@ class Config:
     bf16: bool = True  # where the device has it
     log_every: int = 50
     save_every: int = 500
+    accumulate: int = 1  # batches per step and process
+    compile: bool = True  # torch.compile
+    tensorboard: bool = False  # log there, too
     seed: int = 0
     device: str = "auto"
 
@@ -475,6 +533,7 @@ PRESETS: dict[str, dict] = {
         "deg_blocks": 8,
         "deg_dim": 256,
         "ema_decay": 0.995,
+        "compile": False,
         "save_every": 100,
     },
 }
@@ -497,14 +556,19 @@ def train(cfg: Config, rt: common.Runtime) -> None:
             recipe in degrade.RECIPES, f"--recipes {recipe}: no such recipe of degrade.py."
         )
     net, out = Extractors(cfg), Path(cfg.out)
-    files = common.find_photos(cfg.hr, "hr", "--hr")
+    files = common.find_photos(cfg.hr, "hr", "--hr", packed=True)
+    held_out = files[::50] if len(files) >= 50 else []  # looked at, not trained on
+    files = [file for file in files if file not in held_out]
     data, vq_data = (
         [common.PhotoCrops(files, crop, cfg.batch_size, cfg.seed, rt)]
         for crop in (cfg.crop, cfg.vq_crop)
     )
+    shown = common.PhotoCrops(held_out or files, cfg.crop, 8, cfg.seed, rt, stream=9)
+    few = torch.stack([shown[i] for i in range(8)]).to(rt.device)
     if rt.is_main:
         print(cfg)
-        print(f"{len(data[0].files)} HR photos; VQ-VAE {common.count_parameters(net.vqvae)}, "
+        print(f"{data[0].count} HR photos, {len(held_out)} held out; "
+              f"VQ-VAE {common.count_parameters(net.vqvae)}, "
               f"E_deg {common.count_parameters(net.e_deg)}, "
               f"Rec_lr {common.count_parameters(net.rec_lr)}")  # fmt: skip
 
@@ -516,24 +580,56 @@ def train(cfg: Config, rt: common.Runtime) -> None:
     def degradation(net: Extractors, hr: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         return degradation_loss(net, hr, cfg, generator)
 
-    # name, loss, photos, trained modules, learning rate
+    def revive(hr: Tensor, generator: torch.Generator) -> None:
+        with torch.no_grad(), rt.autocast(cfg.bf16):
+            vqvae.quantize.restart(vqvae.encode(hr), generator)
+
+    def look(path: Path) -> dict[str, float]:
+        return vqvae_report(net, few, path)
+
+    # name, loss, photos, trained modules, learning rate, picture, refresh
     parts: list[tuple] = [
-        ("vqvae", vqvae_loss, vq_data, [vqvae], cfg.vqvae_learning_rate),
-        ("content", content, vq_data, [vqvae.encoder, vqvae.quant_conv], cfg.content_learning_rate),
+        ("vqvae", vqvae_loss, vq_data, [vqvae], cfg.vqvae_learning_rate, look, revive),
+        (
+            "content",
+            content,
+            vq_data,
+            [vqvae.encoder, vqvae.quant_conv],
+            cfg.content_learning_rate,
+            look,
+            None,
+        ),
         (
             "last",
             degradation,
             data,
             [net.e_deg, net.rec_lr, net.head],
             cfg.degradation_learning_rate,
+            lambda path: swap_grid(net, few[:4], cfg, path),
+            None,
         ),
     ]
     if cfg.vqvae:
-        vqvae.load_state_dict(common.load_checkpoint(cfg.vqvae).get("ema", {}))
+        load_vqvae(vqvae, cfg.vqvae)
         parts, steps = parts[1:], steps[1:]
-    for (name, loss, photos, modules, learning_rate), n in zip(parts, steps, strict=True):
+    for (name, loss, photos, modules, learning_rate, picture, refresh), n in zip(
+        parts, steps, strict=True
+    ):
         groups = [{"params": [p for m in modules for p in m.parameters()], "lr": learning_rate}]
-        common.fit(rt, net, loss, photos, groups, out / f"{name}.pt", cfg, n, asdict(cfg))
+        common.fit(
+            rt,
+            net,
+            loss,
+            photos,
+            groups,
+            out / f"{name}.pt",
+            cfg,
+            n,
+            asdict(cfg),
+            compiled=[vqvae.encoder, vqvae.decoder, net.e_deg, net.rec_lr],
+            preview=functools.partial(picture, out / f"{name}.png"),
+            refresh=refresh,
+        )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import common
@@ -14,6 +15,7 @@ from diffusion import ALPHAS_CUMPROD, BETAS, Config
 
 CPU = common.Runtime(torch.device("cpu"))
 STAGE_1 = extractors.Config(
+    compile=False,
     vq_channels=8,
     vq_multipliers=(1, 2, 2),
     vq_blocks=1,
@@ -24,6 +26,7 @@ STAGE_1 = extractors.Config(
     mod_channels=8,
 )
 TINY = Config(
+    compile=False,
     batch_size=4,
     crop=16,
     widths=(8, 16),
@@ -289,7 +292,7 @@ def test_ddpm_loss_of_an_exact_network_is_zero_and_all_steps_are_drawn(t_power):
         return (x_t - alpha_bar.sqrt() * diffusion.to_signed(x_0)) / (1 - alpha_bar).sqrt()
 
     cfg = replace(TINY, t_max=20, t_power=t_power)
-    loss = diffusion.ddpm_loss(exact, x_0, x_0, cfg, common.generator(0))
+    loss = diffusion.ddpm_loss(exact, x_0, x_0, cfg, common.generator(0))["loss"]
     assert loss < 1e-6
     assert steps[0].unique().tolist() == list(range(1, 21))
     assert (steps[0] <= 5).float().mean() == pytest.approx(0.25 ** (1 / t_power), abs=0.03)
@@ -297,7 +300,8 @@ def test_ddpm_loss_of_an_exact_network_is_zero_and_all_steps_are_drawn(t_power):
 
 def test_ddpm_loss_of_a_zero_network_is_the_variance_of_the_noise():
     x_0 = uniform(64, 3, 8, 8)
-    loss = diffusion.ddpm_loss(lambda x, t, c: x * 0, x_0, x_0, TINY, common.generator(0))
+    zero = lambda x, t, c: x * 0  # noqa: E731
+    loss = diffusion.ddpm_loss(zero, x_0, x_0, TINY, common.generator(0))["loss"]
     assert loss.item() == pytest.approx(1, abs=0.05)
 
 
@@ -312,6 +316,62 @@ def test_loss_falls_on_one_batch():
         opt.step()
         values.append(loss.item())
     assert values[-1] < 0.8 * values[0]
+
+
+def test_without_a_part_the_condition_ignores_it():
+    code, content = normal(2, 16), normal(2, 3, 4, 4)
+    for without in ((), ("degradation",), ("content",), ("degradation", "content")):
+        net = built()
+        net.without = without
+        c = net.condition(code, content)
+        same_code = torch.equal(net.condition(code + 1, content), c)
+        same_content = torch.equal(net.condition(code, content + 1), c)
+        assert (same_code, same_content) == ("degradation" in without, "content" in without)
+
+
+def test_an_ablation_is_stored_and_comes_back(tmp_path, data):
+    cfg = replace(TINY, **data, out=str(tmp_path), steps=1, without=("degradation",))
+    diffusion.train(cfg, CPU)
+    state = common.load_checkpoint(tmp_path / "last.pt")
+    net = diffusion.build(state["config"], state["config"]["extractors"])
+    assert net.without == ("degradation",)
+    with pytest.raises(common.UserError, match="--without foo"):
+        diffusion.train(replace(cfg, without=("foo",)), CPU)
+
+
+def test_content_noise_has_its_share_of_the_content_s_std(monkeypatch):
+    seen = []
+    net = built()
+    monkeypatch.setattr(net, "condition", lambda code, content: seen.append(content) or code)
+    monkeypatch.setattr(diffusion, "ddpm_loss", lambda *args: {})
+    lr = uniform(2, 3, 32, 32)
+    for share in (0.0, 0.5):
+        cfg = replace(TINY, content_noise=share)
+        diffusion.decoupled_loss(net, lr, None, cfg, common.generator(0))
+    added = (seen[1] - seen[0]).std() / seen[0].std()
+    assert added.item() == pytest.approx(0.5, rel=0.05)
+
+
+def test_perceptual_term_looks_at_the_predicted_x_0_of_small_steps_only(monkeypatch):
+    x_0, calls = uniform(64, 3, 4, 4), []
+
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        calls.append((a, b))
+        return torch.full((64, 1, 1, 1), 3.0)
+
+    monkeypatch.setattr(common, "perceptual_net", lambda *args: distance)
+    cfg = replace(TINY, t_max=20, perceptual_t=5, perceptual_weight=0.1)
+    steps = []
+
+    def exact(x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        steps.append(t)
+        alpha_bar = diffusion.alpha_bar(t)
+        return (x_t - alpha_bar.sqrt() * diffusion.to_signed(x_0)) / (1 - alpha_bar).sqrt()
+
+    values = diffusion.ddpm_loss(exact, x_0, x_0, cfg, common.generator(0))
+    torch.testing.assert_close(calls[0][0], calls[0][1], atol=1e-4, rtol=0)
+    assert values["perceptual"].item() == pytest.approx(3 * (steps[0] <= 5).float().mean().item())
+    assert values["loss"].item() == pytest.approx(0.1 * values["perceptual"].item(), abs=1e-6)
 
 
 @pytest.fixture
@@ -351,6 +411,7 @@ def test_training_changes_the_fine_tuned_layers_and_no_other_of_stage_1(
 @pytest.mark.parametrize("changes", [{"finetune_learning_rate": 0.0}, {"content_from": "hr"}])
 def test_stage_1_stays_as_it_is_where_nothing_is_fine_tuned(tmp_path, data, changes):
     diffusion.train(replace(TINY, **data, out=str(tmp_path), steps=2, **changes), CPU)
+    assert Image.open(tmp_path / "last.png").size == (4 * 36, 18 + 3 * 36)  # the swap grid
     after = common.load_checkpoint(tmp_path / "last.pt")["net"]
     before = common.load_checkpoint(data["checkpoint"])["net"]
     assert all(torch.equal(v, after[f"extractors.{k}"]) for k, v in before.items())

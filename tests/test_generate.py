@@ -21,6 +21,7 @@ import generate
 
 REPO = Path(__file__).resolve().parents[1]
 STAGE_1 = extractors.Config(
+    compile=False,
     vq_channels=8,
     vq_multipliers=(1, 2, 2),
     vq_blocks=1,
@@ -31,7 +32,7 @@ STAGE_1 = extractors.Config(
     mod_channels=8,
 )
 STAGE_2 = diffusion.Config(
-    widths=(8, 16), blocks=1, attention=(1,), mod_channels=8, cond_channels=4
+    compile=False, widths=(8, 16), blocks=1, attention=(1,), mod_channels=8, cond_channels=4
 )
 
 
