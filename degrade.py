@@ -514,25 +514,24 @@ def cubic(distance: Tensor, a: float) -> Tensor:
     return torch.where(d <= 1, near, torch.where(d < 2, far, 0.0))
 
 
-def resize_weights(old: Tensor, new: Tensor, mode: str) -> Tensor:
+def resize_weights(old: Tensor, new: Tensor, mode: str, device: torch.device) -> Tensor:
     """Weights (B, 2, N, M) that resize the two sides of image b from old[b] to new[b] pixels.
 
-    old, new (B, 2); N and M are their largest. Equals torch's interpolate of that mode
+    old, new (B, 2) on the CPU; N and M are their largest. Equals torch's interpolate of that mode
     ("antialiased" is its bicubic with antialias=True, the others are without).
     """
-    M, N = int(old.max()), int(new.max())
-    matrix = torch.zeros(*old.shape, N, M, device=old.device)
-    old, new = old.double()[..., None, None], new.double()[..., None, None]  # (B, 2, 1, 1)
-    ratio = old / new
+    M, N, largest = int(old.max()), int(new.max()), float((old / new).max())
+    matrix = torch.zeros(*old.shape, N, M, device=device)
+    old, new = (n.to(device).double()[..., None, None] for n in (old, new))  # (B, 2, 1, 1)
     i = torch.arange(N, device=old.device, dtype=torch.float64)[:, None]
     centre = (i + 0.5) * old / new - 0.5  # (B, 2, N, 1), where output i looks in the input
     # The inputs of one output: `taps` at most, from `first` on.
     if mode == "area":
         first, last = (i * old / new).floor(), ((i + 1) * old / new).ceil()
-        taps = math.ceil(ratio.max()) + 1
+        taps = math.ceil(largest) + 1
     elif mode == "antialiased":
-        support = 2 * ratio.clamp(min=1)
-        first, taps = (centre - support).ceil(), math.ceil(2 * support.max()) + 1
+        support = 2 * (old / new).clamp(min=1)
+        first, taps = (centre - support).ceil(), math.ceil(4 * max(largest, 1)) + 1
     else:
         first, taps = centre.floor() - 1, 4
     j = first + torch.arange(taps, device=old.device)  # (B, 2, N, taps)
@@ -551,8 +550,7 @@ def resize_weights(old: Tensor, new: Tensor, mode: str) -> Tensor:
 
 def resize(images: list[Tensor], new: Tensor, mode: str) -> list[Tensor]:
     """Resize image b (3, H, W) to new[b] = (H', W') as two matrix products."""
-    device = images[0].device
-    weights = resize_weights(sizes(images).to(device), new.to(device), mode)
+    weights = resize_weights(sizes(images), new, mode, images[0].device)
     return [
         (weights[b, 0, :H, : x.shape[1]].contiguous() @ x)
         @ weights[b, 1, :W, : x.shape[2]].contiguous().mT
@@ -566,8 +564,12 @@ def resize(images: list[Tensor], new: Tensor, mode: str) -> list[Tensor]:
 def gaussian(
     images: list[Tensor], std: Tensor, gray: Tensor, mix: Tensor, draws: list[torch.Generator]
 ) -> list[Tensor]:
-    """Add Gaussian noise of std[b] from draws[b]: gray, or colours correlated by mix[b] (3, 3)."""
+    """Add Gaussian noise of std[b] from draws[b]: gray, or colours correlated by mix[b] (3, 3).
+
+    Parameters of images may stay on the CPU here and below: a GPU is never waited for.
+    """
     x, device = canvas(images), images[0].device
+    std, mix = std.to(device), mix.to(device)
     shapes = [(1 if g else 3, *i.shape[1:]) for i, g in zip(images, gray.tolist(), strict=True)]
     drawn = zip(shapes, draws, strict=True)
     eps = canvas([torch.randn(s, generator=g, device=device).expand(3, -1, -1) for s, g in drawn])
@@ -616,6 +618,7 @@ def poisson(
     """
     x, device = canvas(images), images[0].device
     shapes = [(1 if g else 3, *i.shape[1:]) for i, g in zip(images, gray.tolist(), strict=True)]
+    scale, gray = scale.to(device), gray.to(device)
     luma = 0.2989 * x[:, :1] + 0.5870 * x[:, 1:2] + 0.1140 * x[:, 2:]
     source = torch.where(gray[:, None, None, None], luma, x)
     source = source.clamp_(0, 1).mul_(255).round_()  # (B, 3, H, W) whole numbers
@@ -746,10 +749,10 @@ def halve(chroma: Tensor, size: Tensor) -> Tensor:
     return pick(total, clamped(0, H, size[:, 0]), clamped(0, W, size[:, 1].clamp(min=W)))
 
 
-def double(chroma: Tensor, size: Tensor) -> Tensor:
+def double(chroma: Tensor, size: Tensor, narrow: Tensor) -> Tensor:
     """libjpeg's "fancy" upsampling: 3/4 of the nearer, 1/4 of the farther sample along each axis.
 
-    Chroma of one or two columns is repeated instead, as in jdsample.c.
+    Where it is `narrow` (B,), on the CPU, of one or two columns, it is repeated, as in jdsample.c.
     """
     B, C, H, W = chroma.shape
     x = pick(chroma, clamped(1, H, size[:, 0]), clamped(1, W, size[:, 1]))  # (B, C, H+2, W+2)
@@ -760,8 +763,8 @@ def double(chroma: Tensor, size: Tensor) -> Tensor:
     y[..., ::2] = near.add(x[..., :-2]).add_(8)
     y[..., 1::2] = near.add_(x[..., 2:]).add_(7)
     y.mul_(1 / 16).floor_()
-    narrow = size[:, 1, None, None, None] <= 2
     if narrow.any():
+        narrow = narrow[:, None, None, None].to(y.device)
         y = torch.where(narrow, chroma.repeat_interleave(2, 2).repeat_interleave(2, 3), y)
     return y
 
@@ -771,6 +774,7 @@ def jpeg_round_trip(x: Tensor, quality: Tensor, subsampling: str, size: Tensor) 
     """jpeg() for checked arguments, without a gradient."""
     B, _, H, W = x.shape
     H16, W16 = -(-H // 16) * 16, -(-W // 16) * 16
+    narrow, quality, size = size[:, 1] <= 4, quality.to(x.device), size.to(x.device)
     rgb = pick(x, clamped(0, H16, size[:, 0]), clamped(0, W16, size[:, 1]))
     planes = rgb.clamp_(0, 1).mul_(255).round_().unbind(1)  # (B, H16, W16) each
     luma = combined(planes, (19595, 38470, 7471))
@@ -784,7 +788,7 @@ def jpeg_round_trip(x: Tensor, quality: Tensor, subsampling: str, size: Tensor) 
     table = scaled_table(CHROMA_TABLE, quality).repeat_interleave(2, 0)
     chroma = quantised(chroma.flatten(0, 1), table).view_as(chroma) - 128
     if subsampling == "4:2:0":
-        chroma = double(chroma, half)
+        chroma = double(chroma, half, narrow)
     blue, red = chroma.unbind(1)
     torch.add(luma, combined((red,), (91881,)), out=rgb[:, 0])
     torch.add(luma, combined((blue, red), (-22554, -46802)), out=rgb[:, 1])
@@ -806,10 +810,10 @@ def jpeg(
     B, _, H, W = x.shape
     if B == 0:
         return x
-    quality = torch.as_tensor(quality, device=x.device).expand(B).long()
+    quality = torch.as_tensor(quality).cpu().expand(B).long()
     if int(quality.min()) < 1 or int(quality.max()) > 100:
         raise ValueError(f"JPEG quality {quality.tolist()}: must be in 1..100.")
-    size = torch.tensor([[H, W]], device=x.device).expand(B, 2) if size is None else size
+    size = torch.tensor([[H, W]]).expand(B, 2) if size is None else size.cpu()
     y = jpeg_round_trip(x.float(), quality, subsampling, size)
     return y + (x - x.detach()) if x.requires_grad else y
 
@@ -890,9 +894,6 @@ def operate(
     kind, number, *mode = operation.split()
     i, device = int(number) - 1, images[0].device
 
-    def column(values: Tensor) -> Tensor:
-        return values[rows, i].to(device)
-
     def draws() -> list[torch.Generator]:
         return [common.generator(int(seed[row]), i, device=device) for row in rows]
 
@@ -909,12 +910,11 @@ def operate(
         return resize(images, new, *mode)
     if kind == "jpeg":
         size = sizes(images)
-        y = jpeg(canvas(images), column(theta.jpeg_quality), size=size.to(device))
-        return cut(y, size)
+        return cut(jpeg(canvas(images), theta.jpeg_quality[rows, i], size=size), size)
+    gray = theta.gray_noise[rows, i]
     if kind == "poisson":
-        return poisson(images, column(theta.poisson_scale), column(theta.gray_noise), draws())
-    std, gray, mix = theta.gaussian_std, theta.gray_noise, theta.colour_mix[rows].to(device)
-    return gaussian(images, column(std), column(gray), mix, draws())
+        return poisson(images, theta.poisson_scale[rows, i], gray, draws())
+    return gaussian(images, theta.gaussian_std[rows, i], gray, theta.colour_mix[rows], draws())
 
 
 # ---- the command ------------------------------------------------------------------------------
@@ -946,7 +946,6 @@ def bench(files: list[Path], device: torch.device) -> None:
     images, few = list(hr), Draw(16, common.generator(0))
     draws = [common.generator(i, device=device) for i in range(16)]
     std, gray, mix = torch.full((16,), 0.05), few.chance(0.4), torch.eye(3).expand(16, 3, 3)
-    std, gray, mix = std.to(device), gray.to(device), mix.to(device)
     theta, half = sample_degradation(16, generator=few.generator), torch.full((16, 2), 128)
     kernels = blur_kernels(theta).to(device)[:, 0, 2:-2, 2:-2]
 

@@ -268,10 +268,11 @@ def synthetic_triple(
     An LR image shows its own blur and noise in its content, so that a network trained on
     `real_triple` alone need not look at F_deg. Here it must: generation has the same inputs.
     """
-    theta = extractors.sample_mixed(len(hr), recipes, generator)
+    draw = common.generator(generator.initial_seed())  # on the CPU, so that no GPU is waited for
+    theta = extractors.sample_mixed(len(hr), recipes, draw)
     both = torch.cat([hr, hr.roll(1, dims=0)])
     pair = degrade.Degradation.cat([theta, theta])
-    lr, reference = degrade.degrade(both, pair, generator).chunk(2)
+    lr, reference = degrade.degrade(both, pair, draw).chunk(2)
     return lr, nets.e_deg(reference), nets.content(hr)
 
 

@@ -359,7 +359,8 @@ def content_loss(
     net: Extractors, hr: Tensor, cfg: "Config", generator: torch.Generator
 ) -> dict[str, Tensor]:
     """L_rh: the frozen decoder must find the clean image in degraded content. Eq. (1)-(2)."""
-    lr = degrade.degrade(hr, sample_mixed(len(hr), cfg.recipes, generator), generator)
+    draw = common.generator(generator.initial_seed())  # on the CPU, so that no GPU is waited for
+    lr = degrade.degrade(hr, sample_mixed(len(hr), cfg.recipes, draw), draw)
     degraded = resized(lr, *hr.shape[2:])
     # Not in the paper: every fourth input stays clean, because generation reads content from HR.
     degraded[::4] = hr[::4]
@@ -380,14 +381,11 @@ def contrastive_loss(anchor: Tensor, positives: Tensor, negatives: Tensor, margi
 def sample_mixed(
     batch: int, recipes: Sequence[str], generator: torch.Generator
 ) -> degrade.Degradation:
-    """Parameters for a batch, an equal share from each recipe."""
-    draw = common.generator(
-        int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
-    )
+    """Parameters for a batch, an equal share from each recipe; a generator of the CPU."""
     counts = [len(part) for part in torch.arange(batch).tensor_split(len(recipes))]
     parts = zip(counts, recipes, strict=True)
     return degrade.Degradation.cat(
-        [degrade.sample_degradation(n, r, generator=draw) for n, r in parts]
+        [degrade.sample_degradation(n, r, generator=generator) for n, r in parts]
     )
 
 
@@ -402,10 +400,11 @@ def degradation_loss(
     """
     B, n = len(hr), cfg.num_samples
     assert n < B, "the batch must be larger than the number of samples n"
-    theta = sample_mixed(B, cfg.recipes, generator)
+    draw = common.generator(generator.initial_seed())  # on the CPU, so that no GPU is waited for
+    theta = sample_mixed(B, cfg.recipes, draw)
     image = (torch.arange(n + 1)[:, None] + torch.arange(B)) % B  # (n+1, B), b + k
     pairs = degrade.Degradation.cat([theta] * (n + 1))
-    lr = degrade.degrade(hr[image.flatten().to(hr.device)], pairs, generator)  # Eq. (3)
+    lr = degrade.degrade(hr[image.flatten().to(hr.device)], pairs, draw)  # Eq. (3)
     code = net.e_deg(lr).float().view(n + 1, B, -1)
     negatives = torch.stack([code[k].roll(k, dims=0) for k in range(1, n + 1)])
     contrastive = contrastive_loss(code[0], code[1:], negatives, cfg.margin)
