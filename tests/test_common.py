@@ -642,12 +642,31 @@ def test_a_compiled_network_learns_the_same(photos, tmp_path):
         torch.testing.assert_close(net.state_dict()[key], value, rtol=1e-4, atol=1e-6)
 
 
-def toy_slowly(folder: Path) -> None:
-    """The toy run that the test above stops."""
+def test_kill_9_loses_no_more_than_the_steps_since_the_last_checkpoint(photos, tmp_path):
+    script = (
+        "import sys, pathlib, test_common; test_common.toy_slowly(pathlib.Path(sys.argv[1]), 4)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "tests")])}
+    command = [sys.executable, "-c", script, tmp_path]
+    with subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True) as run:
+        for line in run.stdout:
+            if "11/100000" in line:
+                break
+        run.kill()
+    step = common.load_checkpoint(tmp_path / "last.pt")["step"]
+    assert step in (8, 12)
+    toy_fit(tmp_path, step + 2, save_every=4)
+    whole = toy_fit(tmp_path, step + 2, name="whole.pt", save_every=10**6)
+    resumed = common.load_checkpoint(tmp_path / "last.pt")["ema"]
+    assert all(torch.equal(resumed[key], value) for key, value in whole.state_dict().items())
+
+
+def toy_slowly(folder: Path, save_every: int = 10**6) -> None:
+    """The toy run that the tests above stop."""
 
     def pausing(net: nn.Module, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         time.sleep(0.05)
         return toy_loss(net, x, generator)
 
     torch.set_num_threads(1)
-    toy_fit(folder, 100_000, loss=pausing, save_every=10**6)
+    toy_fit(folder, 100_000, loss=pausing, save_every=save_every)
