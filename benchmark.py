@@ -5,13 +5,17 @@ Out: a table on the screen and in out/benchmark/table2.md; every single value in
 RealDGen answers twice: with the pair's own LR as reference, as in the paper, and with another
 photo of the same camera, as in use, where nobody has the LR image that is to be generated.
 
+Two tables more look inside, and need HR photos only: does generated LR follow its reference,
+one factor at a time (factors), and does E_deg see what E_cont must not see (extractors).
+
     python benchmark.py --pairs data/RealSR data/DRealSR
     python benchmark.py --pairs data/RealSR --table 2 --candidates 1 --seed 1
+    python benchmark.py --table factors extractors --hr data/hr --lr data/lr
 """
 
+import contextlib
 import dataclasses
 import functools
-import importlib
 import json
 import math
 import re
@@ -19,7 +23,6 @@ import shlex
 import subprocess
 import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +33,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from scipy import stats
+from torch import Tensor
 from tqdm import tqdm
 
 import common
@@ -76,79 +80,17 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 # ---- distances of deep features -----------------------------------------------------------------
 
-WEIGHTS = {  # torchvision's feature weights by network
-    "alex": "alexnet-owt-7be5be79.pth",
-    "vgg": "vgg16-397923af.pth",
-    "squeeze": "squeezenet1_1-b8a52dc0.pth",
-}
-
-
-@functools.cache  # which also keeps the declarations alive
-def import_torchvision() -> torch.library.Library | None:
-    """Import torchvision, even where its compiled operators do not load; nothing here calls them.
-
-    The PyPI wheel of torchvision is a CUDA build: beside a CPU-only torch its operators are missing
-    and the import fails. It is enough to declare them first, with any schema.
-    """
-    try:
-        importlib.import_module("torchvision")
-        return None
-    except RuntimeError as error:
-        if "operator torchvision::" not in str(error):
-            raise
-    both_ways = ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d")
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms", "qroi_align", *both_ways, *(f"_{n}_backward" for n in both_ways)):
-        library.define(f"{name}() -> ()")
-    importlib.import_module("torchvision")
-    return library
-
-
-def missing_weights(net: str) -> str:
-    """What to do about torchvision's weights of a network; empty where they are in place."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    if (folder / WEIGHTS[net]).is_file():
-        return ""
-    file = f"https://download.pytorch.org/models/{WEIGHTS[net]}"
-    return f"put {file} into {folder} (or set TORCH_HOME)"
-
-
-@functools.cache
-def perceptual_net(metric: str, net: str, device: torch.device) -> nn.Module:
-    """The network of a metric ("LPIPS" or "DISTS"), frozen; UserError instead of a download."""
-    missing = missing_weights(net)
-    common.require(not missing, f"{metric} needs weights: {missing}.")
-    import_torchvision()
-    import DISTS_pytorch
-    import lpips
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # both packages spell torchvision's options the old way
-            if metric == "LPIPS":
-                model = lpips.LPIPS(net=net, version="0.1", verbose=False)
-            else:
-                model = DISTS_pytorch.DISTS(load_weights=False)
-    except Exception as error:  # torch raises errors of several kinds for a damaged file
-        file = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS[net]
-        raise common.UserError(f"{file}: no readable weights ({type(error).__name__}).") from None
-    if metric == "DISTS":  # its own loader looks for them outside of the package
-        file = Path(DISTS_pytorch.__file__).with_name("weights.pt")
-        own = torch.load(file, map_location="cpu", weights_only=True)
-        model.alpha.data, model.beta.data = own["alpha"].data, own["beta"].data
-    return model.to(device).eval().requires_grad_(False)
-
 
 def lpips_distance(x: Tensor, y: Tensor, net: str = "alex") -> Tensor:
     """LPIPS v0.1 (B,) of images (B, 3, H, W) in [0, 1]; net is a key of WEIGHTS (1801.03924)."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return perceptual_net("LPIPS", net, x.device)(x, y, normalize=True).flatten()
+        return common.perceptual_net("LPIPS", net, x.device)(x, y, normalize=True).flatten()
 
 
 def dists_distance(x: Tensor, y: Tensor) -> Tensor:
     """DISTS (B,) of images (B, 3, H, W) in [0, 1], at their own size (arXiv:2004.07728)."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return perceptual_net("DISTS", "vgg", x.device)(x, y).view(-1)
+        return common.perceptual_net("DISTS", "vgg", x.device)(x, y).view(-1)
 
 
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -368,6 +310,330 @@ def git_commit() -> str:
         return ""
 
 
+# ---- does generated LR follow its reference, one factor at a time? ------------------------------
+
+LEVELS = 8
+# What varies: the operations of D, the lowest and the highest level.
+FACTORS: dict[str, tuple[tuple[str, ...], float, float]] = {
+    "blur": (("blur 1", "resize 3"), 0.4, 1.6),  # width of a Gaussian, LR pixels
+    "noise": (("resize 3", "gaussian 2"), 0.0, 20.0),  # std, levels of 255
+    "sharpen": (("resize 3", "blur 3"), 0.0, 1.5),  # amount
+    "jpeg": (("resize 3", "jpeg 2"), 5.0, 70.0),  # 100 - quality
+}
+Answer = Callable[[Tensor, list[Tensor], degrade.Degradation, list[int]], Tensor]
+
+
+def only(factor: str, levels: Tensor, noise: int = 0) -> degrade.Degradation:
+    """Parameters of D with this factor at these levels (L,), and nothing else but the reduction."""
+    theta = degrade.bicubic(len(levels), generate.SCALE)
+    operations = [degrade.OPERATIONS.index(name) for name in FACTORS[factor][0]]
+    theta.order[:, : len(operations)] = torch.tensor(operations)
+    theta.blur_size[:] = degrade.KERNEL_SIZE
+    theta.seed = torch.randint(2**31, (len(levels),), generator=common.generator(noise))
+    if factor == "blur":
+        theta.blur_sigma[:, 0] = generate.SCALE * levels[:, None]
+    elif factor == "noise":
+        theta.gaussian_std[:, 1] = levels / 255
+    elif factor == "sharpen":
+        theta.sharpen[:, 2] = levels.clamp(min=1e-6)  # D takes 0 for a blur
+    else:
+        theta.jpeg_quality[:, 1] = (100 - levels).round().long()
+    return theta
+
+
+def gray(x: Tensor) -> Tensor:
+    """Gray in levels of 255, (B, 1, H, W) in float64, of RGB (B, 3, H, W) in [0, 1]."""
+    weights = x.new_tensor([0.299, 0.587, 0.114])
+    return 255 * torch.einsum("c,bchw->bhw", weights, x)[:, None].double()
+
+
+def filtered(x: Tensor, kernel: Sequence[Sequence[float]]) -> Tensor:
+    """Correlate every channel of (B, C, h, w) with a kernel, where it fits whole."""
+    weight = x.new_tensor(kernel)[None, None]
+    return F.conv2d(x.flatten(0, 1)[:, None], weight).unflatten(0, x.shape[:2])[:, :, 0]
+
+
+LAPLACIAN = ((0, 1, 0), (1, -4, 1), (0, 1, 0))
+NOISE = ((1 / 6, -1 / 3, 1 / 6), (-1 / 3, 2 / 3, -1 / 3), (1 / 6, -1 / 3, 1 / 6))  # keeps its std
+WIDTHS = torch.linspace(0, 2, 21)  # of the Gaussians that are tried, LR pixels
+
+
+def reductions(hr: Tensor) -> Tensor:
+    """The HR image (3, H, W) blurred with each of WIDTHS and reduced: (21, 3, H/4, W/4)."""
+    return degrade.degrade(hr.repeat(len(WIDTHS), 1, 1, 1), only("blur", WIDTHS))
+
+
+def blur_of(lr: Tensor, bank: Tensor) -> Tensor:
+    """Width (B,) in LR pixels of the Gaussian that explains lr (B, 3, h, w) best."""
+    centred = [gray(x) - gray(x).mean((2, 3), keepdim=True) for x in (lr, bank)]
+    error = torch.cdist(centred[0].flatten(1), centred[1].flatten(1)).square()  # (B, 21)
+    best = error.argmin(1).clamp(1, len(WIDTHS) - 2)[:, None]
+    left, here, right = (error.gather(1, best + i)[:, 0] for i in (-1, 0, 1))
+    vertex = ((left - right) / (2 * (left - 2 * here + right)).clamp(min=1e-12)).clamp(-1, 1)
+    return (best[:, 0] + vertex) * (WIDTHS[1] - WIDTHS[0])  # of the parabola through the three
+
+
+def sharpening_of(lr: Tensor, bank: Tensor) -> Tensor:
+    """Amount (B,) of unsharp masking (negative: softer) that explains lr (B, 3, h, w) best."""
+    taps = (-torch.arange(-4, 5).square() / 2).exp()  # of 1 LR pixel, as `only` sharpens
+    kernel = (taps[:, None] * taps / taps.sum().square()).to(bank)
+    detail = gray((bank[0] - degrade.blur(bank[0], kernel))[None])
+    return ((gray(lr) - gray(bank[:1])) * detail).mean((1, 2, 3)) / detail.square().mean()
+
+
+def residual(lr: Tensor, bank: Tensor) -> Tensor:
+    """What no linear filter of the HR image explains in lr (B, 3, h, w), in levels of 255.
+
+    The filters are combinations of a few Gaussians, fitted to each channel.
+    """
+    columns = [bank[::5].flatten(2), torch.ones_like(bank[:1]).flatten(2)]
+    A = 255 * torch.cat(columns).permute(1, 2, 0).double()  # (3, hw, 6)
+    y = 255 * lr.flatten(2).permute(1, 2, 0).double()  # (3, hw, B)
+    return (y - A @ torch.linalg.lstsq(A, y).solution).permute(2, 0, 1).view(lr.shape)
+
+
+def noise_of(lr: Tensor, bank: Tensor) -> Tensor:
+    """Robust noise std (B,) in levels of 255: of the residual, where the HR image is flat."""
+    texture = filtered(gray(bank[:1]), LAPLACIAN)[0, 0].abs()
+    flat = texture <= texture.median()
+    return filtered(residual(lr, bank), NOISE)[:, :, flat].abs().flatten(1).median(1)[0] * 1.4826
+
+
+def blockiness(x: Tensor) -> Tensor:
+    """Mean step across the borders of 8 x 8 blocks over the mean step elsewhere, (B,)."""
+    steps = [x.diff(dim=dim).abs().mean((1, 5 - dim)) for dim in (2, 3)]  # (B, h - 1), (B, w - 1)
+    border = torch.cat([torch.arange(s.shape[1]) % 8 == 7 for s in steps])
+    both = torch.cat(steps, dim=1)
+    return both[:, border].mean(1) / both[:, ~border].mean(1).clamp(min=1e-12)
+
+
+MEASURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "blur": blur_of,
+    "noise": noise_of,
+    "sharpen": sharpening_of,
+    "jpeg": lambda lr, bank: blockiness(residual(lr, bank)),
+}
+
+
+def fine_detail(lr: Tensor) -> Tensor:
+    """Median absolute Laplacian (B,) of gray, in levels of 255."""
+    return filtered(gray(lr), LAPLACIAN).abs().flatten(1).median(1)[0]
+
+
+def truth(hr: Tensor, lr_ref: list[Tensor], theta: degrade.Degradation, seeds: list[int]) -> Tensor:
+    """The answer that is looked for: what the measures can see at all."""
+    return degrade.degrade(hr, theta)
+
+
+@torch.no_grad()
+def follow(
+    hr: Tensor, banks: list[Tensor], answer: Answer, factor: str, seed: int, noise: int = 0
+) -> dict[str, Any]:
+    """How an answer to references of rising levels rises itself, for contents hr (N, 3, H, W).
+
+    banks: the `reductions` of each. The reference of level l is D(X', theta_l) of a scene X' that
+    is another one for each level (as far as there are), so that only theta rises. rank: Spearman's
+    correlation of level and measured value for each content; measured (N, L); detail (N, L),
+    relative to D(X, theta_l).
+    """
+    N = len(hr)
+    levels = torch.linspace(*FACTORS[factor][1:], LEVELS)
+    result: dict[str, Any] = {"rank": [], "measured": [], "detail": []}
+    for i, own in enumerate(tqdm(hr, desc=factor, unit="scene", leave=False)):
+        theta = only(factor, levels, noise=seed << 32 | i)
+        others = (i + 1 + torch.arange(LEVELS) % (N - 1)) % N
+        lr_ref = list(degrade.degrade(hr[others], theta))
+        same = own.repeat(LEVELS, 1, 1, 1)
+        draws = [((seed << 16 | noise) << 16 | i) << 16 | level for level in range(LEVELS)]
+        lr = common.to_uint8(answer(same, lr_ref, theta, draws)) / 255  # as in files
+        measured = MEASURES[factor](lr, banks[i])
+        rank = stats.spearmanr(levels, measured.cpu())[0] if measured.std() > 0 else 0.0
+        detail = fine_detail(lr) / fine_detail(degrade.degrade(same, theta)).clamp(min=0.01)
+        result["rank"].append(float(rank))
+        result["measured"].append(measured.tolist())
+        result["detail"].append(detail.tolist())
+    return result
+
+
+def table_factors(hr: Tensor, net: Any, cfg: "Config") -> dict[str, Any]:
+    """All rows: the truth, then the network from each T, with K = 1; T = 0 is Rec_lr alone."""
+
+    def network(t_start: int) -> Answer:
+        start = cfg.start if t_start else "reconstruct"
+        return lambda hr, lr_ref, theta, seeds: generate.generate(
+            net, hr, lr_ref, t_start, cfg.num_steps, 1, start, cfg.eta, seeds, cfg.bf16
+        )[0][:, 0]
+
+    banks = [reductions(x) for x in hr]
+    answers = {"truth": truth} | {f"T={t}": network(t) for t in cfg.t_starts}
+    rows = []
+    for factor in FACTORS:
+        for name, answer in answers.items():
+            repeats = 1 if name in ("truth", "T=0") else cfg.repeats  # those draw nothing
+            parts = [follow(hr, banks, answer, factor, cfg.seed, noise) for noise in range(repeats)]
+            values = {key: [v for part in parts for v in part[key]] for key in parts[0]}
+            rows.append({"factor": factor, "answer": name, **values})
+    return {"images": len(hr), "rows": rows}
+
+
+def markdown_factors(result: dict[str, Any]) -> str:
+    """The table of factors, and what one must know to read it."""
+    lines = [f"## Does generated LR follow its reference? {result['images']} contents", ""]
+    lines += ["| factor | answer | rank correlation | lowest | at the lowest level | at the highest"
+              " | fine detail | n |"]  # fmt: skip
+    lines += ["| --- | --- |" + " ---: |" * 6]
+    for row in result["rows"]:
+        rank, measured = np.array(row["rank"]), np.array(row["measured"]).mean(0)
+        cells = [f"{rank.mean():.3f}", f"{rank.min():.2f}", f"{measured[0]:.2f}"]
+        cells += [f"{measured[-1]:.2f}", f"{np.median(row['detail']):.2f}", str(len(rank))]
+        lines += [f"| {row['factor']} | {row['answer']} | {' | '.join(cells)} |"]
+    ranges = [f"{factor} {low:g}..{high:g}" for factor, (_, low, high) in FACTORS.items()]
+    lines += [
+        "",
+        f"References are other scenes, degraded with one factor at {LEVELS} levels: "
+        f"{', '.join(ranges)}",
+        "(LR pixels; levels of 255; amount; 100 - quality). Spearman's correlation of level and",
+        "measured value, for each content and noise: mean and lowest; the mean measured values",
+        "(JPEG: blockiness, 1 is none). Fine detail: median |Laplacian| relative to the true D(X,",
+        "theta). truth is D(X, theta) itself; T=0 is Rec_lr without diffusion.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# ---- do the extractors tell degradation and content apart? --------------------------------------
+
+
+def statistics(lr: Tensor) -> Tensor:
+    """What E_deg has to beat: 12 plain numbers (B, 12) about LR images (B, 3, h, w)."""
+    x = gray(lr)
+    half = F.avg_pool2d(x, 2)
+    energy = [sum(v.diff(dim=dim).square().mean((1, 2, 3)) for dim in (2, 3)) for v in (x, half)]
+    noise = filtered(x, NOISE).abs().flatten(1).median(1)[0]
+    power = torch.fft.rfft2(x - x.mean((2, 3), keepdim=True)).abs().square()[:, 0]
+    fy, fx = torch.fft.fftfreq(x.shape[2]), torch.fft.rfftfreq(x.shape[3])
+    radius = (fy[:, None].square() + fx.square()).sqrt().to(x.device)
+    bands = [power[:, (radius > b / 16) & (radius <= (b + 1) / 16)].mean(1) for b in range(8)]
+    scales = energy[0] / (energy[1] + 1e-6)
+    texture = filtered(x, LAPLACIAN).var((1, 2, 3))
+    return torch.stack(
+        [*((v + 1e-2).log() for v in (texture, scales, noise, *bands)), blockiness(x)], 1
+    )
+
+
+def retrieval(queries: Tensor, candidates: Tensor, standardise: bool = False) -> dict[str, float]:
+    """Share of queries (N, D) whose own candidate (N, D) is the nearest, or among the 5 nearest."""
+    queries, candidates = queries.double(), candidates.double()
+    if standardise:
+        mean, std = candidates.mean(0), candidates.std(0).clamp(min=1e-12)
+        queries, candidates = (queries - mean) / std, (candidates - mean) / std
+    result: dict[str, float] = {}
+    for distance in ("L2", "cosine"):
+        a, b = queries, candidates
+        if distance == "cosine":
+            a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
+        table = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+        before = (table <= table.diagonal()[:, None]).sum(1) - 1  # ties count against us
+        result |= {f"{distance} top-{k}": (before < k).double().mean().item() for k in (1, 5)}
+    return result
+
+
+def nearest_scene(degraded: Tensor, clean: Tensor) -> dict[str, float]:
+    """How often, and by how much, row i (N, ...) is nearer to its own clean row than to others."""
+    table = torch.cdist(degraded.flatten(1), clean.flatten(1))
+    own, other = (
+        table.diagonal(),
+        (table + table.new_full((len(table),), math.inf).diag()).min(1)[0],
+    )
+    return {"top-1": (own < other).float().mean().item(), "ratio": (own / other).median().item()}
+
+
+def device_crops(files: list[Path], side: int, images: int, seed: int) -> list[Tensor]:
+    """Queries and candidates (N, 3, side, side) from two files of a device each; none, if fewer.
+
+    A device is a sub-folder; its first and its last file are the most likely to be two photos.
+    """
+    folders: dict[Path, list[Path]] = {}
+    for file in files:
+        folders.setdefault(file.parent, []).append(file)
+    devices = [f for f in folders.values() if len(f) > 1]
+    order = torch.randperm(len(devices), generator=common.generator(seed)).tolist()
+    crops = []
+    for device in order if len(devices) > 1 else []:
+        with contextlib.suppress(ValueError):
+            two = [middle(common.load_image(devices[device][i]), side) for i in (0, -1)]
+            crops.append(torch.stack(two))
+    return list(torch.stack(crops[:images], dim=1)) if len(crops) > 1 else []
+
+
+@torch.no_grad()
+def table_extractors(
+    hr: Tensor, devices: list[Tensor], nets: extractors.Extractors, cfg: "Config"
+) -> dict[str, Any]:
+    """Retrieval by degradation and by content, and the images that Rec_hr finds in the content."""
+
+    def each(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return torch.cat([function(part).float() for part in x.split(cfg.batch_size)])
+
+    def codes(task: str, queries: Tensor, candidates: Tensor) -> list[dict[str, Any]]:
+        found = retrieval(each(nets.e_deg, queries), each(nets.e_deg, candidates))
+        plain = retrieval(each(statistics, queries), each(statistics, candidates), standardise=True)
+        row = {"task": task, "n": len(queries)}
+        return [row | {"code": "E_deg"} | found, row | {"code": "plain"} | plain]
+
+    N, _, H, W = hr.shape
+    latents = each(nets.vqvae.encode, hr)
+    quantised, numbers = nets.vqvae.quantize(latents)
+    content = quantised if nets.quantize_content else latents
+    clean = {"without codebook": latents, "with codebook": quantised}
+    images = {f"clean, {name}": each(nets.vqvae.decode, z) for name, z in clean.items()}
+    rows, contents = [], []
+    for recipe in ("realesrgan", "camera"):
+        draw = common.generator(cfg.seed, degrade.RECIPES.index(recipe))
+        theta = degrade.sample_degradation(N, recipe, generate.SCALE, generator=draw)
+        lr = degrade.degrade(hr, theta, draw)
+        # Another scene with the same theta; the query's own scene is there with another theta.
+        rows += codes(f"theta, {recipe}", lr, degrade.degrade(hr.roll(N // 2, 0), theta, draw))
+        up = extractors.resized(lr, H, W)
+        seen = each(nets.content, up)
+        for name, a, b in (("E_cont", seen, content), ("pixels", up, hr)):
+            contents.append({"recipe": recipe, "of": name} | nearest_scene(a, b))
+        images[f"{recipe}, enlarged"] = up
+        images[f"{recipe}, its content decoded"] = each(nets.vqvae.decode, seen)
+    if devices:
+        rows += codes("device", *(x.to(hr.device) for x in devices))
+    found = {name: psnr(x.clamp(0, 1), hr).mean().item() for name, x in images.items()}
+    total, used = len(nets.vqvae.quantize.embedding.weight), int(numbers.unique().numel())
+    result: dict[str, Any] = {"images": N, "retrieval": rows, "content": contents}
+    return result | {"psnr": found, "used": [used, total]}
+
+
+def markdown_extractors(result: dict[str, Any]) -> str:
+    """The three tables of the extractors, and what one must know to read them."""
+    n, top = result["images"], [f"{d} top-{k}" for d in ("L2", "cosine") for k in (1, 5)]
+    lines = [f"## Do the extractors tell degradation and content apart? {n} contents", ""]
+    lines += [f"| same | code | {' | '.join(top)} | chance top-1 | n |"]
+    lines += ["| --- | --- |" + " ---: |" * 6]
+    for row in result["retrieval"]:
+        cells = " | ".join(f"{row[key]:.0%}" for key in top)
+        lines += [f"| {row['task']} | {row['code']} | {cells} | {1 / row['n']:.1%} | {row['n']} |"]
+    lines += ["", "| degraded with | nearest by | own scene is nearest | own / nearest other |"]
+    lines += ["| --- | --- | ---: | ---: |"]
+    for row in result["content"]:
+        lines += [f"| {row['recipe']} | {row['of']} | {row['top-1']:.0%} | {row['ratio']:.2f} |"]
+    lines += ["", "| image | PSNR to the clean photo |", "| --- | ---: |"]
+    lines += [f"| {name} | {value:.2f} |" for name, value in result["psnr"].items()]
+    used, total = result["used"]
+    lines += [
+        "",
+        "Same theta: the query is D(X, theta), candidates D(X', theta') of other scenes, one of",
+        "them with the query's theta. Same device: two files of each sub-folder of --lr. plain:",
+        "standardised statistics of the image. own / nearest other: median ratio of the distances",
+        "from the content of D(X), enlarged, to that of its own clean photo and of another one.",
+        f"Codes in use on the clean photos: {used} of {total}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 # ---- the command --------------------------------------------------------------------------------
 
 
@@ -376,9 +642,16 @@ class Config:
     """Settings of the command; every field is a flag."""
 
     pairs: tuple[str, ...] = ()  # folders with HR/ and LR/ of the same file names
-    table: int = 2  # of the paper; 2 is the accuracy of generated LR
+    table: tuple[str, ...] = ("2",)  # 2 (of the paper: how close is it?), factors, extractors
+    hr: tuple[str, ...] = ()  # HR photos of the other tables (default: data/hr, else data/sample)
+    lr: tuple[str, ...] = ()  # real LR photos in a sub-folder for each device (default: data/lr)
+    images: int = 64  # HR photos and devices in use
+    crop: int = 96  # side of the LR images of the other tables, pixels
+    t_starts: tuple[int, ...] = (0, 15, 120)  # rows of the table factors
+    repeats: int = 2  # noises for each of its contents
+    extractors: str = ""  # stage-1 weights (default: runs/extractors, else data/pretrained)
     checkpoint: str = ""  # generator (default: runs/diffusion, else data/pretrained)
-    out: str = "out/benchmark"  # folder that gets table2.md and results.json
+    out: str = "out/benchmark"  # folder that gets results.json and a .md for each table
     start: str = generate.Config.start  # start image: reconstruct (Rec_lr) or degrade
     t_start: int = generate.Config.t_start  # T, from which generation starts
     num_steps: int = generate.Config.num_steps  # network evaluations of the sampler
@@ -390,32 +663,100 @@ class Config:
     device: str = "auto"  # cpu, cuda or auto
 
 
-def main(cfg: Config, rt: common.Runtime) -> None:
-    """Check all that can be wrong, then measure folder by folder and write after each."""
-    if not rt.is_main:  # a matter of minutes for one process
-        return
-    began = time.time()
-    example = "name folders with HR/ and LR/, as in `python benchmark.py --pairs data/RealSR`"
-    common.require(bool(cfg.pairs), f"--pairs is missing: {example}.")
-    common.require(cfg.table == 2, f"--table {cfg.table}: only table 2 can be made.")
+TABLES = {"2": "table2.md", "factors": "factors.md", "extractors": "extractors.md"}
+
+
+def check(cfg: Config) -> None:
+    """UserError for what is wrong with the flags alone."""
+    for table in cfg.table:
+        common.require(table in TABLES, f"--table {table}: choose among {', '.join(TABLES)}.")
+    if "2" in cfg.table:
+        example = "name folders with HR/ and LR/, as in `python benchmark.py --pairs data/RealSR`"
+        common.require(bool(cfg.pairs), f"--pairs is missing: {example}.")
     for flag, value, low in (
         ("--t-start", cfg.t_start, 0),
+        ("--t-starts", min(cfg.t_starts), 0),
         ("--num-steps", cfg.num_steps, 1),
         ("--candidates", cfg.candidates, 1),
         ("--batch-size", cfg.batch_size, 1),
+        ("--images", cfg.images, 2),
+        ("--crop", cfg.crop, 32),
+        ("--repeats", cfg.repeats, 1),
         ("--seed", cfg.seed, 0),
     ):
         common.require(low <= value < 2**31, f"{flag} {value}: must be at least {low}.")
+    common.require(cfg.crop % 8 == 0, f"--crop {cfg.crop}: must be a multiple of 8.")
     common.require(cfg.start in generate.STARTS, f"--start {cfg.start}: not a start image.")
-    sets = {folder: find_pairs(Path(folder)) for folder in cfg.pairs}
-    net = generate.load_generator(cfg.checkpoint, rt.device)
+    given = cfg.extractors
+    common.require(not given or Path(given).is_file(), f"--extractors {given}: no such file.")
+
+
+def middle(image: Tensor, side: int) -> Tensor:
+    """The middle side x side pixels of an image (3, H, W); ValueError if it is smaller."""
+    top, left = ((n - side) // 2 for n in image.shape[1:])
+    if min(top, left) < 0:
+        raise ValueError(f"an image is under {side} x {side} pixels")
+    return image[:, top : top + side, left : left + side]
+
+
+def load_photos(files: list[Path], side: int, images: int, seed: int) -> Tensor:
+    """The middle (3, side, side) of so many photos, drawn from the files: (N, 3, side, side)."""
+    crops: list[Tensor] = []
+    order = torch.randperm(len(files), generator=common.generator(seed)).tolist()
+    for file in (files[i] for i in order):
+        if len(crops) < images:
+            try:
+                crops.append(middle(common.load_image(file), side))
+            except ValueError as error:
+                print(f"skipped: {file} ({error})")
+    enough = (
+        f"--hr: of {len(files)} files, {len(crops)} are photos of {side} x {side} pixels or more"
+    )
+    common.require(len(crops) > 1, f"{enough}; two are needed.")
+    return torch.stack(crops)
+
+
+def load_extractors(checkpoint: str, device: torch.device) -> extractors.Extractors:
+    """The networks of stage 1; "" looks in runs/extractors, then in data/pretrained."""
+    path = common.find_checkpoint(checkpoint, "extractors", "python extractors.py")
+    state = common.load_checkpoint(path)
+    config = state.get("config", {})
+    fits = "deg_dim" in config and "ema" in state
+    common.require(fits, f"{path}: not a checkpoint of extractors.py (give that one).")
+    nets = extractors.Extractors(common.from_dict(extractors.Config, config))
+    nets.load_state_dict(state["ema"])
+    return nets.to(device).eval().requires_grad_(False)
+
+
+def available_metrics(device: torch.device) -> list[str]:
+    """METRICS without those whose weights are missing, saying which."""
     metrics = list(METRICS)
     for metric, backbone in (("LPIPS", "alex"), ("DISTS", "vgg")):
-        if missing := missing_weights(backbone):
+        if missing := common.missing_weights(backbone):
             print(f"no {metric}: {missing}")
             metrics.remove(metric)
         else:
-            perceptual_net(metric, backbone, rt.device)
+            common.perceptual_net(metric, backbone, device)
+    return metrics
+
+
+def main(cfg: Config, rt: common.Runtime) -> None:
+    """Check all that can be wrong, then measure, and write whenever a table has grown."""
+    if not rt.is_main:  # a matter of minutes for one process
+        return
+    began = time.time()
+    check(cfg)
+    sets = {f: find_pairs(Path(f)) for f in cfg.pairs} if "2" in cfg.table else {}
+    if {"factors", "extractors"} & set(cfg.table):
+        files, side = common.find_photos(cfg.hr, "hr", "--hr"), generate.SCALE * cfg.crop
+        hr = load_photos(files, side, cfg.images, cfg.seed).to(rt.device)
+    if "extractors" in cfg.table:
+        real = common.find_photos(cfg.lr, "lr", "--lr")
+        devices = device_crops(real, cfg.crop, cfg.images, cfg.seed)
+        nets = load_extractors(cfg.extractors, rt.device)
+    if {"2", "factors"} & set(cfg.table):
+        net = generate.load_generator(cfg.checkpoint, rt.device)
+    metrics = available_metrics(rt.device) if "2" in cfg.table else []
     print(cfg)
     gpu = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else ""
     results: dict[str, Any] = {
@@ -426,18 +767,33 @@ def main(cfg: Config, rt: common.Runtime) -> None:
         "device": gpu or f"{rt.device}, {torch.get_num_threads()} threads",
         "sets": [],
     }
+
+    def write(table: str, text: str) -> None:
+        results["seconds"] = time.time() - began
+        for name, content in (
+            (TABLES[table], text),
+            ("results.json", json.dumps(results, indent=1)),
+        ):
+            with common.replacing(Path(cfg.out) / name) as temporary:
+                temporary.write_text(content, encoding="utf-8")
+
     tables = []
     for folder, (pairs, skipped) in sets.items():
         result = table_2(pairs, net, metrics, cfg, rt.device)
         results["sets"].append({"pairs": folder, "skipped": skipped} | result)
-        results["seconds"] = time.time() - began
         tables.append(markdown(results["sets"][-1]))
         print("\n" + tables[-1])
-        report, values = "\n".join(tables), json.dumps(results, indent=1)
-        for name, text in (("table2.md", report), ("results.json", values)):
-            with common.replacing(Path(cfg.out) / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-    print(f"written: {cfg.out}/table2.md and {cfg.out}/results.json")
+        write("2", "\n".join(tables))
+    if "factors" in cfg.table:
+        results["factors"] = table_factors(hr, net, cfg)
+        print("\n" + (text := markdown_factors(results["factors"])))
+        write("factors", text)
+    if "extractors" in cfg.table:
+        results["extractors"] = table_extractors(hr, devices, nets, cfg)
+        print("\n" + (text := markdown_extractors(results["extractors"])))
+        write("extractors", text)
+    names = [TABLES[table] for table in TABLES if table in cfg.table]
+    print(f"written: {', '.join(names)} and results.json in {cfg.out}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import importlib
 import inspect
 import json
 import math
@@ -17,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -454,6 +456,71 @@ def from_dict(config: type[C], values: dict[str, Any]) -> C:
     known = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
     tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
     return config(**tuples)
+
+
+# ---- networks that judge images ----------------------------------------------------------------
+
+WEIGHTS = {  # torchvision's feature weights by network
+    "alex": "alexnet-owt-7be5be79.pth",
+    "vgg": "vgg16-397923af.pth",
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+}
+
+
+@functools.cache  # which also keeps the declarations alive
+def import_torchvision() -> torch.library.Library | None:
+    """Import torchvision, even where its compiled operators do not load; nothing here calls them.
+
+    The PyPI wheel of torchvision is a CUDA build: beside a CPU-only torch its operators are missing
+    and the import fails. It is enough to declare them first, with any schema.
+    """
+    try:
+        importlib.import_module("torchvision")
+        return None
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+    both_ways = ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d")
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms", "qroi_align", *both_ways, *(f"_{n}_backward" for n in both_ways)):
+        library.define(f"{name}() -> ()")
+    importlib.import_module("torchvision")
+    return library
+
+
+def missing_weights(net: str) -> str:
+    """What to do about torchvision's weights of a network; empty where they are in place."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    if (folder / WEIGHTS[net]).is_file():
+        return ""
+    file = f"https://download.pytorch.org/models/{WEIGHTS[net]}"
+    return f"put {file} into {folder} (or set TORCH_HOME)"
+
+
+@functools.cache
+def perceptual_net(metric: str, net: str, device: torch.device) -> nn.Module:
+    """The network of a metric ("LPIPS" or "DISTS"), frozen; UserError instead of a download."""
+    missing = missing_weights(net)
+    require(not missing, f"{metric} needs weights: {missing}.")
+    import_torchvision()
+    import DISTS_pytorch
+    import lpips
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # both packages spell torchvision's options the old way
+            if metric == "LPIPS":
+                model = lpips.LPIPS(net=net, version="0.1", verbose=False)
+            else:
+                model = DISTS_pytorch.DISTS(load_weights=False)
+    except Exception as error:  # torch raises errors of several kinds for a damaged file
+        file = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS[net]
+        raise UserError(f"{file}: no readable weights ({type(error).__name__}).") from None
+    if metric == "DISTS":  # its own loader looks for them outside of the package
+        file = Path(DISTS_pytorch.__file__).with_name("weights.pt")
+        own = torch.load(file, map_location="cpu", weights_only=True)
+        model.alpha.data, model.beta.data = own["alpha"].data, own["beta"].data
+    return model.to(device).eval().requires_grad_(False)
 
 
 # ---- training loop ----------------------------------------------------------------------------

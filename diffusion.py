@@ -406,6 +406,8 @@ def train(cfg: Config, rt: common.Runtime) -> None:
     common.require(1 <= cfg.t_max <= 1000, f"--t-max {cfg.t_max}: must be in 1..1000.")
     unknown = set(cfg.without) - {"degradation", "content"}
     common.require(not unknown, f"--without {' '.join(unknown)}: choose degradation, content.")
+    if cfg.perceptual_weight > 0:
+        common.perceptual_net("LPIPS", "vgg", rt.device)  # missing weights are said now
     multiple = 2 ** (len(cfg.widths) - 1)
     common.require(
         cfg.crop > 0 and cfg.crop % multiple == 0,

@@ -23,6 +23,9 @@ TINY = {
 }
 
 
+PARTS = ("vqvae", "content", "last")
+
+
 def run(
     script: str | Path, *args: object, cwd: Path, processes: int = 1
 ) -> subprocess.CompletedProcess:
@@ -63,11 +66,10 @@ def test_two_stages_train_from_an_empty_folder(trained):
         assert json.loads(lines[-1])["step"] == 2
     files = {str(p.relative_to(cwd)) for p in cwd.rglob("*") if p.is_file()}
     assert files == {
-        "runs/extractors/vqvae.pt",
-        "runs/extractors/content.pt",
-        "runs/extractors/last.pt",
+        *(f"runs/extractors/{part}.{kind}" for part in PARTS for kind in ("pt", "png")),
         "runs/extractors/log.jsonl",
         "runs/diffusion/last.pt",
+        "runs/diffusion/last.png",
         "runs/diffusion/log.jsonl",
     }
     assert step_of(cwd / "runs/extractors/last.pt") == step_of(cwd / "runs/diffusion/last.pt") == 2
