@@ -153,6 +153,12 @@ def launch(
         sys.exit(130)
 
 
+def wait_for_all(rt: Runtime) -> None:
+    """Go on when all processes are here."""
+    if rt.world_size > 1:
+        dist.barrier()
+
+
 def in_parallel(work: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
     """work(item) of all items, in order, several at a time; an error cancels what has not begun."""
     waiting: collections.deque[Future[B]] = collections.deque()

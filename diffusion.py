@@ -82,6 +82,25 @@ def ddim_step(
     return x_next if noise is None else x_next + variance.sqrt() * noise
 
 
+def half_log_snr(t: Tensor) -> Tensor:
+    """lambda_t = log(alpha_t / sigma_t) at steps t (B,), shaped (B, 1, 1, 1); infinite at t = 0."""
+    return torch.logit(alpha_bar(t)) / 2
+
+
+def dpm_step(
+    x_t: Tensor, t: Tensor, t_next: Tensor, x_0: Tensor, t_before: Tensor, x_0_before: Tensor
+) -> Tensor:
+    """One step of DPM-Solver++(2M) from t to any t_next in 1..t-1 (arXiv:2211.01095, Alg. 2).
+
+    x_0 and x_0_before are predicted at t and, in the step before, at t_before > t. The line through
+    them (in lambda) gives x_0 in the middle of this step; with it, the step is DDIM's with eta = 0.
+    """
+    before, now, after = (half_log_snr(step) for step in (t_before, t, t_next))  # lambda
+    x_0 = x_0 + (after - now) / (2 * (now - before)) * (x_0 - x_0_before)
+    eps = (x_t - alpha_bar(t).sqrt() * x_0) / (1 - alpha_bar(t)).sqrt()
+    return q_sample(x_0, t_next, eps)
+
+
 def randn_rows(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
     """Normal noise (B, *shape); row b comes from generators[b], whatever the rest of the batch."""
     return torch.stack([torch.randn(*shape, generator=g, device=g.device) for g in generators])
@@ -95,12 +114,17 @@ def sample(
     num_steps: int,
     generators: Sequence[torch.Generator],
     eta: float = 0.0,
+    solver: str = "ddim",
 ) -> Tensor:
     """Algorithm 2: noise the start image to t_start, denoise it under the condition c.
 
     start (B, 3, h, w) in [0, 1]; c (B, C, h, w); num_steps evaluations of net(x_t, t, c) -> eps;
     with num_steps = t_start and eta = 1 this is DDPM's full chain. Returns (B, 3, h, w) in [0, 1].
+    Not in the paper: solver "dpm" is of second order, for fewer evaluations. Its first step has no
+    x_0 before it, and its last one, to t = 0, returns x_0 itself: both are DDIM's with eta = 0.
     """
+    if solver not in ("ddim", "dpm") or (solver == "dpm" and eta > 0):
+        raise ValueError(f'solver must be "ddim", or "dpm" with eta 0; not {solver!r}, eta {eta}')
     if t_start == 0:
         return start.clamp(0, 1)
     B, shape = len(start), start.shape[1:]
@@ -108,10 +132,17 @@ def sample(
     ts = [round(t_start * (num_steps - i) / num_steps) for i in range(num_steps + 1)]
     x = to_signed(start)
     x = q_sample(x, torch.full((B,), t_start, device=x.device), randn_rows(shape, generators))
+    last: tuple[Tensor, Tensor] | None = None  # t and x_0 of the step before
     for now, after in zip(ts, ts[1:], strict=False):
         t, t_next = (torch.full((B,), step, device=x.device) for step in (now, after))
         noise = randn_rows(shape, generators) if eta > 0 else None
-        x = ddim_step(x, t, t_next, net(x, t, c).float(), eta, noise)
+        eps_pred = net(x, t, c).float()
+        x_0 = predict_x_0(x, t, eps_pred)
+        if solver == "ddim" or last is None or after == 0:
+            x = ddim_step(x, t, t_next, eps_pred, eta, noise)
+        else:
+            x = dpm_step(x, t, t_next, x_0, *last)
+        last = t, x_0
     return to_image(x)
 
 

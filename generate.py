@@ -8,14 +8,16 @@ K candidates are denoised from a noised start image (Algorithm 2); the filter ke
     python generate.py --hr data/hr --lr-ref data/lr --out out/pairs --candidates 4
 """
 
+import functools
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,6 +28,9 @@ import extractors
 
 SCALE = 4  # HR size / LR size: the VQ-VAE's factor, and so the grid on which content and LR meet
 STARTS = ("reconstruct", "degrade")
+# What a pair depends on besides its photos: a run with other values needs another folder.
+SETTINGS = ("start", "t_start", "auto_t", "num_steps", "eta", "solver", "candidates", "max_error",
+            "pairing", "jitter", "seed")  # fmt: skip
 
 # ---- the method -------------------------------------------------------------------------------
 
@@ -44,42 +49,87 @@ def load_generator(checkpoint: str, device: torch.device) -> diffusion.Decoupled
     return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
+TILE, OVERLAP = 256, 32  # LR pixels
+
+
+def in_tiles(function: Callable[..., Tensor], grid: tuple[int, int], *inputs: Tensor) -> Tensor:
+    """function(*inputs) -> (B, C, h, w) tile by tile, so that memory does not grow with the image.
+
+    Inputs (B, C', f h, f w) with whole factors f; grid is (h, w). Tiles overlap and fade into each
+    other; an image no larger than a tile is computed at once.
+    """
+    h, w = grid
+    th, tw = min(h, TILE), min(w, TILE)
+    if (th, tw) == (h, w):
+        return function(*inputs)
+
+    def starts(n: int, side: int) -> list[int]:
+        return [*range(0, n - side, side - OVERLAP), n - side]
+
+    def fade(n: int) -> Tensor:
+        """Smoothly from almost 0 to 1 over the middle half of the overlap: edges see too little."""
+        i = torch.arange(1, n + 1, device=inputs[0].device)
+        rising = (2 * torch.minimum(i, i.flip(0)) / OVERLAP - 0.5).clamp(0.02, 1)
+        return rising.square() * (3 - 2 * rising)
+
+    mask = fade(th)[:, None] * fade(tw)
+    total = weight = torch.zeros(1, device=mask.device)
+    for top in starts(h, th):
+        for left in starts(w, tw):
+            parts = []
+            for x in inputs:
+                f = x.shape[2] // h
+                parts.append(x[:, :, top * f : (top + th) * f, left * f : (left + tw) * f])
+            around = (left, w - left - tw, top, h - top - th)
+            total = total + F.pad(function(*parts).float() * mask, around)
+            weight = weight + F.pad(mask, around)
+    return total / weight
+
+
 def start_image(
-    net: diffusion.DecoupledDDPM,
-    hr: Tensor,
-    code: Tensor,
-    content: Tensor,
-    start: str,
-    seeds: Sequence[int],
+    net: diffusion.DecoupledDDPM, hr: Tensor, code: Tensor, content: Tensor, start: str, seed: int
 ) -> Tensor:
-    """The LR image (B, 3, H/4, W/4) from which denoising starts.
+    """The LR image (1, 3, H/4, W/4) from which denoising starts.
 
     degrade: D(HR) with random parameters, as in the paper. Deviation, reconstruct: Rec_lr's answer
     to the reference's degradation, because random blur and noise do not go away again.
     """
     if start == "reconstruct":
-        return net.extractors.reconstruct(code, hr, content).float().clamp(0, 1)
-    draws = [common.generator(seed) for seed in seeds]
-    theta = degrade.Degradation.cat([degrade.sample_degradation(1, generator=g) for g in draws])
+        h, w = content.shape[2:]
+        rec_lr = functools.partial(net.extractors.reconstruct, code)
+        return in_tiles(rec_lr, (h, w), hr, content).float().clamp(0, 1)
+    theta = degrade.sample_degradation(1, generator=common.generator(seed))
     return degrade.degrade(hr, theta)
 
 
 def errors(
     net: diffusion.DecoupledDDPM, lr: Tensor, code: Tensor, content: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """How far candidates (B, K, 3, h, w) are from the HR content and the reference's degradation.
+    """How far candidates (K, 3, h, w) are from the HR content and the reference's degradation.
 
-    ||E_cont(up(lr)) - E_cont(hr)|| (root mean square), ||E_deg(lr) - E_deg(ref)||: (B, K). A.6.
+    ||E_cont(up(lr)) - E_cont(hr)|| (root mean square), ||E_deg(lr) - E_deg(ref)||: (K,) each. A.6.
     """
-    B, K, _, h, w = lr.shape
-    flat = lr.flatten(0, 1)
-    # One image at a time: the content of K upsampled images is the largest thing in memory.
-    contents = torch.cat(
-        [net.extractors.content(extractors.resized(x[None], 4 * h, 4 * w)) for x in flat]
-    )
-    off = contents.view(B, K, *content.shape[1:]) - content[:, None]
-    codes = net.extractors.e_deg(flat).view(B, K, -1)
-    return off.float().square().mean((2, 3, 4)).sqrt(), (codes - code[:, None]).float().norm(dim=2)
+    h, w = lr.shape[2:]
+    content_error, degradation_error = [], []
+    for x in lr.split(1):  # the content of an enlarged image is the largest thing in memory
+        seen = in_tiles(net.extractors.content, (h, w), extractors.resized(x, 4 * h, 4 * w))
+        content_error.append((seen - content).float().square().mean().sqrt())
+        degradation_error.append((net.extractors.e_deg(x) - code).float().norm())
+    return torch.stack(content_error), torch.stack(degradation_error)
+
+
+def code_of(net: diffusion.DecoupledDDPM, lr_ref: Tensor) -> Tensor:
+    """F_deg (1, D) of a reference (3, h, w) of any size, or of its code (D,) itself.
+
+    Of a large photo the middle is read: its code is an average over the image anyway.
+    """
+    device = next(net.parameters()).device
+    if lr_ref.ndim == 1:
+        return lr_ref[None].to(device)
+    top, left = (max(0, n - 512) // 2 for n in lr_ref.shape[1:])
+    return net.extractors.e_deg(
+        lr_ref[None, :, top : top + 512, left : left + 512].to(device)
+    ).float()
 
 
 @torch.no_grad()
@@ -87,44 +137,74 @@ def generate(
     net: diffusion.DecoupledDDPM,
     hr: Tensor,
     lr_ref: Sequence[Tensor],
-    t_start: int,
+    t_start: int | Sequence[int],
     num_steps: int,
     candidates: int,
     start: str = "reconstruct",
     eta: float = 0.0,
     seeds: Sequence[int] = (0,),
     bf16: bool = True,
+    solver: str = "ddim",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """LR images with the content of hr and the degradation of lr_ref. Algorithm 2, A.6.
 
-    hr (B, 3, H, W) in [0, 1], sizes multiples of 4; lr_ref: B images (3, h, w) of any size; seeds:
-    B numbers, from which image b draws. Returns candidates (B, K, 3, H/4, W/4) and scores:
+    hr (B, 3, H, W) in [0, 1], sizes multiples of 4; lr_ref: B images (3, h, w) of any size, or
+    codes (D,); seeds: B numbers, from which image b draws; with several t_start the candidates take
+    turns (automatic T: the filter chooses). Returns candidates (B, K, 3, H/4, W/4) and scores:
     "content" and "degradation" errors (B, K), "kept" (B,) the best candidate. With t_start = 0 the
     start image itself is the only candidate.
     """
-    B, _, H, W = hr.shape
-    K = candidates if t_start > 0 else 1
-    assert len(lr_ref) == len(seeds) == B, "one reference and one seed for each image"
+    assert len(lr_ref) == len(seeds) == len(hr), "one reference and one seed for each image"
+    ts = [t_start] if isinstance(t_start, int) else list(t_start)
+    ts = [ts[k % len(ts)] for k in range(candidates)] if max(ts) > 0 else [0]
+    with common.Runtime(hr.device).autocast(bf16):
+        # One image at a time, its candidates together: no result depends on the other images.
+        made = [
+            generate_one(net, image[None], ref, ts, num_steps, start, eta, seed, solver)
+            for image, ref, seed in zip(hr, lr_ref, seeds, strict=True)
+        ]
+    lr, content, degradation = (torch.stack(parts) for parts in zip(*made, strict=True))
+    scores = {"content": content, "degradation": degradation}
+    total = sum(e / e.mean(1, keepdim=True).clamp(min=1e-12) for e in scores.values())
+    assert isinstance(total, Tensor)
+    return lr, scores | {"kept": total.argmin(1)}
+
+
+def generate_one(
+    net: diffusion.DecoupledDDPM,
+    hr: Tensor,
+    lr_ref: Tensor,
+    ts: list[int],
+    num_steps: int,
+    start: str,
+    eta: float,
+    seed: int,
+    solver: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One candidate for each of ts: (K, 3, H/4, W/4), and both of their errors (K,)."""
+    h, w = (side // SCALE for side in hr.shape[2:])
     # The U-Net halves the LR grid: pad to its multiple, cut the result.
     multiple = SCALE * 2 ** (len(net.widths) - 1)
-    padded = F.pad(hr, (0, -W % multiple, 0, -H % multiple), mode="replicate")
-    with common.Runtime(hr.device).autocast(bf16):
-        code = torch.cat([net.extractors.e_deg(ref[None].to(hr.device)) for ref in lr_ref]).float()
-        content = net.extractors.content(padded)
-        x = start_image(net, padded, code, content, start, seeds)
-        c = net.condition(code, content)
-        # K candidates of an image share all of this; they differ in their noise.
-        draws = [common.generator(s, k, device=hr.device) for s in seeds for k in range(K)]
-        x, c = (v.repeat_interleave(K, dim=0) for v in (x, c))
-        x = diffusion.sample(net, x, c, t_start, num_steps, draws, eta)
-        lr = x.view(B, K, *x.shape[1:])[..., : H // SCALE, : W // SCALE]
-        content = content[..., : H // SCALE, : W // SCALE]
-        content_error, degradation_error = errors(net, lr, code, content)
-    total = sum(
-        e / e.mean(1, keepdim=True).clamp(min=1e-12) for e in (content_error, degradation_error)
-    )
-    assert isinstance(total, Tensor)
-    return lr, {"content": content_error, "degradation": degradation_error, "kept": total.argmin(1)}
+    hr = F.pad(hr, (0, -hr.shape[3] % multiple, 0, -hr.shape[2] % multiple), mode="replicate")
+    grid = (hr.shape[2] // SCALE, hr.shape[3] // SCALE)
+    code = code_of(net, lr_ref)
+    content = in_tiles(net.extractors.content, grid, hr)
+    x = start_image(net, hr, code, content, start, seed)
+    c = in_tiles(functools.partial(net.condition, code), grid, content)
+
+    def eps_pred(x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return in_tiles(lambda x_t, c: net(x_t, t, c), grid, x_t, c)
+
+    made: dict[int, Tensor] = {}
+    for t in sorted(set(ts)):
+        ks = [k for k, own in enumerate(ts) if own == t]
+        draws = [common.generator(seed, k, device=hr.device) for k in ks]
+        starts, conditions = (v.expand(len(ks), -1, -1, -1) for v in (x, c))
+        lr = diffusion.sample(eps_pred, starts, conditions, t, num_steps, draws, eta, solver)
+        made |= dict(zip(ks, lr, strict=True))
+    lr = torch.stack([made[k] for k in range(len(ts))])
+    lr = lr[..., :h, :w]
+    return lr, *errors(net, lr, code, content[..., :h, :w])
 
 
 # ---- files ------------------------------------------------------------------------------------
@@ -140,10 +220,15 @@ class Config:
     checkpoint: str = ""  # weights (default: runs/diffusion, else data/pretrained)
     start: str = "reconstruct"  # start image: reconstruct (Rec_lr) or degrade (random D, the paper)
     t_start: int = 15  # steps of noise on the start image, 0 is none; the paper: 300
+    auto_t: bool = False  # candidates start from a quarter, half, once and twice t_start in turn
     num_steps: int = 5  # network evaluations
     eta: float = 0.0  # 0 is DDIM; 1 with as many evaluations as steps is DDPM (the paper)
+    solver: str = "ddim"  # ddim or dpm (DPM-Solver++ of second order)
     candidates: int = 4  # K, of which the filter keeps the best
-    batch_size: int = 4  # HR images of one size at a time
+    max_error: tuple[float, ...] = (1e9, 1e9)  # largest content and degradation error of a pair
+    pairing: str = "random"  # reference of each HR image: random, round-robin or all
+    codes: str = ""  # file for the references' codes: written, or read in place of --lr-ref
+    jitter: float = 0.0  # mixes up to this share of another reference's code in, for diversity
     bf16: bool = True  # where the device has it
     seed: int = 0  # image i draws from (seed, i)
     device: str = "auto"
@@ -157,60 +242,79 @@ PRESETS: dict[str, dict] = {
 
 @dataclass
 class Job:
-    """One HR image that is to get its LR image."""
+    """One pair that is to be made."""
 
-    index: int
+    index: int  # what it draws from, with the seed
     name: str
     file: Path
-    hr: Tensor
-    reference: Path
-    lr_ref: Tensor
+    reference: int | None = None  # number of the reference, where the pairing says it
+    hr: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-def load_reference(
-    references: list[Path], seed: int, index: int, broken: set[Path]
-) -> tuple[Path, Tensor]:
-    """The reference that HR image `index` draws; an unreadable one is noted and drawn again."""
-    for attempt in range(100):
-        draw = torch.randint(2**40, (1,), generator=common.generator(seed, index, attempt))
-        file = references[int(draw) % len(references)]
-        if file not in broken:
-            try:
-                lr_ref = common.load_image(file)
-                if min(lr_ref.shape[1:]) < 16:
-                    raise ValueError(f"{file}: a reference needs at least 16 x 16 pixels")
-                return file, lr_ref
-            except ValueError as error:
-                broken.add(file)
-                tqdm.write(f"skipped: {error}")
-    raise common.UserError("no usable image found in --lr-ref; see the files named above.")
+class References:
+    """Reference photos and their codes, made when first drawn; or the codes of an earlier run."""
 
-
-def jobs(
-    todo: Sequence[tuple[int, str, Path]], references: list[Path], cfg: Config, counts: dict
-) -> Iterator:
-    """Load HR images one by one with their references; count and name unreadable ones."""
-    broken: set[Path] = set()
-    for index, name, file in todo:
+    def __init__(self, cfg: Config, net: diffusion.DecoupledDDPM) -> None:
+        self.net, self.bf16 = net, cfg.bf16
+        self.codes: dict[int, Tensor | None] = {}  # None: unreadable
+        if not (cfg.codes and Path(cfg.codes).is_file()):
+            self.files = common.find_photos(cfg.lr_ref, "lr", "--lr-ref")
+            return
         try:
-            hr = common.crop_to_multiple(common.load_image(file), SCALE, file)
-        except ValueError as error:
-            counts["skipped"] += 1
-            tqdm.write(f"skipped: {error}")
-            continue
-        yield Job(index, name, file, hr, *load_reference(references, cfg.seed, index, broken))
+            with safe_open(cfg.codes, "pt") as stored:
+                names = json.loads((stored.metadata() or {})["references"])
+                self.files, codes = [Path(name) for name in names], stored.get_tensor("codes")
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise common.UserError(f"--codes {cfg.codes}: no stored codes ({error}).") from None
+        self.codes = dict(enumerate(codes))
+
+    @torch.no_grad()
+    def code(self, r: int) -> Tensor | None:
+        """F_deg (D,) of reference r; None if it can't be used, which is said once."""
+        if r not in self.codes:
+            self.codes[r], device = None, next(self.net.parameters()).device
+            try:
+                lr_ref = common.load_image(self.files[r])
+                if min(lr_ref.shape[1:]) < 16:
+                    raise ValueError(f"{self.files[r]}: a reference needs at least 16 x 16 pixels")
+                with common.Runtime(device).autocast(self.bf16):
+                    self.codes[r] = code_of(self.net, lr_ref)[0].cpu()
+            except ValueError as error:
+                tqdm.write(f"skipped: {error}")
+        return self.codes[r]
+
+    def draw(self, *numbers: int) -> int:
+        """A usable reference, from these numbers; UserError if there seems to be none."""
+        for attempt in range(100):
+            draw = torch.randint(2**40, (1,), generator=common.generator(*numbers, attempt))
+            r = int(draw) % len(self.files)
+            if self.code(r) is not None:
+                return r
+        raise common.UserError("no usable image found in --lr-ref; see the files named above.")
+
+    def save(self, path: Path) -> None:
+        """Write the codes of all usable references."""
+        used = [r for r in range(len(self.files)) if self.code(r) is not None]
+        facts = {"references": json.dumps([str(self.files[r]) for r in used])}
+        codes = [code for r in used if (code := self.code(r)) is not None]
+        common.require(bool(used), "no usable image found in --lr-ref; see the files named above.")
+        with common.replacing(path) as temporary:
+            save_file({"codes": torch.stack(codes)}, temporary, facts)
 
 
-def batched(items: Iterator[Job], size: int) -> Iterator[list[Job]]:
-    """Runs of at most `size` images of the same shape."""
-    batch: list[Job] = []
-    for job in items:
-        if batch and (len(batch) == size or job.hr.shape != batch[0].hr.shape):
-            yield batch
-            batch = []
-        batch.append(job)
-    if batch:
-        yield batch
+def plan(files: Sequence[Path], references: int, pairing: str) -> list[Job]:
+    """All pairs of a run; names are file stems, where two are equal with a number."""
+    names = unique_names(files)
+    jobs = [Job(i, n, f) for i, (n, f) in enumerate(zip(names, files, strict=True))]
+    if pairing == "round-robin":
+        jobs = [replace(job, reference=job.index % references) for job in jobs]
+    elif pairing == "all":
+        jobs = [
+            Job(job.index * references + r, f"{job.name}_r{r:04d}", job.file, r)
+            for job in jobs
+            for r in range(references)
+        ]
+    return jobs
 
 
 def unique_names(files: Sequence[Path]) -> list[str]:
@@ -225,22 +329,22 @@ def unique_names(files: Sequence[Path]) -> list[str]:
     return list(names)
 
 
-def read_records(path: Path, settings: dict) -> dict[str, dict]:
-    """The finished pairs of an earlier run by name; UserError if it had other settings."""
+def read_records(out: Path, settings: dict) -> dict[str, dict]:
+    """The finished pairs of earlier runs by name; UserError if they had other settings."""
     records: dict[str, dict] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # the line being written when the run was killed
-            continue
-        found = {key: record.get(key) for key in settings}
-        different = [key for key in settings if found[key] != settings[key]]
-        common.require(
-            not different,
-            f"{path}: pairs of other settings ({', '.join(different)}): give another --out.",
-        )
-        if all((path.parent / record[side]).is_file() for side in ("hr", "lr")):
-            records[Path(record["lr"]).stem] = record
+    for path in sorted(out.glob("pairs*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the line being written when the run was killed
+                continue
+            different = [key for key in settings if record.get(key) != settings[key]]
+            common.require(
+                not different,
+                f"{path}: pairs of other settings ({', '.join(different)}): give another --out.",
+            )
+            if record["dropped"] or all((out / record[side]).is_file() for side in ("hr", "lr")):
+                records[Path(record["lr"]).stem] = record
     return records
 
 
@@ -258,87 +362,155 @@ def save_preview(path: Path, out: Path, records: Sequence[dict]) -> None:
         common.save_sheet(path, ("HR", "LR reference", "generated LR", "bicubic"), rows)
 
 
-def main(cfg: Config, rt: common.Runtime) -> None:
-    """Generate what is not there yet, one pair after the other."""
+def finish(out: Path, settings: dict) -> None:
+    """Join the tables of all processes, in the order of names; write what else describes a run."""
+    records = [record for _, record in sorted(read_records(out, settings).items())]
+    kept = [record for record in records if not record["dropped"]]
+    table = out / "pairs.jsonl"
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    changed = not table.is_file() or table.read_text(encoding="utf-8") != text
+    for path, lines in ((table, text), (out / "meta_info.txt", meta_info(kept))):
+        if changed or not path.is_file():
+            with common.replacing(path) as temporary:
+                temporary.write_text(lines, encoding="utf-8")
+    for part in out.glob("pairs.*.jsonl"):
+        part.unlink()
+    if kept and (changed or not (out / "preview.png").is_file()):
+        save_preview(out / "preview.png", out, kept[:4])
+
+
+def meta_info(records: Sequence[dict]) -> str:
+    """BasicSR's list of a paired data set: HR file and LR file on each line."""
+    return "".join(f"{record['hr']}, {record['lr']}\n" for record in records)
+
+
+def make_pair(
+    net: diffusion.DecoupledDDPM, job: Job, references: References, cfg: Config, ts: list[int]
+) -> tuple[Job, Tensor, dict]:
+    """The LR image (3, h, w) that the filter keeps for a job, and its line of pairs.jsonl."""
+    first = references.draw(cfg.seed, job.index) if job.reference is None else job.reference
+    code = references.code(first)
+    assert code is not None, "load() has checked it"
+    if cfg.jitter > 0:
+        other = references.code(references.draw(cfg.seed, job.index, 1))
+        share = torch.rand((), generator=common.generator(cfg.seed, job.index, 2))
+        code = torch.lerp(code, other, cfg.jitter * share) if other is not None else code
+    seed, device = cfg.seed << 32 | job.index, next(net.parameters()).device
+    hr = job.hr[None].to(device)
+    lr, scores = generate(
+        net, hr, [code], ts, cfg.num_steps, cfg.candidates, cfg.start, cfg.eta, [seed], cfg.bf16,
+        cfg.solver,
+    )  # fmt: skip
+    kept = int(scores["kept"][0])
+    record = {
+        "hr": f"hr/{job.name}.png",
+        "lr": f"lr/{job.name}.png",
+        "source": str(job.file),
+        "lr_ref": str(references.files[first]),
+        "domain": references.files[first].parent.name,
+        **settings_of(cfg),
+    }
+    dropped = False
+    for key, most in zip(("content", "degradation"), cfg.max_error, strict=True):
+        values = [float(f"{e:.4g}") for e in scores[key][0].tolist()]
+        record[f"{key}_errors"] = values
+        dropped |= values[kept] > most
+    record |= {"t": ts[kept % len(ts)], "kept": kept, "dropped": dropped}
+    return job, lr[0, kept].cpu(), record
+
+
+def settings_of(cfg: Config) -> dict:
+    """SETTINGS as they are stored with a pair."""
+    values = {key: getattr(cfg, key) for key in SETTINGS}
+    return values | {"max_error": list(cfg.max_error)}
+
+
+def check(cfg: Config) -> None:
+    """UserError for what is wrong with the flags alone."""
     for flag, value, low, high in (
         ("--t-start", cfg.t_start, 0, 1000),
         ("--num-steps", cfg.num_steps, 1, 1000),
         ("--candidates", cfg.candidates, 1, 1000),
-        ("--batch-size", cfg.batch_size, 1, 10_000),
+        ("--eta", cfg.eta, 0, 1),
+        ("--jitter", cfg.jitter, 0, 1),
     ):
         common.require(low <= value <= high, f"{flag} {value}: must be in {low}..{high}.")
-    common.require(0 <= cfg.eta <= 1, f"--eta {cfg.eta}: must be in 0..1.")
-    common.require(cfg.start in STARTS, f"--start {cfg.start}: choose {' or '.join(STARTS)}.")
-    files = common.find_photos(cfg.hr, "hr", "--hr")
-    references = common.find_photos(cfg.lr_ref, "lr", "--lr-ref")
-    out, table = Path(cfg.out), Path(cfg.out) / "pairs.jsonl"
-    settings = {
-        key: getattr(cfg, key)
-        for key in ("start", "t_start", "num_steps", "eta", "candidates", "seed")
-    }
-    records = read_records(table, settings)
-    names = unique_names(files)
-    todo = [
-        job for job in zip(range(len(files)), names, files, strict=True) if job[1] not in records
-    ]
-    for name, photo in zip(names, files, strict=True):
-        source = records[name]["source"] if name in records else str(photo)
-        common.require(
-            source == str(photo),
-            f"{table} holds a pair {name} made of {source}: give another --out.",
-        )
-    net = load_generator(cfg.checkpoint, rt.device)
+    for flag, given, choices in (
+        ("--start", cfg.start, STARTS),
+        ("--solver", cfg.solver, ("ddim", "dpm")),
+        ("--pairing", cfg.pairing, ("random", "round-robin", "all")),
+    ):
+        common.require(given in choices, f"{flag} {given}: choose {', '.join(choices)}.")
     common.require(
-        cfg.t_start <= net.t_max, f"--t-start {cfg.t_start}: the weights know {net.t_max} steps."
+        cfg.solver == "ddim" or cfg.eta == 0, f"--eta {cfg.eta}: --solver dpm draws no noise."
     )
-    counts = {"skipped": 0}
-    out.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(
-        total=len(files), initial=len(files) - len(todo), unit="pair", disable=not rt.is_main
+    common.require(
+        len(cfg.max_error) == 2, "--max-error takes two numbers: content and degradation."
     )
-    with bar as progress:  # closed before an error is printed
-        for batch in batched(jobs(todo, references, cfg, counts), cfg.batch_size):
-            hr = torch.stack([job.hr for job in batch]).to(rt.device)
-            seeds = [cfg.seed << 32 | job.index for job in batch]
-            lr, scores = generate(
-                net,
-                hr,
-                [job.lr_ref for job in batch],
-                cfg.t_start,
-                cfg.num_steps,
-                cfg.candidates,
-                cfg.start,
-                cfg.eta,
-                seeds,
-                cfg.bf16,
-            )
-            scores = {key: value.cpu() for key, value in scores.items()}
-            for b, job in enumerate(batch):
-                kept = int(scores["kept"][b])
-                row = {"hr": f"hr/{job.name}.png", "lr": f"lr/{job.name}.png"}
-                common.save_image(out / row["hr"], job.hr)
-                common.save_image(out / row["lr"], lr[b, kept])
-                record = row | {"source": str(job.file), "lr_ref": str(job.reference), **settings}
-                for key in ("content", "degradation"):  # the last digits vary with the batch
-                    record[f"{key}_errors"] = [float(f"{e:.4g}") for e in scores[key][b].tolist()]
-                records[job.name] = record | {"kept": kept}
-                with open(
-                    table, "a", encoding="utf-8"
-                ) as file:  # survives a kill; sorted at the end
-                    file.write(json.dumps(records[job.name]) + "\n")
-            progress.update(len(batch))
-    ordered = [records[name] for name in sorted(records)]
-    text = "".join(json.dumps(record) + "\n" for record in ordered)
-    if not table.is_file() or table.read_text(encoding="utf-8") != text:
-        with common.replacing(table) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    common.require(bool(ordered), "none of the HR images could be used; see the files named above.")
-    if todo or not (out / "preview.png").is_file():
-        save_preview(out / "preview.png", out, list(islice(ordered, 4)))
-    print(
-        f"{len(ordered)} pairs in {out}, {counts['skipped']} images skipped; "
-        f"look at {out / 'preview.png'}"
-    )
+
+
+def main(cfg: Config, rt: common.Runtime) -> None:
+    """Generate what is not there yet; every process takes its share."""
+    check(cfg)
+    files, out = common.find_photos(cfg.hr, "hr", "--hr"), Path(cfg.out)
+    records = read_records(out, settings_of(cfg))
+    net = load_generator(cfg.checkpoint, rt.device)
+    t = cfg.t_start
+    ts = [max(1, round(t * f)) for f in (0.25, 0.5, 1, 2)] if cfg.auto_t and t > 0 else [t]
+    common.require(max(ts) <= net.t_max, f"--t-start {t}: the weights know {net.t_max} steps.")
+    references = References(cfg, net)
+    if cfg.codes and not Path(cfg.codes).is_file() and rt.is_main:
+        references.save(Path(cfg.codes))
+    jobs = plan(files, len(references.files), cfg.pairing)
+    for job in jobs:
+        source = records[job.name]["source"] if job.name in records else str(job.file)
+        common.require(
+            source == str(job.file),
+            f"{out} holds a pair {job.name} made of {source}: give another --out.",
+        )
+    mine = [job for job in jobs if job.name not in records][rt.rank :: rt.world_size]
+
+    def load(job: Job) -> Job | None:
+        try:
+            photo = common.crop_to_multiple(common.load_image(job.file), SCALE, job.file)
+        except ValueError as error:
+            tqdm.write(f"skipped: {error}")
+            return None
+        return replace(job, hr=photo)
+
+    def made() -> Iterator[tuple[Job, Tensor, dict] | None]:
+        # Files are read and written beside this: one image after the other on the device.
+        for job in common.in_parallel(load, mine, 2):
+            usable = job and (job.reference is None or references.code(job.reference) is not None)
+            yield make_pair(net, job, references, cfg, ts) if job and usable else None
+
+    def save(result: tuple[Job, Tensor, dict] | None) -> dict | None:
+        if result is None:
+            return None
+        job, lr, record = result
+        if not record["dropped"]:
+            common.save_image(out / record["hr"], job.hr)
+            common.save_image(out / record["lr"], lr)
+        return record
+
+    with tqdm(total=len(mine), unit="pair", disable=not rt.is_main) as progress:
+        for record in common.in_parallel(save, made(), 2):
+            progress.update()
+            if record:  # survives a kill; joined at the end
+                out.mkdir(parents=True, exist_ok=True)
+                with open(out / f"pairs.{rt.rank}.jsonl", "a", encoding="utf-8") as table:
+                    table.write(json.dumps(record) + "\n")
+    common.wait_for_all(rt)
+    if rt.is_main:
+        records = read_records(out, settings_of(cfg))
+        common.require(
+            bool(records), "none of the HR images could be used; see the files named above."
+        )
+        finish(out, settings_of(cfg))
+        dropped = sum(record["dropped"] for record in records.values())
+        skipped = sum(job.name not in records for job in jobs)
+        print(f"{len(records) - dropped} pairs in {out}, {dropped} dropped by --max-error, "
+              f"{skipped} images skipped; look at {out / 'preview.png'}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 import common
+import degrade
 import diffusion
 import extractors
 import generate
@@ -108,23 +109,81 @@ def test_reference_image_and_seed_matter(net):
 
 
 def test_degraded_start_is_d_of_the_hr_image(net):
-    hr = uniform(2, 3, 64, 64)
-    code, content = torch.zeros(2, 16), torch.zeros(2, 3, 16, 16)
-    start = generate.start_image(net, hr, code, content, "degrade", (3, 4))
-    assert start.shape == (2, 3, 16, 16)
-    alone = generate.start_image(net, hr[1:], code[1:], content[1:], "degrade", (4,))
-    torch.testing.assert_close(start[1:], alone, atol=2 / 255, rtol=0)
+    hr = uniform(1, 3, 64, 64)
+    code, content = torch.zeros(1, 16), torch.zeros(1, 3, 16, 16)
+    start = generate.start_image(net, hr, code, content, "degrade", 3)
+    theta = degrade.sample_degradation(1, generator=common.generator(3))
+    assert torch.equal(start, degrade.degrade(hr, theta))
+
+
+def test_an_image_does_not_depend_on_the_others_of_a_call(net):
+    hr, refs = uniform(3, 3, 40, 48), [uniform(3, 16, 20, seed=i) for i in range(3)]
+    lr, scores = generate.generate(net, hr, refs, 20, 3, 2, seeds=(4, 5, 6))
+    for b in range(3):
+        alone, own = generate.generate(
+            net, hr[b : b + 1], refs[b : b + 1], 20, 3, 2, seeds=(4 + b,)
+        )
+        assert torch.equal(alone[0], lr[b])
+        assert all(torch.equal(own[key][0], scores[key][b]) for key in scores)
+
+
+def test_a_reference_may_be_given_by_its_code(net):
+    hr, ref = uniform(1, 3, 32, 32), uniform(3, 16, 16)
+    code = net.extractors.e_deg(ref[None])[0]
+    lr = generate.generate(net, hr, [ref], 20, 2, 2)[0]
+    assert torch.equal(generate.generate(net, hr, [code], 20, 2, 2)[0], lr)
+
+
+def test_candidates_take_turns_at_several_t(net):
+    hr, ref = uniform(1, 3, 32, 32), uniform(3, 16, 16)
+    several = generate.generate(net, hr, [ref], (5, 40), 2, 3, seeds=(7,))[0][0]
+    for k, t in enumerate((5, 40, 5)):
+        alone = generate.generate(net, hr, [ref], t, 2, 3, seeds=(7,))[0][0, k]
+        torch.testing.assert_close(several[k], alone, atol=1e-5, rtol=0)
+
+
+# ---- tiles ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 40), (64, 33), (50, 71)])
+def test_tiles_of_a_local_function_are_the_whole(monkeypatch, size):
+    """A convolution looks one pixel around, and the outermost pixels of a tile count least."""
+    monkeypatch.setattr(generate, "TILE", 24)
+    monkeypatch.setattr(generate, "OVERLAP", 8)
+    calls = []
+
+    def function(hr: Tensor, x: Tensor) -> Tensor:
+        calls.append(x.shape)
+        return torch.nn.functional.avg_pool2d(hr, 4) + 2 * x
+
+    h, w = size
+    hr, x = uniform(2, 3, 4 * h, 4 * w), uniform(2, 3, h, w, seed=1)
+    made = generate.in_tiles(function, size, hr, x)
+    torch.testing.assert_close(made, function(hr, x), atol=1e-5, rtol=0)
+    assert all(max(shape[2:]) <= 24 for shape in calls[:-1])
+
+
+def test_a_tiled_image_has_no_seams(net, monkeypatch):
+    hr, ref = uniform(1, 3, 4 * 56, 4 * 40), uniform(3, 16, 16)
+    hr = extractors.resized(hr[..., ::8, ::8], 4 * 56, 4 * 40).clamp(0, 1)
+    whole = generate.generate(net, hr, [ref], 20, 3, 1)[0][0, 0]
+    monkeypatch.setattr(generate, "TILE", 24)
+    monkeypatch.setattr(generate, "OVERLAP", 8)
+    tiled = generate.generate(net, hr, [ref], 20, 3, 1)[0][0, 0]
+    assert tiled.shape == whole.shape and not torch.equal(tiled, whole)
+    steps = (tiled - whole).diff(dim=2).abs().mean((0, 1))  # (w - 1,)
+    border = torch.zeros_like(steps, dtype=torch.bool)
+    border[[15, 16, 23, 24]] = True  # where a tile begins or ends
+    assert steps[border].mean() < 2 * steps[~border].mean()
 
 
 def test_errors_are_zero_only_for_the_same_content_and_degradation(net):
-    lr = uniform(2, 1, 3, 9, 12)
-    up = extractors.resized(lr[:, 0], 36, 48)
-    code, content = net.extractors.e_deg(lr[:, 0]), net.extractors.content(up)
+    lr = uniform(1, 3, 9, 12)
+    code, content = net.extractors.e_deg(lr), net.extractors.content(extractors.resized(lr, 36, 48))
     far, near = generate.errors(net, lr, code, content)
-    assert far.shape == near.shape == (2, 1)
+    assert far.shape == near.shape == (1,)
     assert far.max() < 1e-5 and near.max() < 1e-5
-    expected = (content - 1 - content).square().mean((1, 2, 3)).sqrt()
-    torch.testing.assert_close(generate.errors(net, lr, code, content - 1)[0][:, 0], expected)
+    torch.testing.assert_close(generate.errors(net, lr, code, content - 1)[0], far + 1)
     torch.testing.assert_close(generate.errors(net, lr, code - 1, content)[1], near + 4.0)
 
 
@@ -144,8 +203,8 @@ def test_filter_keeps_the_good_candidate(net, monkeypatch, good):
 def test_filter_weighs_both_errors_equally(net, monkeypatch):
     tables = {
         # Relative to their means: content (0.5, 0.8, 1.7), degradation (1.7, 0.8, 0.5).
-        "both": (torch.tensor([[0.5, 0.8, 1.7]]), torch.tensor([[170.0, 80.0, 50.0]])),
-        "zero": (torch.zeros(1, 3), torch.tensor([[3.0, 1.0, 2.0]])),
+        "both": (torch.tensor([0.5, 0.8, 1.7]), torch.tensor([170.0, 80.0, 50.0])),
+        "zero": (torch.zeros(3), torch.tensor([3.0, 1.0, 2.0])),
     }
     for table in tables.values():
         monkeypatch.setattr(generate, "errors", lambda *_, table=table: table)
@@ -163,16 +222,44 @@ def test_unique_names_do_not_meet_a_file_that_is_called_so():
     assert len(set(names)) == 3
 
 
-def test_references_are_drawn_from_all_and_depend_on_seed_and_index(tmp_path):
-    files = [tmp_path / f"{i}.png" for i in range(4)]
-    for i, file in enumerate(files):
-        Image.fromarray(pixels(20, 20, i)).save(file)
+def drawn_references(tmp_path, net, count: int = 4) -> generate.References:
+    for i in range(count):
+        (tmp_path / "refs").mkdir(exist_ok=True)
+        Image.fromarray(pixels(20, 20, i)).save(tmp_path / "refs" / f"{i}.png")
+    return generate.References(generate.Config(lr_ref=(str(tmp_path / "refs"),)), net)
 
-    def drawn(seed: int) -> list[Path]:
-        return [generate.load_reference(files, seed, i, set())[0] for i in range(40)]
 
-    assert set(drawn(0)) == set(files)
-    assert drawn(0) == drawn(0) != drawn(1)
+def test_references_are_drawn_from_all_and_depend_on_the_numbers(tmp_path, net):
+    references = drawn_references(tmp_path, net)
+    drawn = [[references.draw(seed, i) for i in range(40)] for seed in (0, 0, 1)]
+    assert set(drawn[0]) == {0, 1, 2, 3}
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_codes_of_references_are_saved_and_read(tmp_path, net):
+    references = drawn_references(tmp_path, net)
+    (tmp_path / "refs" / "1.png").write_text("not an image")
+    references.save(tmp_path / "codes.safetensors")
+    shutil.rmtree(tmp_path / "refs")
+    read = generate.References(generate.Config(codes=str(tmp_path / "codes.safetensors")), net)
+    assert [file.name for file in read.files] == ["0.png", "2.png", "3.png"]
+    for r, number in enumerate((0, 2, 3)):
+        assert torch.equal(read.code(r), references.code(number))
+
+
+def test_pairings_plan_every_pair():
+    files = [Path(f"{name}.png") for name in "abc"]
+    random = generate.plan(files, 2, "random")
+    assert [(job.name, job.reference) for job in random] == [(name, None) for name in "abc"]
+    turns = generate.plan(files, 2, "round-robin")
+    assert [(job.name, job.reference) for job in turns] == [("a", 0), ("b", 1), ("c", 0)]
+    every = generate.plan(files, 2, "all")
+    assert [(job.name, job.reference) for job in every[:3]] == [
+        ("a_r0000", 0),
+        ("a_r0001", 1),
+        ("b_r0000", 0),
+    ]
+    assert len({job.index for job in every}) == len(every) == 6
 
 
 # ---- the command line -------------------------------------------------------------------------
@@ -235,8 +322,11 @@ def test_a_folder_becomes_aligned_pairs(finished):
     assert sorted(p.name for p in (out / "lr").iterdir()) == names
     assert set(files_of(out)) - {f"{side}/{n}" for side in ("hr", "lr") for n in names} == {
         "pairs.jsonl",
+        "meta_info.txt",
         "preview.png",
     }
+    lines = (out / "meta_info.txt").read_text().splitlines()
+    assert lines == [f"hr/{name}, lr/{name}" for name in names]
     for name in names:
         hr, lr, source = (
             np.asarray(Image.open(p))
@@ -257,6 +347,7 @@ def test_every_pair_is_recorded(finished):
         assert len(record["content_errors"]) == len(record["degradation_errors"]) == 4
         assert 0 <= record["kept"] < 4
         assert (record["seed"], record["t_start"], record["num_steps"]) == (0, 20, 2)
+        assert (record["t"], record["domain"], record["dropped"]) == (20, "refs", False)
 
 
 def test_a_second_run_changes_no_byte(copied, checkpoint):
@@ -352,6 +443,11 @@ def test_all_kinds_of_images_are_handled(copied, checkpoint):
         (["--start", "foo"], ["--start", "foo"]),
         (["--t-start", "-1"], ["--t-start", "-1"]),
         (["--candidates", "0"], ["--candidates", "0"]),
+        (["--pairing", "foo"], ["--pairing", "foo"]),
+        (["--max-error", "1"], ["--max-error"]),
+        (["--solver", "foo"], ["--solver", "foo"]),
+        (["--solver", "dpm", "--eta", "1"], ["--eta", "dpm"]),
+        (["--codes", "torn.pt"], ["--codes", "torn.pt"]),
         (["--hr", "missing"], ["--hr", "missing"]),
         (["--hr", "empty"], ["--hr", "empty"]),
         (["--lr-ref", "empty"], ["--lr-ref", "empty"]),
@@ -419,3 +515,50 @@ def test_no_usable_reference_at_all_is_an_error(copied, checkpoint):
     for file in (copied / "refs").iterdir():
         file.write_text("This is not an image.")
     assert_refused(run(*flags(checkpoint), cwd=copied), "--lr-ref")
+
+
+def test_two_processes_make_the_same_bytes_as_one(copied, checkpoint):
+    before = files_of(copied / "out")
+    shutil.rmtree(copied / "out")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *launcher, REPO / "generate.py", *flags(checkpoint)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([str(a) for a in command], cwd=copied, env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert files_of(copied / "out") == before
+
+
+def test_poor_pairs_are_dropped_counted_and_not_made_again(copied, checkpoint, capsys):
+    records = [json.loads(line) for line in (copied / "out" / "pairs.jsonl").open()]
+    errors = sorted(record["content_errors"][record["kept"]] for record in records)
+    shutil.rmtree(copied / "out")
+    more = ("--max-error", (errors[1] + errors[2]) / 2, 1e9)
+    done = run(*flags(checkpoint, *more), cwd=copied)
+    assert done.returncode == 0, done.stderr
+    assert "2 pairs" in done.stdout and "2 dropped" in done.stdout
+    before = files_of(copied / "out")
+    lines = [json.loads(line) for line in before["pairs.jsonl"].decode().splitlines()]
+    assert len(lines) == 4 and sum(line["dropped"] for line in lines) == 2
+    assert before["meta_info.txt"].count(b"\n") == 2
+    assert len(list((copied / "out" / "lr").iterdir())) == 2
+    assert run(*flags(checkpoint, *more), cwd=copied).returncode == 0
+    assert files_of(copied / "out") == before
+
+
+def test_all_pairs_of_photos_and_stored_codes_with_jitter(copied, checkpoint):
+    shutil.rmtree(copied / "out")
+    more = ("--pairing", "all", "--candidates", 1, "--codes", "codes.safetensors")
+    done = run(*flags(checkpoint, *more), cwd=copied)
+    assert done.returncode == 0 and "8 pairs" in done.stdout, done.stderr
+    before = files_of(copied / "out")
+    shutil.rmtree(copied / "out")
+    shutil.rmtree(copied / "refs")  # the codes are enough
+    done = run(*flags(checkpoint, *more), cwd=copied)
+    assert done.returncode == 0, done.stderr
+    after = files_of(copied / "out")
+    assert {k for k in before if before[k] != after.get(k)} <= {"preview.png"}
+    shutil.rmtree(copied / "out")
+    done = run(*flags(checkpoint, *more, "--jitter", 1), cwd=copied)
+    assert done.returncode == 0, done.stderr
+    mixed = files_of(copied / "out")
+    assert sum(mixed[k] != before[k] for k in before if k.startswith("lr/")) >= 3
