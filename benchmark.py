@@ -203,6 +203,7 @@ def realdgen(hr: Tensor, batch: Sequence[Pair], net: Any, cfg: "Config") -> Tens
         eta=cfg.eta,
         seeds=[cfg.seed << 32 | pair.index for pair in batch],
         bf16=cfg.bf16,
+        solver=cfg.solver,
     )
     return lr[torch.arange(len(lr)), scores["kept"].cpu()]
 
@@ -274,16 +275,59 @@ def table_2(
     }
 
 
+def table_sampling(
+    own: list[Pair], net: Any, metrics: list[str], cfg: "Config", device: torch.device
+) -> dict[str, Any]:
+    """What start image, solver, number of evaluations and candidates are worth, other scenes."""
+    cameras = [camera_of(pair.name) for pair in own]
+    pairs = [
+        dataclasses.replace(own[i], reference=own[j].lr)
+        for i, j in other_scenes(cameras, cfg.seed).items()
+    ][: cfg.images]
+    T = cfg.t_start
+    rows: list[tuple[str, dict[str, Any]]] = [("Rec_lr alone", {"t_start": 0})]
+    for solver in ("ddim", "dpm"):
+        for n in (1, 2, 5, 10) if solver == "ddim" else (2, 5, 10):
+            rows.append((f"{solver}, {n} evaluations", {"solver": solver, "num_steps": n}))
+    rows += [
+        (f"ddpm, all {T} steps", {"eta": 1.0, "num_steps": T}),
+        ("ddim, 5 evaluations, start degrade", {"start": "degrade", "num_steps": 5}),
+        (
+            f"ddim, 5 evaluations, K={cfg.candidates}",
+            {"candidates": cfg.candidates, "num_steps": 5},
+        ),
+    ]
+    plain = dataclasses.replace(cfg, candidates=1, eta=0.0, solver="ddim", start="reconstruct")
+    results = []
+    for name, changes in rows:
+        method = functools.partial(realdgen, net=net, cfg=dataclasses.replace(plain, **changes))
+        results.append(evaluate(name, method, pairs, metrics, cfg.batch_size, device))
+    return {"t_start": T, "rows": results}
+
+
+def markdown_sampling(result: dict[str, Any]) -> str:
+    """The table of settings of one folder of pairs."""
+    name = Path(result["pairs"]).resolve().name
+    lines = [f"## {name}: settings of the sampler from T={result['t_start']}, K=1 unless said", ""]
+    return "\n".join(lines + method_rows(result["rows"])) + "\n"
+
+
+def method_rows(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines of a table with a row for each method."""
+    lines = [f"| method | {' | '.join(METRICS)} | n | seconds |"]
+    lines += ["| --- |" + " ---: |" * (len(METRICS) + 2)]
+    for row in rows:
+        cells = [f"{row['mean'].get(m, math.nan):.{2 if 'PSNR' in m else 3}f}" for m in METRICS]
+        text = " | ".join(cells).replace("nan", "-")
+        lines += [f"| {row['method']} | {text} | {row['n']} | {row['seconds']:.1f} |"]
+    return lines
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The table of one folder of pairs, and what one must know to read it."""
     name, n = Path(result["pairs"]).resolve().name, result["rows"][0]["n"]
     lines = [f"## {name}: generated LR against the real LR of {n} pairs", ""]
-    lines += [f"| method | {' | '.join(METRICS)} | n | seconds |"]
-    lines += ["| --- |" + " ---: |" * (len(METRICS) + 2)]
-    for row in result["rows"]:
-        cells = [f"{row['mean'].get(m, math.nan):.{2 if 'PSNR' in m else 3}f}" for m in METRICS]
-        text = " | ".join(cells).replace("nan", "-")
-        lines += [f"| {row['method']} | {text} | {row['n']} | {row['seconds']:.1f} |"]
+    lines += method_rows(result["rows"])
     cameras = ", ".join(f"{camera or 'unnamed'} {k}" for camera, k in result["cameras"].items())
     lines += [
         "",
@@ -642,7 +686,7 @@ class Config:
     """Settings of the command; every field is a flag."""
 
     pairs: tuple[str, ...] = ()  # folders with HR/ and LR/ of the same file names
-    table: tuple[str, ...] = ("2",)  # 2 (of the paper: how close is it?), factors, extractors
+    table: tuple[str, ...] = ("2",)  # 2 (the paper's), sampling, factors, extractors
     hr: tuple[str, ...] = ()  # HR photos of the other tables (default: data/hr, else data/sample)
     lr: tuple[str, ...] = ()  # real LR photos in a sub-folder for each device (default: data/lr)
     images: int = 64  # HR photos and devices in use
@@ -656,6 +700,7 @@ class Config:
     t_start: int = generate.Config.t_start  # T, from which generation starts
     num_steps: int = generate.Config.num_steps  # network evaluations of the sampler
     eta: float = generate.Config.eta  # 0 is DDIM, 1 is DDPM
+    solver: str = generate.Config.solver  # ddim or dpm
     candidates: int = generate.Config.candidates  # K, of which the best is kept
     batch_size: int = 8  # images at a time; no draw depends on it
     bf16: bool = generate.Config.bf16  # where the device has it
@@ -663,14 +708,19 @@ class Config:
     device: str = "auto"  # cpu, cuda or auto
 
 
-TABLES = {"2": "table2.md", "factors": "factors.md", "extractors": "extractors.md"}
+TABLES = {
+    "2": "table2.md",
+    "sampling": "sampling.md",
+    "factors": "factors.md",
+    "extractors": "extractors.md",
+}
 
 
 def check(cfg: Config) -> None:
     """UserError for what is wrong with the flags alone."""
     for table in cfg.table:
         common.require(table in TABLES, f"--table {table}: choose among {', '.join(TABLES)}.")
-    if "2" in cfg.table:
+    if {"2", "sampling"} & set(cfg.table):
         example = "name folders with HR/ and LR/, as in `python benchmark.py --pairs data/RealSR`"
         common.require(bool(cfg.pairs), f"--pairs is missing: {example}.")
     for flag, value, low in (
@@ -746,7 +796,9 @@ def main(cfg: Config, rt: common.Runtime) -> None:
         return
     began = time.time()
     check(cfg)
-    sets = {f: find_pairs(Path(f)) for f in cfg.pairs} if "2" in cfg.table else {}
+    on_pairs = {"2": (table_2, markdown), "sampling": (table_sampling, markdown_sampling)}
+    used = set(cfg.table)
+    sets = {f: find_pairs(Path(f)) for f in cfg.pairs} if used & on_pairs.keys() else {}
     if {"factors", "extractors"} & set(cfg.table):
         files, side = common.find_photos(cfg.hr, "hr", "--hr"), generate.SCALE * cfg.crop
         hr = load_photos(files, side, cfg.images, cfg.seed).to(rt.device)
@@ -754,9 +806,9 @@ def main(cfg: Config, rt: common.Runtime) -> None:
         real = common.find_photos(cfg.lr, "lr", "--lr")
         devices = device_crops(real, cfg.crop, cfg.images, cfg.seed)
         nets = load_extractors(cfg.extractors, rt.device)
-    if {"2", "factors"} & set(cfg.table):
+    if used - {"extractors"}:
         net = generate.load_generator(cfg.checkpoint, rt.device)
-    metrics = available_metrics(rt.device) if "2" in cfg.table else []
+    metrics = available_metrics(rt.device) if sets else []
     print(cfg)
     gpu = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else ""
     results: dict[str, Any] = {
@@ -765,7 +817,7 @@ def main(cfg: Config, rt: common.Runtime) -> None:
         "commit": git_commit(),
         "torch": torch.__version__,
         "device": gpu or f"{rt.device}, {torch.get_num_threads()} threads",
-        "sets": [],
+        "sets": [],  # of Table 2
     }
 
     def write(table: str, text: str) -> None:
@@ -777,13 +829,15 @@ def main(cfg: Config, rt: common.Runtime) -> None:
             with common.replacing(Path(cfg.out) / name) as temporary:
                 temporary.write_text(content, encoding="utf-8")
 
-    tables = []
-    for folder, (pairs, skipped) in sets.items():
-        result = table_2(pairs, net, metrics, cfg, rt.device)
-        results["sets"].append({"pairs": folder, "skipped": skipped} | result)
-        tables.append(markdown(results["sets"][-1]))
-        print("\n" + tables[-1])
-        write("2", "\n".join(tables))
+    for table, (measure, text_of) in on_pairs.items():
+        found = results["sets"] if table == "2" else results.setdefault(table, [])
+        tables = []
+        for folder, (pairs, skipped) in sets.items() if table in used else ():
+            result = measure(pairs, net, metrics, cfg, rt.device)
+            found.append({"pairs": folder, "skipped": skipped} | result)
+            tables.append(text_of(found[-1]))
+            print("\n" + tables[-1])
+            write(table, "\n".join(tables))
     if "factors" in cfg.table:
         results["factors"] = table_factors(hr, net, cfg)
         print("\n" + (text := markdown_factors(results["factors"])))

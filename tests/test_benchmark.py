@@ -231,6 +231,7 @@ def copying_generator(monkeypatch):
 
     def answer(net, hr, lr_ref, t_start, candidates, start, seeds, **options):
         calls.append({"t_start": t_start, "start": start, "seeds": seeds})
+        calls[-1] |= {"candidates": candidates} | options
         size = (hr.shape[2] // 4, hr.shape[3] // 4)
         lr = torch.stack([torch.nn.functional.interpolate(x[None], size)[0] for x in lr_ref])
         candidates = torch.stack([torch.zeros_like(lr)] * (candidates - 1) + [lr], dim=1)
@@ -252,7 +253,8 @@ def run_table(tmp_path, folder, **options):
     )
     benchmark.main(cfg, common.Runtime(torch.device("cpu")))
     results = json.loads((tmp_path / "out/results.json").read_text())
-    return results, (tmp_path / "out/table2.md").read_text()
+    table = {"2": "table2.md"}.get(cfg.table[0], f"{cfg.table[0]}.md")
+    return results, (tmp_path / "out" / table).read_text()
 
 
 def test_the_table_has_each_method_and_every_value(tmp_path, monkeypatch, copying_generator):
@@ -306,6 +308,21 @@ def test_results_do_not_depend_on_batch_size(tmp_path, monkeypatch, copying_gene
     seeds = {s for call in copying_generator if call["t_start"] for s in call["seeds"]}
     assert len(seeds) == 6
     assert "paper" not in table
+
+
+def test_sampling_compares_settings_on_the_same_pairs(tmp_path, monkeypatch, copying_generator):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    folder = write_pairs(tmp_path / "RealSR")
+    results, text = run_table(tmp_path, folder, table=("sampling",), images=3)
+    rows = results["sampling"][0]["rows"]
+    assert len(rows) == 11 and all(row["n"] == 3 for row in rows) and results["sets"] == []
+    used = {(c["t_start"], c["num_steps"], c["eta"], c["solver"], c["candidates"], c["start"])
+            for c in copying_generator}  # fmt: skip
+    T, K = 9, 2
+    assert {(0, 5, 0.0, "ddim", 1, "reconstruct"), (T, 10, 0.0, "dpm", 1, "reconstruct"),
+            (T, T, 1.0, "ddim", 1, "reconstruct"), (T, 5, 0.0, "ddim", 1, "degrade"),
+            (T, 5, 0.0, "ddim", K, "reconstruct")} <= used  # fmt: skip
+    assert "dpm, 5 evaluations" in text and f"from T={T}" in text
 
 
 def test_scale_2_reaches_the_generator_at_4_times_the_lr_size(
@@ -555,7 +572,7 @@ def nothing(folder):
         (tiny, "--pairs set", "under 32 x 32"),
         (same_stem_twice, "--pairs set", "differ in their suffix only"),
         (all_corrupt, "--pairs set", "none of its pairs can be read"),
-        (nothing, "--pairs set --table 1", "choose among 2, factors, extractors"),
+        (nothing, "--pairs set --table 1", "choose among 2, sampling, factors, extractors"),
         (nothing, "--table 2 factors", "--pairs is missing"),
         (nothing, "--table factors --hr nowhere", "--hr nowhere: no such file or folder"),
         (nothing, "--table factors --hr set/LR --crop 32", "0 are photos of 128 x 128"),
