@@ -73,16 +73,19 @@ def in_tiles(function: Callable[..., Tensor], grid: tuple[int, int], *inputs: Te
         return rising.square() * (3 - 2 * rising)
 
     mask = fade(th)[:, None] * fade(tw)
-    total = weight = torch.zeros(1, device=mask.device)
+    weight = mask.new_zeros(h, w)
+    total: Tensor | None = None
     for top in starts(h, th):
         for left in starts(w, tw):
             parts = []
             for x in inputs:
                 f = x.shape[2] // h
                 parts.append(x[:, :, top * f : (top + th) * f, left * f : (left + tw) * f])
-            around = (left, w - left - tw, top, h - top - th)
-            total = total + F.pad(function(*parts).float() * mask, around)
-            weight = weight + F.pad(mask, around)
+            tile = function(*parts).float()
+            total = tile.new_zeros(*tile.shape[:2], h, w) if total is None else total
+            total[:, :, top : top + th, left : left + tw] += tile * mask
+            weight[top : top + th, left : left + tw] += mask
+    assert total is not None
     return total / weight
 
 
