@@ -166,7 +166,7 @@ def in_parallel(work: Callable[[A], B], items: Iterable[A], threads: int) -> Ite
         try:
             for item in items:
                 waiting.append(pool.submit(work, item))
-                if len(waiting) > 2 * threads:
+                while waiting and (waiting[0].done() or len(waiting) > 2 * threads):
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
