@@ -854,7 +854,7 @@ def degrade(hr: Tensor, theta: Degradation, generator: torch.Generator | None = 
     seed = theta.seed
     if generator is not None:
         seed = torch.randint(2**62, (B,), generator=generator, device=generator.device).cpu()
-    images = list(hr.float())
+    images = list(hr.float().contiguous())  # channels_last would slow down every operation
     with plain_float32(hr.device):
         kernels = blur_kernels(theta).to(hr.device)
         for step in range(STEPS):

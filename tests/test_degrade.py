@@ -731,8 +731,10 @@ def test_a_row_does_not_depend_on_the_others(height, width, seed, recipe):
     theta = degrade.sample_degradation(6, recipe, generator=common.generator(seed))
     hr = drawn_batch(6, height, width)
     lr = degrade.degrade(hr, theta)
-    order = [4, 0, 5]
+    before, order = hr.clone(), [4, 0, 5]
     assert torch.equal(degrade.degrade(hr[order], theta[order]), lr[order])
+    last = hr.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(degrade.degrade(last, theta), lr) and torch.equal(hr, before)
     others = hr.clone()
     others[1:] = 1 - others[1:]
     assert torch.equal(degrade.degrade(others, theta)[0], lr[0])
