@@ -234,13 +234,19 @@ class PlainBlock(nn.Module):
 
 
 class DegradationExtractor(nn.Module):
-    """E_deg (Fig. 7): a convolution, residual blocks, pooling, a mapping of four layers."""
+    """E_deg (Fig. 7): a convolution, residual blocks, pooling, a mapping of four layers.
 
-    def __init__(self, channels: int, blocks: int, dim: int) -> None:
+    Deviation: with `pool_std` the standard deviation of each channel is pooled beside its mean.
+    Noise and compression are spreads, which a mean shows only where the blocks have squared them.
+    """
+
+    def __init__(self, channels: int, blocks: int, dim: int, pool_std: bool) -> None:
         super().__init__()
+        self.pool_std = pool_std
         self.first = nn.Conv2d(3, channels, 3, padding=1)
         self.body = nn.Sequential(*(PlainBlock(channels) for _ in range(blocks)))
-        widths = [channels, *(max(channels, dim // d) for d in (4, 2, 1)), dim]
+        pooled = channels * (1 + pool_std)
+        widths = [pooled, *(max(channels, dim // d) for d in (4, 2, 1)), dim]
         layers: list[nn.Module] = []
         for c_in, c_out in zip(widths, widths[1:], strict=False):
             layers += [nn.Conv2d(c_in, c_out, 1), nn.LeakyReLU(0.1)]
@@ -248,7 +254,11 @@ class DegradationExtractor(nn.Module):
 
     def forward(self, lr: Tensor) -> Tensor:
         """F_deg (B, D) of LR images (B, 3, h, w) in [0, 1]."""
-        pooled = F.adaptive_avg_pool2d(self.body(self.first(lr - 0.5)), 1)
+        h = self.body(self.first(lr - 0.5)).float()
+        pooled = h.mean((2, 3), keepdim=True)
+        if self.pool_std:
+            spread = (h.var((2, 3), correction=0, keepdim=True) + 1e-6).sqrt()
+            pooled = torch.cat([pooled, spread], dim=1)
         return self.mapping(pooled).flatten(1)
 
 
@@ -308,7 +318,9 @@ class Extractors(nn.Module):
         self.vqvae = VQVAE(
             cfg.vq_channels, cfg.vq_multipliers, cfg.vq_blocks, cfg.vq_z, cfg.vq_codes
         )
-        self.e_deg = DegradationExtractor(cfg.deg_channels, cfg.deg_blocks, cfg.deg_dim)
+        self.e_deg = DegradationExtractor(
+            cfg.deg_channels, cfg.deg_blocks, cfg.deg_dim, cfg.pool_std
+        )
         c_in = cfg.vq_z + 3 * cfg.skip
         self.rec_lr = ModulationBlock(c_in, cfg.deg_dim, cfg.mod_channels, 3)
         self.head = nn.Linear(cfg.deg_dim, 5)
@@ -495,6 +507,7 @@ class Config:
     deg_channels: int = 64
     deg_blocks: int = 16
     deg_dim: int = 2048
+    pool_std: bool = True  # E_deg pools standard deviations, too; the paper: means only
     mod_channels: int = 64
     num_samples: int = 3  # n: positives and negatives per anchor
     margin: float = 0.01
