@@ -462,8 +462,11 @@ def main(cfg: Config, rt: common.Runtime) -> None:
     ts = [max(1, round(t * f)) for f in (0.25, 0.5, 1, 2)] if cfg.auto_t and t > 0 else [t]
     common.require(max(ts) <= net.t_max, f"--t-start {t}: the weights know {net.t_max} steps.")
     references = References(cfg, net)
-    if cfg.codes and not Path(cfg.codes).is_file() and rt.is_main:
-        references.save(Path(cfg.codes))
+    if cfg.codes:  # every run and process counts the references as the file does
+        if rt.is_main and not Path(cfg.codes).is_file():
+            references.save(Path(cfg.codes))
+        common.wait_for_all(rt)
+        references = References(cfg, net)
     jobs = plan(files, len(references.files), cfg.pairing)
     for job in jobs:
         source = records[job.name]["source"] if job.name in records else str(job.file)
