@@ -562,3 +562,15 @@ def test_all_pairs_of_photos_and_stored_codes_with_jitter(copied, checkpoint):
     assert done.returncode == 0, done.stderr
     mixed = files_of(copied / "out")
     assert sum(mixed[k] != before[k] for k in before if k.startswith("lr/")) >= 3
+
+
+def test_a_run_that_stores_codes_draws_as_the_runs_that_read_them(copied, checkpoint):
+    """Also where a reference can't be read, which the file of codes leaves out."""
+    (copied / "refs" / "a.jpg").write_text("not an image")  # before the others
+    more = ("--codes", "codes.safetensors", "--candidates", 1)
+    drawn = []
+    for out in ("first", "second"):
+        done = run(*flags(checkpoint, *more), "--out", out, cwd=copied)
+        assert done.returncode == 0, done.stderr
+        drawn.append(files_of(copied / out))
+    assert drawn[0] == drawn[1]
