@@ -107,7 +107,7 @@ class Runtime:
 
     def autocast(self, bf16: bool) -> torch.autocast:
         """bf16 where asked for and where the device multiplies it in hardware, else float32."""
-        fast = self.device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+        fast = self.device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16 and fast)
 
 
@@ -390,8 +390,10 @@ class PhotoCrops(Dataset[Tensor]):
                 self.bad.add(index)
                 print(f"skipped: {error}")
                 continue
-            top %= photo.shape[1] - self.size + 1
-            left %= photo.shape[2] - self.size + 1
+            top, left = (  # multiples of 8, so that the blocks of a photo's JPEG begin at the edge
+                place % (n - self.size + 1) // 8 * 8
+                for place, n in zip((top, left), photo.shape[1:], strict=True)
+            )
             crop = photo[:, top : top + self.size, left : left + self.size]
             return (crop.flip(2) if flip % 2 else crop).float() / 255
         raise UserError("20 photos in a row could not be read; look at the files named above.")

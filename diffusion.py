@@ -247,11 +247,15 @@ class UNet(nn.Module):
 class DecoupledDDPM(nn.Module):
     """The extractors, the modulation block M and the U-Net."""
 
-    def __init__(self, nets: extractors.Extractors, dim: int, z: int, cfg: "Config") -> None:
+    def __init__(
+        self, nets: extractors.Extractors, dim: int, z: int, jpeg_grid: bool, cfg: "Config"
+    ) -> None:
         super().__init__()
         self.extractors, self.widths, self.t_max = nets, cfg.widths, cfg.t_max
         self.without = cfg.without
-        self.modulation = extractors.ModulationBlock(z, dim, cfg.mod_channels, cfg.cond_channels)
+        self.modulation = extractors.ModulationBlock(
+            z, dim, cfg.mod_channels, cfg.cond_channels, jpeg_grid
+        )
         self.unet = UNet(cfg.cond_channels, cfg.widths, cfg.blocks, cfg.attention)
 
     def condition(self, degradation: Tensor, content: Tensor) -> Tensor:
@@ -427,7 +431,7 @@ def build(config: dict, extractors_config: dict) -> DecoupledDDPM:
     stage_1 = common.from_dict(extractors.Config, extractors_config)
     nets = extractors.Extractors(stage_1)
     cfg = common.from_dict(Config, config)
-    return DecoupledDDPM(nets, stage_1.deg_dim, stage_1.vq_z, cfg)
+    return DecoupledDDPM(nets, stage_1.deg_dim, stage_1.vq_z, stage_1.jpeg_grid, cfg)
 
 
 def train(cfg: Config, rt: common.Runtime) -> None:

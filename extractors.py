@@ -9,6 +9,7 @@ degraded photos against the frozen decoder (Eq. 1-2); E_deg together with Rec_lr
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -236,16 +237,19 @@ class PlainBlock(nn.Module):
 class DegradationExtractor(nn.Module):
     """E_deg (Fig. 7): a convolution, residual blocks, pooling, a mapping of four layers.
 
-    Deviation: with `pool_std` the standard deviation of each channel is pooled beside its mean.
-    Noise and compression are spreads, which a mean shows only where the blocks have squared them.
+    Deviations: with `pool_std` the standard deviation of each channel is pooled beside its mean,
+    because noise and compression are spreads. With `jpeg_grid`, so is how much the mean depends on
+    the place in the 8 x 8 blocks of JPEG, which convolutions cannot know.
     """
 
-    def __init__(self, channels: int, blocks: int, dim: int, pool_std: bool) -> None:
+    def __init__(
+        self, channels: int, blocks: int, dim: int, pool_std: bool, jpeg_grid: bool
+    ) -> None:
         super().__init__()
-        self.pool_std = pool_std
+        self.pool_std, self.jpeg_grid = pool_std, jpeg_grid
         self.first = nn.Conv2d(3, channels, 3, padding=1)
         self.body = nn.Sequential(*(PlainBlock(channels) for _ in range(blocks)))
-        pooled = channels * (1 + pool_std)
+        pooled = channels * (1 + pool_std + jpeg_grid)
         widths = [pooled, *(max(channels, dim // d) for d in (4, 2, 1)), dim]
         layers: list[nn.Module] = []
         for c_in, c_out in zip(widths, widths[1:], strict=False):
@@ -255,21 +259,51 @@ class DegradationExtractor(nn.Module):
     def forward(self, lr: Tensor) -> Tensor:
         """F_deg (B, D) of LR images (B, 3, h, w) in [0, 1]."""
         h = self.body(self.first(lr - 0.5)).float()
-        pooled = h.mean((2, 3), keepdim=True)
+        variance = h.var((2, 3), correction=0, keepdim=True) + 1e-6
+        pooled = [h.mean((2, 3), keepdim=True)]
         if self.pool_std:
-            spread = (h.var((2, 3), correction=0, keepdim=True) + 1e-6).sqrt()
-            pooled = torch.cat([pooled, spread], dim=1)
-        return self.mapping(pooled).flatten(1)
+            pooled.append(variance.sqrt())
+        if self.jpeg_grid:
+            pooled.append((between_places(h) / variance + 1e-4).sqrt())
+        return self.mapping(torch.cat(pooled, dim=1)).flatten(1)
+
+
+def between_places(x: Tensor) -> Tensor:
+    """Variance between the 64 places in a block of 8 x 8 pixels: (B, C, h, w) -> (B, C, 1, 1).
+
+    What the variance among n blocks leads one to expect of 64 means (its nth part) is taken off,
+    so that the size of the image does not show. Zero for images with sides under 16 pixels.
+    """
+    rows, columns = (side // 8 for side in x.shape[2:])
+    if min(rows, columns) < 2:
+        return x.new_zeros(*x.shape[:2], 1, 1)
+    blocks = x[:, :, : 8 * rows, : 8 * columns].unflatten(3, (columns, 8)).unflatten(2, (rows, 8))
+    variance, mean = torch.var_mean(blocks, (2, 4), correction=1)  # (B, C, 8, 8) each
+    expected = variance.mean((2, 3), keepdim=True) / (rows * columns)
+    return (mean.var((2, 3), keepdim=True) - expected).clamp(min=0)
+
+
+def place_in_block(height: int, width: int, device: torch.device) -> Tensor:
+    """Sine and cosine of a pixel's place in its block of 8 x 8, along both axes: (1, 4, h, w)."""
+    y, x = (torch.arange(n, device=device) * (2 * math.pi / 8) for n in (height, width))
+    rows = torch.stack([y.sin(), y.cos()])[:, :, None].expand(2, height, width)
+    columns = torch.stack([x.sin(), x.cos()])[:, None].expand(2, height, width)
+    return torch.cat([rows, columns])[None]
 
 
 class ModulationBlock(nn.Module):
     """M (Fig. 8): four layers of convolution, activation, modulation unit; then a last convolution.
 
     A modulation unit maps F_deg to a scale and a shift of every channel. Eq. (7), A.4.
+    Deviation: with `jpeg_grid` it is told where the 8 x 8 blocks of JPEG are, to compress there.
     """
 
-    def __init__(self, c_in: int, dim: int, channels: int, c_out: int, layers: int = 4) -> None:
+    def __init__(
+        self, c_in: int, dim: int, channels: int, c_out: int, jpeg_grid: bool, layers: int = 4
+    ) -> None:
         super().__init__()
+        self.jpeg_grid = jpeg_grid
+        c_in += 4 * jpeg_grid
         self.convs = nn.ModuleList(
             nn.Conv2d(channels if i else c_in, channels, 3, padding=1) for i in range(layers)
         )
@@ -279,6 +313,9 @@ class ModulationBlock(nn.Module):
     def forward(self, degradation: Tensor, content: Tensor) -> Tensor:
         """F_deg (B, D) and F_cont (B, C, h, w) -> (B, c_out, h, w)."""
         x = content
+        if self.jpeg_grid:
+            place = place_in_block(*x.shape[2:], x.device).to(x.dtype)
+            x = torch.cat([x, place.expand(len(x), -1, -1, -1)], dim=1)
         for conv, unit in zip(self.convs, self.units, strict=False):
             scale, shift = unit(degradation)[:, :, None, None].chunk(2, dim=1)
             x = F.silu(conv(x)) * (1 + scale) + shift
@@ -291,12 +328,13 @@ def resized(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def load_vqvae(vqvae: VQVAE, path: str) -> None:
-    """Read public first-stage weights: safetensors or a plain state dict, with or without wrapper.
+    """Read public first-stage weights: safetensors or a plain state dict, or a checkpoint of ours.
 
     UserError if a weight is missing or of another shape; what the VQ-VAE does not have is ignored.
     """
     state = common.load_checkpoint(path)
     state = state.get("state_dict", state.get("ema", state))
+    state = {key.removeprefix("vqvae."): value for key, value in state.items()}
     own = vqvae.state_dict()
     wrong = [
         key for key, value in own.items() if key not in state or state[key].shape != value.shape
@@ -319,10 +357,10 @@ class Extractors(nn.Module):
             cfg.vq_channels, cfg.vq_multipliers, cfg.vq_blocks, cfg.vq_z, cfg.vq_codes
         )
         self.e_deg = DegradationExtractor(
-            cfg.deg_channels, cfg.deg_blocks, cfg.deg_dim, cfg.pool_std
+            cfg.deg_channels, cfg.deg_blocks, cfg.deg_dim, cfg.pool_std, cfg.jpeg_grid
         )
         c_in = cfg.vq_z + 3 * cfg.skip
-        self.rec_lr = ModulationBlock(c_in, cfg.deg_dim, cfg.mod_channels, 3)
+        self.rec_lr = ModulationBlock(c_in, cfg.deg_dim, cfg.mod_channels, 3, cfg.jpeg_grid)
         self.head = nn.Linear(cfg.deg_dim, 5)
 
     def content(self, image: Tensor) -> Tensor:
@@ -508,6 +546,7 @@ class Config:
     deg_blocks: int = 16
     deg_dim: int = 2048
     pool_std: bool = True  # E_deg pools standard deviations, too; the paper: means only
+    jpeg_grid: bool = False  # E_deg, Rec_lr and M know JPEG's blocks of 8 x 8; the paper: no
     mod_channels: int = 64
     num_samples: int = 3  # n: positives and negatives per anchor
     margin: float = 0.01
@@ -542,8 +581,12 @@ PRESETS: dict[str, dict] = {
         "vq_channels": 16,
         "vq_z": 4,
         "vq_codes": 1024,
-        "deg_blocks": 8,
+        "deg_blocks": 5,
+        "jpeg_grid": True,
         "deg_dim": 256,
+        "batch_size": 16,
+        "num_samples": 1,
+        "recipes": ("realesrgan", "light", "camera", "camera"),
         "ema_decay": 0.995,
         "compile": False,
         "save_every": 100,

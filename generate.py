@@ -186,8 +186,8 @@ def generate_one(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One candidate for each of ts: (K, 3, H/4, W/4), and both of their errors (K,)."""
     h, w = (side // SCALE for side in hr.shape[2:])
-    # The U-Net halves the LR grid: pad to its multiple, cut the result.
-    multiple = SCALE * 2 ** (len(net.widths) - 1)
+    # The U-Net halves the LR grid, and tiles keep to JPEG's blocks of 8: pad to a multiple, cut.
+    multiple = SCALE * max(8, 2 ** (len(net.widths) - 1))
     hr = F.pad(hr, (0, -hr.shape[3] % multiple, 0, -hr.shape[2] % multiple), mode="replicate")
     grid = (hr.shape[2] // SCALE, hr.shape[3] // SCALE)
     code = code_of(net, lr_ref)

@@ -318,6 +318,15 @@ def test_a_crop_depends_on_seed_and_number_alone(photos):
     assert len({tuple(item.flatten().tolist()) for item in items}) == 4
 
 
+def test_crops_keep_to_the_blocks_of_jpeg(tmp_path):
+    columns = torch.arange(50).expand(3, 41, 50) / 255
+    common.save_image(tmp_path / "a.png", columns)
+    data = crops([tmp_path / "a.png"])
+    values = [(data[i] * 255).round()[0, 0] for i in range(30)]
+    lefts = {int(row.min()) for row in values}
+    assert lefts == {0, 8, 16, 24, 32}
+
+
 def test_crops_are_parts_of_all_photos_some_flipped(photos):
     whole = [common.load_image(file).unfold(1, 16, 1).unfold(2, 16, 1) for file in photos]
     found = set()

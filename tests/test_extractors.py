@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import common
+import degrade
 import extractors
 from extractors import Config, Extractors
 
@@ -168,7 +169,9 @@ def test_degradation_extractor_takes_any_size(size):
 
 def test_degradation_extractor_of_the_paper_gives_2048_numbers():
     cfg = Config()
-    net = extractors.DegradationExtractor(cfg.deg_channels, cfg.deg_blocks, cfg.deg_dim, False)
+    net = extractors.DegradationExtractor(
+        cfg.deg_channels, cfg.deg_blocks, cfg.deg_dim, False, False
+    )
     assert len(net.body) == 16
     assert sum(isinstance(layer, nn.Conv2d) for layer in net.mapping) == 4
     assert net(drawn_batch(2, 12, 12)).shape == (2, 2048)
@@ -182,7 +185,7 @@ def test_degradation_extractor_sees_the_noise_level():
 
 def test_modulation_depends_on_degradation_and_content():
     torch.manual_seed(0)
-    net = extractors.ModulationBlock(3, 16, 8, 5)
+    net = extractors.ModulationBlock(3, 16, 8, 5, False)
     degradation, content = torch.randn(2, 16), torch.randn(2, 3, 6, 7)
     degradation.requires_grad_(True)
     content.requires_grad_(True)
@@ -198,7 +201,7 @@ def test_modulation_depends_on_degradation_and_content():
 
 def test_modulation_with_zero_units_is_the_plain_convolutions():
     torch.manual_seed(0)
-    net, content = extractors.ModulationBlock(3, 16, 8, 5), torch.randn(2, 3, 6, 7)
+    net, content = extractors.ModulationBlock(3, 16, 8, 5, False), torch.randn(2, 3, 6, 7)
     for unit in net.units:
         nn.init.zeros_(unit.weight)
         nn.init.zeros_(unit.bias)
@@ -426,13 +429,50 @@ def test_pooled_spread_sees_noise_that_the_mean_of_linear_features_does_not():
     noisy = flat + noise - noise.mean((2, 3), keepdim=True)
     for pool_std in (False, True):
         torch.manual_seed(0)
-        net = extractors.DegradationExtractor(8, 1, 16, pool_std)
+        net = extractors.DegradationExtractor(8, 1, 16, pool_std, False)
         for p in net.body.parameters():
             torch.nn.init.zeros_(p)  # no block: features are linear in the pixels
         centre = net.first.weight.data[..., 1:2, 1:2].clone()
         net.first.weight.data.zero_()[..., 1:2, 1:2] = centre
         same = torch.allclose(net(flat), net(noisy), atol=1e-5)
         assert same != pool_std
+
+
+def test_between_places_is_what_the_place_in_a_block_explains():
+    noise = torch.randn(64, 2, 48, 40, generator=common.generator(0))
+    assert extractors.between_places(noise).mean() < 0.01  # of variance 1: chance is taken off
+    pattern = torch.randn(1, 1, 8, 8, generator=common.generator(1))
+    tiled = 2 + pattern.repeat(1, 1, 6, 5)
+    found = extractors.between_places(tiled)
+    torch.testing.assert_close(found, pattern.var((2, 3), keepdim=True))
+    both = tiled + noise
+    expected = found + noise.unflatten(3, (5, 8)).unflatten(2, (6, 8)).mean((2, 4)).var()
+    torch.testing.assert_close(
+        extractors.between_places(both).mean(), expected.mean() - 1 / 30, rtol=0.1, atol=0
+    )
+    shifted = extractors.between_places(both.roll((3, 5), (2, 3)))  # a photo cut at any place
+    torch.testing.assert_close(shifted, extractors.between_places(both), rtol=0.1, atol=0.01)
+    assert not extractors.between_places(torch.rand(1, 1, 15, 40)).any()
+
+
+def test_jpeg_shows_between_places():
+    image = drawn_batch(1, 64, 64).repeat(3, 1, 1, 1)
+    noise = 0.05 * torch.randn(image.shape, generator=common.generator(0))
+    compressed = degrade.jpeg((image + noise).clamp(0, 1), torch.tensor([20, 60, 95]))
+    steps = compressed.diff(dim=3).abs()
+    found = extractors.between_places(steps).mean((1, 2, 3))
+    assert found[0] > found[1] > found[2]
+
+
+def test_modulation_knows_the_place_in_a_block():
+    place = extractors.place_in_block(16, 24, torch.device("cpu"))
+    torch.testing.assert_close(place[..., :8, 8:16], place[..., 8:, 16:])
+    assert torch.cdist(*[place[..., :8, :8].flatten(2)[0].T] * 2).add(torch.eye(64)).min() > 0.5
+    torch.manual_seed(0)
+    net, flat = extractors.ModulationBlock(3, 16, 8, 5, True), torch.ones(2, 3, 32, 32)
+    inner = net(torch.randn(2, 16), flat)[..., 5:-5, 5:-5]  # away from the borders
+    assert inner.std((2, 3)).min() > 1e-4
+    torch.testing.assert_close(inner[..., :8, :8], inner[..., 8:16, 8:16])
 
 
 # ---- public weights, pictures, held-out photos --------------------------------------------------
