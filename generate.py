@@ -25,12 +25,13 @@ import common
 import degrade
 import diffusion
 import extractors
+from data.shards import TarShards
 
 SCALE = 4  # HR size / LR size: the VQ-VAE's factor, and so the grid on which content and LR meet
 STARTS = ("reconstruct", "degrade")
 # What a pair depends on besides its photos: a run with other values needs another folder.
 SETTINGS = ("start", "t_start", "auto_t", "num_steps", "eta", "solver", "candidates", "max_error",
-            "pairing", "jitter", "seed")  # fmt: skip
+            "pairing", "jitter", "seed", "keep", "format")  # fmt: skip
 
 # ---- the method -------------------------------------------------------------------------------
 
@@ -186,8 +187,8 @@ def generate_one(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One candidate for each of ts: (K, 3, H/4, W/4), and both of their errors (K,)."""
     h, w = (side // SCALE for side in hr.shape[2:])
-    # The U-Net halves the LR grid, and tiles keep to JPEG's blocks of 8: pad to a multiple, cut.
-    multiple = SCALE * max(8, 2 ** (len(net.widths) - 1))
+    # The U-Net halves the LR grid, tiles keep to JPEG's blocks of 8: pad to a multiple, cut.
+    multiple = SCALE * max(2 ** (len(net.widths) - 1), 8 if max(h, w) > TILE else 1)
     hr = F.pad(hr, (0, -hr.shape[3] % multiple, 0, -hr.shape[2] % multiple), mode="replicate")
     grid = (hr.shape[2] // SCALE, hr.shape[3] // SCALE)
     code = code_of(net, lr_ref)
@@ -229,8 +230,11 @@ class Config:
     solver: str = "ddim"  # ddim or dpm (DPM-Solver++ of second order)
     candidates: int = 4  # K, of which the filter keeps the best
     max_error: tuple[float, ...] = (1e9, 1e9)  # largest content and degradation error of a pair
-    pairing: str = "random"  # reference of each HR image: random, round-robin or all
+    keep: int = 0  # only so many pairs, those of the smallest errors; 0: all
+    pairing: str = "random"  # reference of each HR image: random, round-robin, all, or a file
     codes: str = ""  # file for the references' codes: written, or read in place of --lr-ref
+    format: str = "folder"  # or webdataset: tar files of pairs, for sets too large for a folder
+    per_shard: int = 1000  # pairs in a tar file
     jitter: float = 0.0  # mixes up to this share of another reference's code in, for diversity
     bf16: bool = True  # where the device has it
     seed: int = 0  # image i draws from (seed, i)
@@ -305,8 +309,41 @@ class References:
             save_file({"codes": torch.stack(codes)}, temporary, facts)
 
 
-def plan(files: Sequence[Path], references: int, pairing: str) -> list[Job]:
+def read_pairing(path: str, files: Sequence[Path], references: Sequence[Path]) -> dict[Path, int]:
+    """--pairing FILE: lines of an HR and an LR file name with a tab between; paths or bare names.
+
+    The number of the reference of each HR file. UserError for a name that there is not, or twice.
+    """
+    common.require(
+        Path(path).is_file(),
+        f"--pairing {path}: choose random, round-robin, all, or a file that says the pairs.",
+    )
+
+    def numbers(among: Sequence[Path]) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for i, file in enumerate(among):
+            for name in {str(file), file.name}:
+                found.setdefault(name, []).append(i)
+        return found
+
+    known, pairs = (numbers(files), numbers(references)), {}
+    for line in filter(None, Path(path).read_text(encoding="utf-8").splitlines()):
+        names = line.split("\t")
+        common.require(len(names) == 2, f"--pairing {path}: two names and a tab, not {line!r}.")
+        found = [where.get(name, []) for where, name in zip(known, names, strict=True)]
+        for name, those in zip(names, found, strict=True):
+            common.require(
+                len(those) == 1, f"--pairing {path}: {len(those)} photos are called {name}."
+            )
+        pairs[files[found[0][0]]] = found[1][0]
+    missing = [str(file) for file in files if file not in pairs]
+    common.require(not missing, f"--pairing {path} says nothing of {', '.join(missing[:3])}.")
+    return pairs
+
+
+def plan(files: Sequence[Path], lr_ref: Sequence[Path], pairing: str) -> list[Job]:
     """All pairs of a run; names are file stems, where two are equal with a number."""
+    references = len(lr_ref)
     names = unique_names(files)
     jobs = [Job(i, n, f) for i, (n, f) in enumerate(zip(names, files, strict=True))]
     if pairing == "round-robin":
@@ -317,6 +354,9 @@ def plan(files: Sequence[Path], references: int, pairing: str) -> list[Job]:
             for job in jobs
             for r in range(references)
         ]
+    elif pairing != "random":
+        pairs = read_pairing(pairing, files, lr_ref)
+        jobs = [replace(job, reference=pairs[job.file]) for job in jobs]
     return jobs
 
 
@@ -335,6 +375,7 @@ def unique_names(files: Sequence[Path]) -> list[str]:
 def read_records(out: Path, settings: dict) -> dict[str, dict]:
     """The finished pairs of earlier runs by name; UserError if they had other settings."""
     records: dict[str, dict] = {}
+    packed = TarShards(out).done()
     for path in sorted(out.glob("pairs*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
@@ -346,9 +387,23 @@ def read_records(out: Path, settings: dict) -> dict[str, dict]:
                 not different,
                 f"{path}: pairs of other settings ({', '.join(different)}): give another --out.",
             )
-            if record["dropped"] or all((out / record[side]).is_file() for side in ("hr", "lr")):
-                records[Path(record["lr"]).stem] = record
+            name, files = Path(record["lr"]).stem, [out / record[side] for side in ("hr", "lr")]
+            if record["dropped"] or name in packed or all(file.is_file() for file in files):
+                records[name] = record
     return records
+
+
+def pack(out: Path, shards: TarShards, records: Sequence[dict]) -> None:
+    """Move pairs from the folder into a tar file, which is there before they are gone."""
+    if not (out / "preview.png").is_file() and shards.rank == 0:
+        save_preview(out / "preview.png", out, records[:4])
+    for record in records:
+        hr, lr = ((out / record[side]).read_bytes() for side in ("hr", "lr"))
+        shards.add(Path(record["lr"]).stem, hr, lr, record)
+    shards.close()
+    for record in records:
+        for side in ("hr", "lr"):
+            (out / record[side]).unlink()
 
 
 def save_preview(path: Path, out: Path, records: Sequence[dict]) -> None:
@@ -369,6 +424,8 @@ def finish(out: Path, settings: dict) -> None:
     """Join the tables of all processes, in the order of names; write what else describes a run."""
     records = [record for _, record in sorted(read_records(out, settings).items())]
     kept = [record for record in records if not record["dropped"]]
+    if 0 < settings["keep"] < len(kept):
+        kept = keep_best(kept, settings["keep"])
     table = out / "pairs.jsonl"
     text = "".join(json.dumps(record) + "\n" for record in records)
     changed = not table.is_file() or table.read_text(encoding="utf-8") != text
@@ -378,8 +435,26 @@ def finish(out: Path, settings: dict) -> None:
                 temporary.write_text(lines, encoding="utf-8")
     for part in out.glob("pairs.*.jsonl"):
         part.unlink()
-    if kept and (changed or not (out / "preview.png").is_file()):
-        save_preview(out / "preview.png", out, kept[:4])
+    for record in records:
+        for side in ("hr", "lr") if record["dropped"] else ():
+            (out / record[side]).unlink(missing_ok=True)
+    if settings["format"] == "folder" and kept:
+        if changed or not (out / "preview.png").is_file():
+            save_preview(out / "preview.png", out, kept[:4])
+        if changed or not (out / "report.html").is_file():
+            from data import report  # which imports this file
+
+            report.save_report(out / "report.html", out, kept, settings)
+
+
+def keep_best(records: Sequence[dict], number: int) -> list[dict]:
+    """The `number` best pairs by the filter's sum of errors; the others are marked as dropped."""
+    names = ("content_errors", "degradation_errors")
+    errors = torch.tensor([[record[n][record["kept"]] for n in names] for record in records])
+    total = (errors / errors.mean(0).clamp(min=1e-12)).sum(1)
+    for i in total.argsort(stable=True)[number:].tolist():
+        records[i]["dropped"] = True
+    return [record for record in records if not record["dropped"]]
 
 
 def meta_info(records: Sequence[dict]) -> str:
@@ -436,12 +511,14 @@ def check(cfg: Config) -> None:
         ("--candidates", cfg.candidates, 1, 1000),
         ("--eta", cfg.eta, 0, 1),
         ("--jitter", cfg.jitter, 0, 1),
+        ("--keep", cfg.keep, 0, 2**40),
+        ("--per-shard", cfg.per_shard, 1, 2**40),
     ):
         common.require(low <= value <= high, f"{flag} {value}: must be in {low}..{high}.")
     for flag, given, choices in (
         ("--start", cfg.start, STARTS),
         ("--solver", cfg.solver, ("ddim", "dpm")),
-        ("--pairing", cfg.pairing, ("random", "round-robin", "all")),
+        ("--format", cfg.format, ("folder", "webdataset")),
     ):
         common.require(given in choices, f"{flag} {given}: choose {', '.join(choices)}.")
     common.require(
@@ -450,6 +527,10 @@ def check(cfg: Config) -> None:
     common.require(
         len(cfg.max_error) == 2, "--max-error takes two numbers: content and degradation."
     )
+    common.require(
+        cfg.keep == 0 or cfg.format == "folder", "--keep needs all pairs: --format folder, then "
+        "data/shards.py."
+    )  # fmt: skip
 
 
 def main(cfg: Config, rt: common.Runtime) -> None:
@@ -467,7 +548,7 @@ def main(cfg: Config, rt: common.Runtime) -> None:
             references.save(Path(cfg.codes))
         common.wait_for_all(rt)
         references = References(cfg, net)
-    jobs = plan(files, len(references.files), cfg.pairing)
+    jobs = plan(files, references.files, cfg.pairing)
     for job in jobs:
         source = records[job.name]["source"] if job.name in records else str(job.file)
         common.require(
@@ -499,13 +580,23 @@ def main(cfg: Config, rt: common.Runtime) -> None:
             common.save_image(out / record["lr"], lr)
         return record
 
+    shards = TarShards(out, rt.rank)
+    # Pairs outside of tar files; what an earlier run left there is the first process's.
+    loose = [r for r in records.values() if (out / r["lr"]).is_file()] if rt.is_main else []
     with tqdm(total=len(mine), unit="pair", disable=not rt.is_main) as progress:
         for record in common.in_parallel(save, made(), 2):
             progress.update()
-            if record:  # survives a kill; joined at the end
-                out.mkdir(parents=True, exist_ok=True)
-                with open(out / f"pairs.{rt.rank}.jsonl", "a", encoding="utf-8") as table:
-                    table.write(json.dumps(record) + "\n")
+            if record is None:
+                continue
+            out.mkdir(parents=True, exist_ok=True)
+            with open(out / f"pairs.{rt.rank}.jsonl", "a", encoding="utf-8") as table:
+                table.write(json.dumps(record) + "\n")  # survives a kill; joined at the end
+            loose += [] if record["dropped"] else [record]
+            if cfg.format == "webdataset" and len(loose) >= cfg.per_shard:
+                pack(out, shards, loose)
+                loose.clear()
+    if cfg.format == "webdataset":
+        pack(out, shards, loose)
     common.wait_for_all(rt)
     if rt.is_main:
         records = read_records(out, settings_of(cfg))
@@ -513,9 +604,10 @@ def main(cfg: Config, rt: common.Runtime) -> None:
             bool(records), "none of the HR images could be used; see the files named above."
         )
         finish(out, settings_of(cfg))
+        records = read_records(out, settings_of(cfg))
         dropped = sum(record["dropped"] for record in records.values())
         skipped = sum(job.name not in records for job in jobs)
-        print(f"{len(records) - dropped} pairs in {out}, {dropped} dropped by --max-error, "
+        print(f"{len(records) - dropped} pairs in {out}, {dropped} dropped, "
               f"{skipped} images skipped; look at {out / 'preview.png'}")  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import degrade
 import diffusion
 import extractors
 import generate
+from data import shards as tars
 
 REPO = Path(__file__).resolve().parents[1]
 STAGE_1 = extractors.Config(
@@ -130,8 +132,8 @@ def test_an_image_does_not_depend_on_the_others_of_a_call(net):
 def test_a_reference_may_be_given_by_its_code(net):
     hr, ref = uniform(1, 3, 32, 32), uniform(3, 16, 16)
     code = net.extractors.e_deg(ref[None])[0]
-    lr = generate.generate(net, hr, [ref], 20, 2, 2)[0]
-    assert torch.equal(generate.generate(net, hr, [code], 20, 2, 2)[0], lr)
+    lr = generate.generate(net, hr, [ref], 20, 2, 2, bf16=False)[0]
+    assert torch.equal(generate.generate(net, hr, [code], 20, 2, 2, bf16=False)[0], lr)
 
 
 def test_candidates_take_turns_at_several_t(net):
@@ -249,17 +251,34 @@ def test_codes_of_references_are_saved_and_read(tmp_path, net):
 
 def test_pairings_plan_every_pair():
     files = [Path(f"{name}.png") for name in "abc"]
-    random = generate.plan(files, 2, "random")
+    refs = [Path("x/r0.jpg"), Path("x/r1.jpg")]
+    random = generate.plan(files, refs, "random")
     assert [(job.name, job.reference) for job in random] == [(name, None) for name in "abc"]
-    turns = generate.plan(files, 2, "round-robin")
+    turns = generate.plan(files, refs, "round-robin")
     assert [(job.name, job.reference) for job in turns] == [("a", 0), ("b", 1), ("c", 0)]
-    every = generate.plan(files, 2, "all")
+    every = generate.plan(files, refs, "all")
     assert [(job.name, job.reference) for job in every[:3]] == [
         ("a_r0000", 0),
         ("a_r0001", 1),
         ("b_r0000", 0),
     ]
     assert len({job.index for job in every}) == len(every) == 6
+
+
+def test_a_file_says_the_pairs(tmp_path):
+    files, refs = [Path("hr/a.png"), Path("hr/b.png")], [Path("x/r.jpg"), Path("y/r.jpg")]
+    table = tmp_path / "pairs.txt"
+    table.write_text("b.png\tx/r.jpg\nhr/a.png\ty/r.jpg\n")
+    assert [job.reference for job in generate.plan(files, refs, str(table))] == [1, 0]
+    for text, word in (
+        ("a.png\tr.jpg\n", "2 photos are called r.jpg"),
+        ("c.png\tx/r.jpg\n", "0 photos are called c.png"),
+        ("a.png x/r.jpg\n", "tab"),
+        ("a.png\tx/r.jpg\n", "nothing of hr/b.png"),
+    ):
+        table.write_text(text)
+        with pytest.raises(common.UserError, match=word):
+            generate.plan(files, refs, str(table))
 
 
 # ---- the command line -------------------------------------------------------------------------
@@ -324,6 +343,7 @@ def test_a_folder_becomes_aligned_pairs(finished):
         "pairs.jsonl",
         "meta_info.txt",
         "preview.png",
+        "report.html",
     }
     lines = (out / "meta_info.txt").read_text().splitlines()
     assert lines == [f"hr/{name}, lr/{name}" for name in names]
@@ -556,7 +576,7 @@ def test_all_pairs_of_photos_and_stored_codes_with_jitter(copied, checkpoint):
     done = run(*flags(checkpoint, *more), cwd=copied)
     assert done.returncode == 0, done.stderr
     after = files_of(copied / "out")
-    assert {k for k in before if before[k] != after.get(k)} <= {"preview.png"}
+    assert {k for k in before if before[k] != after.get(k)} <= {"preview.png", "report.html"}
     shutil.rmtree(copied / "out")
     done = run(*flags(checkpoint, *more, "--jitter", 1), cwd=copied)
     assert done.returncode == 0, done.stderr
@@ -573,4 +593,85 @@ def test_a_run_that_stores_codes_draws_as_the_runs_that_read_them(copied, checkp
         done = run(*flags(checkpoint, *more), "--out", out, cwd=copied)
         assert done.returncode == 0, done.stderr
         drawn.append(files_of(copied / out))
+        del drawn[-1]["report.html"]  # names its folder
     assert drawn[0] == drawn[1]
+
+
+def test_only_the_best_pairs_are_kept(copied, checkpoint, capsys):
+    shutil.rmtree(copied / "out")
+    first = run(*flags(checkpoint, "--keep", 2), cwd=copied)
+    assert first.returncode == 0, first.stderr
+    assert "2 pairs" in first.stdout and "2 dropped" in first.stdout
+    records = [json.loads(line) for line in open(copied / "out/pairs.jsonl")]
+    kept = {record["lr"] for record in records if not record["dropped"]}
+    assert {f"lr/{p.name}" for p in (copied / "out/lr").iterdir()} == kept and len(kept) == 2
+    errors = np.array(
+        [[r[f"{n}_errors"][r["kept"]] for n in ("content", "degradation")] for r in records]
+    )
+    total = (errors / errors.mean(0)).sum(1)
+    best = {records[i]["lr"] for i in np.argsort(total, kind="stable")[:2]}
+    assert kept == best
+    before = files_of(copied / "out")
+    assert run(*flags(checkpoint, "--keep", 2), cwd=copied).returncode == 0
+    assert files_of(copied / "out") == before
+
+
+def test_tar_shards_hold_the_same_pairs(copied, checkpoint):
+    wds = pytest.importorskip("webdataset")
+    folder = files_of(copied / "out")
+    shutil.rmtree(copied / "out")
+    more = ("--format", "webdataset", "--per-shard", 3)
+    done = run(*flags(checkpoint, *more), cwd=copied)
+    assert done.returncode == 0, done.stderr
+    assert "4 pairs" in done.stdout
+    shards = sorted(str(p) for p in (copied / "out").glob("*.tar"))
+    assert [Path(p).name for p in shards] == ["0000-000000.tar", "0000-000001.tar"]
+    samples = list(wds.WebDataset(shards, shardshuffle=False))
+    assert sorted(s["__key__"] for s in samples) == list("abcd")
+    for s in samples:
+        assert s["hr.png"] == folder[f"hr/{s['__key__']}.png"]
+        assert s["lr.png"] == folder[f"lr/{s['__key__']}.png"]
+        assert json.loads(s["json"])["hr"] == f"hr/{s['__key__']}.png"
+    assert not list((copied / "out").glob("?r/*.png"))
+    before = files_of(copied / "out")
+    assert "preview.png" in before
+    assert run(*flags(checkpoint, *more), cwd=copied).returncode == 0
+    assert files_of(copied / "out") == before
+    Path(shards[0]).unlink()  # its pairs are made again, the others not
+    assert run(*flags(checkpoint, *more), cwd=copied).returncode == 0
+    again = list(
+        wds.WebDataset(sorted(str(p) for p in (copied / "out").glob("*.tar")), shardshuffle=False)
+    )
+    assert sorted(s["__key__"] for s in again) == list("abcd")
+
+
+@pytest.mark.parametrize("more", [(), ("--format", "webdataset", "--per-shard", "2")])
+def test_kill_9_in_mid_run_loses_nothing(finished, copied, checkpoint, more):
+    expected = {k: v for k, v in files_of(copied / "out").items() if k.endswith("r.png")}
+    for i in range(8):
+        shutil.copy(copied / "hr" / "a.png", copied / "hr" / f"e{i}.png")
+    shutil.rmtree(copied / "out")
+    command = [str(a) for a in (sys.executable, REPO / "generate.py", *flags(checkpoint, *more))]
+    process = subprocess.Popen(
+        command, cwd=copied, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    table, deadline = copied / "out/pairs.0.jsonl", time.time() + 100
+    while time.time() < deadline and process.poll() is None:
+        if table.is_file() and table.read_text().count("\n") >= 3:
+            break
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    lines = table.read_text().count("\n") if table.is_file() else 12  # else it was too quick
+    done = run(*flags(checkpoint, *more), cwd=copied)
+    assert done.returncode == 0, done.stderr
+    assert "12 pairs" in done.stdout and lines >= 3
+    records = [json.loads(line) for line in open(copied / "out/pairs.jsonl")]
+    assert [Path(r["lr"]).stem for r in records] == sorted(
+        {p.stem for p in (copied / "hr").iterdir()}
+    )
+    if not more:
+        now = files_of(copied / "out")
+        assert all(now[name] == data for name, data in expected.items())
+    else:
+        assert set(tars.TarShards(copied / "out").done()) == {Path(r["lr"]).stem for r in records}
