@@ -252,20 +252,24 @@ class DecoupledDDPM(nn.Module):
     ) -> None:
         super().__init__()
         self.extractors, self.widths, self.t_max = nets, cfg.widths, cfg.t_max
-        self.without = cfg.without
+        self.without, self.answer = cfg.without, cfg.answer
         self.modulation = extractors.ModulationBlock(
-            z, dim, cfg.mod_channels, cfg.cond_channels, jpeg_grid
+            z + 4 * cfg.answer, dim, cfg.mod_channels, cfg.cond_channels, jpeg_grid
         )
         self.unet = UNet(cfg.cond_channels, cfg.widths, cfg.blocks, cfg.attention)
 
-    def condition(self, degradation: Tensor, content: Tensor) -> Tensor:
+    def condition(self, degradation: Tensor, content: Tensor, answer: Tensor) -> Tensor:
         """c = M(F_deg, F_cont): (B, D), (B, z, h, w) -> (B, C, h, w). Eq. (7)-(8).
 
         For ablations (Table 4) one of them may be missing; without both nothing is said of the
         image, which is the diffusion of SynDiff (arXiv:2303.06994).
+        Deviation: with `answer`, M also sees Rec_lr's `known` answer (B, 4, h, w), so that the
+        U-Net need not find the image again in its content and is left with what Rec_lr can't give.
         """
         degradation = degradation * ("degradation" not in self.without)
         content = content * ("content" not in self.without)
+        if self.answer:
+            content = torch.cat([content, answer * (not self.without)], dim=1)
         return self.modulation(degradation, content)
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
@@ -279,36 +283,43 @@ def finetuned(nets: extractors.Extractors) -> list[nn.Parameter]:
     return [*first.parameters(), *nets.e_deg.mapping[-1].parameters()]
 
 
-Triple = tuple[
-    Tensor, Tensor, Tensor
-]  # x_0 (B, 3, h, w) in [0, 1], F_deg (B, D), F_cont (B, z, h, w)
+# x_0 (B, 3, h, w) in [0, 1], F_deg (B, D), F_cont (B, z, h, w), Rec_lr's answer (B, 4, h, w)
+Example = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def real_triple(nets: extractors.Extractors, lr: Tensor) -> Triple:
+def known(answer: Tensor) -> Tensor:
+    """Rec_lr's answer (B, 3, h, w) on [-1, 1], and a channel of ones; zeros are "not known"."""
+    x = to_signed(answer.float().clamp(0, 1))
+    return torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+
+
+def real_example(nets: extractors.Extractors, lr: Tensor) -> Example:
     """Algorithm 1 as printed: content and degradation of the very image that is to be painted.
 
-    The content of an LR image is read at 4 times its size, as that of an HR image is.
+    The content of an LR image is read at 4 times its size, as that of an HR image is. It has no
+    HR image, for which Rec_lr would have an answer.
     """
     h, w = lr.shape[2:]
     content = nets.content(extractors.resized(lr, 4 * h, 4 * w))
-    return lr, nets.e_deg(lr), content
+    return lr, nets.e_deg(lr), content, lr.new_zeros(len(lr), 4, h, w)
 
 
 @torch.no_grad()
-def synthetic_triple(
+def synthetic_example(
     nets: extractors.Extractors, hr: Tensor, recipes: Sequence[str], generator: torch.Generator
-) -> Triple:
+) -> Example:
     """Not in the paper: true pairs, content from HR, degradation from another scene's LR.
 
     An LR image shows its own blur and noise in its content, so that a network trained on
-    `real_triple` alone need not look at F_deg. Here it must: generation has the same inputs.
+    `real_example` alone need not look at F_deg. Here it must: generation has the same inputs.
     """
     draw = common.generator(generator.initial_seed())  # on the CPU, so that no GPU is waited for
     theta = extractors.sample_mixed(len(hr), recipes, draw)
     both = torch.cat([hr, hr.roll(1, dims=0)])
     pair = degrade.Degradation.cat([theta, theta])
     lr, reference = degrade.degrade(both, pair, draw).chunk(2)
-    return lr, nets.e_deg(reference), nets.content(hr)
+    code, content = nets.e_deg(reference), nets.content(hr)
+    return lr, code, content, known(nets.reconstruct(code, hr, content))
 
 
 def ddpm_loss(
@@ -339,14 +350,14 @@ def decoupled_loss(
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """The loss of stage 2 on real LR images, on synthetic pairs made of HR images, or on both."""
-    triples = [] if lr is None else [real_triple(net.extractors, lr)]
+    examples = [] if lr is None else [real_example(net.extractors, lr)]
     if hr is not None:
-        triples.append(synthetic_triple(net.extractors, hr, cfg.recipes, generator))
-    x_0, degradation, content = (torch.cat(parts) for parts in zip(*triples, strict=True))
+        examples.append(synthetic_example(net.extractors, hr, cfg.recipes, generator))
+    x_0, degradation, content, answer = (torch.cat(parts) for parts in zip(*examples, strict=True))
     if cfg.content_noise > 0:  # Not in the paper: so that content can't show an LR's own noise
         noise = torch.randn(content.shape, generator=generator, device=content.device)
         content = content + cfg.content_noise * content.detach().std() * noise
-    return ddpm_loss(net, x_0, net.condition(degradation, content), cfg, generator)
+    return ddpm_loss(net, x_0, net.condition(degradation, content, answer), cfg, generator)
 
 
 @torch.no_grad()
@@ -357,9 +368,9 @@ def swap_grid(net: DecoupledDDPM, lr: Tensor, hr: Tensor, path: Path) -> dict[st
     rows = []
     for reference in lr:
         code = nets.e_deg(reference[None]).expand(B, -1)
-        start = nets.reconstruct(code, hr, content)
+        start = nets.reconstruct(code, hr, content).float()
         draws = [common.generator(b, device=hr.device) for b in range(B)]
-        made = sample(net, start.float(), net.condition(code, content), t, 10, draws)
+        made = sample(net, start, net.condition(code, content, known(start)), t, 10, draws)
         side = lr.shape[2]
         rows.append([common.centre(image, side, 2 * side) for image in (reference, *made)])
     common.save_sheet(path, ("LR", *["its degradation, another scene"] * B), rows)
@@ -380,6 +391,7 @@ class Config:
     content_from: str = "both"  # lr: real LR as printed; hr: synthetic pairs; both: half of each
     recipes: tuple[str, ...] = ("realesrgan", "light", "camera")  # of D, for synthetic pairs
     content_noise: float = 0.0  # added to the content in training, in its own std
+    answer: bool = False  # M sees Rec_lr's answer where there is an HR image; the paper: no
     without: tuple[str, ...] = ()  # ablation: degradation, content or both are not given
     steps: int = 240_000  # 100 epochs of 152,000 crops in batches of 64
     batch_size: int = 8  # per process
@@ -414,6 +426,7 @@ PRESETS: dict[str, dict] = {
         "batch_size": 16,
         "crop": 48,
         "learning_rate": 5e-4,
+        "answer": True,
         "t_power": 2.0,
         "widths": (32, 64, 128),
         "attention": (2,),

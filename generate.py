@@ -90,18 +90,14 @@ def in_tiles(function: Callable[..., Tensor], grid: tuple[int, int], *inputs: Te
     return total / weight
 
 
-def start_image(
-    net: diffusion.DecoupledDDPM, hr: Tensor, code: Tensor, content: Tensor, start: str, seed: int
-) -> Tensor:
+def start_image(hr: Tensor, answer: Tensor, start: str, seed: int) -> Tensor:
     """The LR image (1, 3, H/4, W/4) from which denoising starts.
 
     degrade: D(HR) with random parameters, as in the paper. Deviation, reconstruct: Rec_lr's answer
     to the reference's degradation, because random blur and noise do not go away again.
     """
     if start == "reconstruct":
-        h, w = content.shape[2:]
-        rec_lr = functools.partial(net.extractors.reconstruct, code)
-        return in_tiles(rec_lr, (h, w), hr, content).float().clamp(0, 1)
+        return answer
     theta = degrade.sample_degradation(1, generator=common.generator(seed))
     return degrade.degrade(hr, theta)
 
@@ -193,8 +189,10 @@ def generate_one(
     grid = (hr.shape[2] // SCALE, hr.shape[3] // SCALE)
     code = code_of(net, lr_ref)
     content = in_tiles(net.extractors.content, grid, hr)
-    x = start_image(net, hr, code, content, start, seed)
-    c = in_tiles(functools.partial(net.condition, code), grid, content)
+    rec_lr = functools.partial(net.extractors.reconstruct, code)
+    answer = in_tiles(rec_lr, grid, hr, content).float().clamp(0, 1)
+    x = start_image(hr, answer, start, seed)
+    c = in_tiles(functools.partial(net.condition, code), grid, content, diffusion.known(answer))
 
     def eps_pred(x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         return in_tiles(lambda x_t, c: net(x_t, t, c), grid, x_t, c)

@@ -331,27 +331,35 @@ def test_every_input_of_the_unet_matters():
 
 
 def test_condition_depends_on_degradation_and_content():
-    net, degradation, content = built(), normal(2, 16), normal(2, 3, 8, 8)
-    c = net.condition(degradation, content)
-    assert c.shape == (2, 4, 8, 8)
-    assert (c - net.condition(degradation + 1, content)).abs().max() > 1e-4
-    assert (c - net.condition(degradation, content + 1)).abs().max() > 1e-4
+    for answer in (False, True):
+        net, known = built(answer=answer), normal(2, 4, 8, 8)
+        degradation, content = normal(2, 16), normal(2, 3, 8, 8)
+        c = net.condition(degradation, content, known)
+        assert c.shape == (2, 4, 8, 8)
+        assert (c - net.condition(degradation + 1, content, known)).abs().max() > 1e-4
+        assert (c - net.condition(degradation, content + 1, known)).abs().max() > 1e-4
+        seen = (c - net.condition(degradation, content, known + 1)).abs().max() > 1e-4
+        assert seen == answer
 
 
 # ---- training ---------------------------------------------------------------------------------
 
 
-def test_real_triple_reads_an_lr_image_at_four_times_its_size():
+def test_real_example_reads_an_lr_image_at_four_times_its_size():
     net, lr = built().extractors, uniform(2, 3, 16, 24)
-    x_0, degradation, content = diffusion.real_triple(net, lr)
-    assert torch.equal(x_0, lr)
+    x_0, degradation, content, answer = diffusion.real_example(net, lr)
+    assert torch.equal(x_0, lr) and not answer.any()
     assert degradation.shape == (2, 16) and content.shape == (2, 3, 16, 24)
 
 
-def test_synthetic_triple_takes_degradation_from_another_scene(monkeypatch):
+def test_synthetic_example_takes_degradation_from_another_scene(monkeypatch):
     """Row b is D(X_b, theta_b); its code is read from D(X_{b-1}, theta_b)."""
     net, hr, seen = built().extractors, uniform(3, 3, 64, 64), []
-    monkeypatch.setattr(net.e_deg, "forward", lambda lr: seen.append(lr) or lr.mean((2, 3)))
+
+    def means(lr: Tensor) -> Tensor:
+        return lr.mean((2, 3)).repeat(1, 6)[:, :16]
+
+    monkeypatch.setattr(net.e_deg, "forward", lambda lr: seen.append(lr) or means(lr))
     real = diffusion.degrade.degrade
 
     def spy(image: Tensor, theta: object, generator: torch.Generator) -> Tensor:
@@ -359,14 +367,17 @@ def test_synthetic_triple_takes_degradation_from_another_scene(monkeypatch):
         return real(image, theta, generator)
 
     monkeypatch.setattr(diffusion.degrade, "degrade", spy)
-    lr, degradation, content = diffusion.synthetic_triple(
+    lr, degradation, content, answer = diffusion.synthetic_example(
         net, hr, TINY.recipes, common.generator(0)
     )
     image, theta, reference = seen
     assert torch.equal(image, torch.cat([hr, hr.roll(1, 0)]))
     assert torch.equal(theta.blur_sigma[:3], theta.blur_sigma[3:])
-    assert torch.equal(degradation, reference.mean((2, 3))) and not torch.equal(reference, lr)
+    assert torch.equal(degradation, means(reference)) and not torch.equal(reference, lr)
     torch.testing.assert_close(content, net.content(hr))
+    rec_lr = net.reconstruct(degradation, hr, content).clamp(0, 1)
+    torch.testing.assert_close(answer[:, :3], 2 * rec_lr - 1)
+    assert (answer[:, 3] == 1).all()
     assert lr.shape == (3, 3, 16, 16) and 0 <= lr.min() and lr.max() <= 1
 
 
@@ -407,14 +418,15 @@ def test_loss_falls_on_one_batch():
 
 
 def test_without_a_part_the_condition_ignores_it():
-    code, content = normal(2, 16), normal(2, 3, 4, 4)
+    code, content, answer = normal(2, 16), normal(2, 3, 4, 4), normal(2, 4, 4, 4)
     for without in ((), ("degradation",), ("content",), ("degradation", "content")):
-        net = built()
-        net.without = without
-        c = net.condition(code, content)
-        same_code = torch.equal(net.condition(code + 1, content), c)
-        same_content = torch.equal(net.condition(code, content + 1), c)
+        net = built(answer=True, without=without)
+        c = net.condition(code, content, answer)
+        same_code = torch.equal(net.condition(code + 1, content, answer), c)
+        same_content = torch.equal(net.condition(code, content + 1, answer), c)
         assert (same_code, same_content) == ("degradation" in without, "content" in without)
+        # The answer would tell of both.
+        assert torch.equal(net.condition(code, content, answer + 1), c) == bool(without)
 
 
 def test_an_ablation_is_stored_and_comes_back(tmp_path, data):
@@ -430,7 +442,9 @@ def test_an_ablation_is_stored_and_comes_back(tmp_path, data):
 def test_content_noise_has_its_share_of_the_content_s_std(monkeypatch):
     seen = []
     net = built()
-    monkeypatch.setattr(net, "condition", lambda code, content: seen.append(content) or code)
+    monkeypatch.setattr(
+        net, "condition", lambda code, content, answer: seen.append(content) or code
+    )
     monkeypatch.setattr(diffusion, "ddpm_loss", lambda *args: {})
     lr = uniform(2, 3, 32, 32)
     for share in (0.0, 0.5):

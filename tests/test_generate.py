@@ -110,10 +110,10 @@ def test_reference_image_and_seed_matter(net):
         assert (lr - other[0]).abs().max() > 1e-3
 
 
-def test_degraded_start_is_d_of_the_hr_image(net):
-    hr = uniform(1, 3, 64, 64)
-    code, content = torch.zeros(1, 16), torch.zeros(1, 3, 16, 16)
-    start = generate.start_image(net, hr, code, content, "degrade", 3)
+def test_degraded_start_is_d_of_the_hr_image():
+    hr, answer = uniform(1, 3, 64, 64), uniform(1, 3, 16, 16)
+    assert generate.start_image(hr, answer, "reconstruct", 3) is answer
+    start = generate.start_image(hr, answer, "degrade", 3)
     theta = degrade.sample_degradation(1, generator=common.generator(3))
     assert torch.equal(start, degrade.degrade(hr, theta))
 
