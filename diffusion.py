@@ -427,6 +427,7 @@ PRESETS: dict[str, dict] = {
         "crop": 48,
         "learning_rate": 5e-4,
         "answer": True,
+        "recipes": ("realesrgan", "light", "camera", "camera"),
         "t_power": 2.0,
         "widths": (32, 64, 128),
         "attention": (2,),
