@@ -314,7 +314,7 @@ class ModulationBlock(nn.Module):
         """F_deg (B, D) and F_cont (B, C, h, w) -> (B, c_out, h, w)."""
         x = content
         if self.jpeg_grid:
-            place = place_in_block(*x.shape[2:], x.device).to(x.dtype)
+            place = place_in_block(x.shape[2], x.shape[3], x.device).to(x.dtype)
             x = torch.cat([x, place.expand(len(x), -1, -1, -1)], dim=1)
         for conv, unit in zip(self.convs, self.units, strict=False):
             scale, shift = unit(degradation)[:, :, None, None].chunk(2, dim=1)

@@ -31,7 +31,8 @@ SCALE = 4  # HR size / LR size: the VQ-VAE's factor, and so the grid on which co
 STARTS = ("reconstruct", "degrade")
 # What a pair depends on besides its photos: a run with other values needs another folder.
 SETTINGS = ("start", "t_start", "auto_t", "num_steps", "eta", "solver", "candidates", "max_error",
-            "pairing", "jitter", "seed", "keep", "format")  # fmt: skip
+            "pairing", "jitter", "seed", "keep", "format", "average", "recipe",
+            "t_min")  # fmt: skip
 
 # ---- the method -------------------------------------------------------------------------------
 
@@ -90,15 +91,16 @@ def in_tiles(function: Callable[..., Tensor], grid: tuple[int, int], *inputs: Te
     return total / weight
 
 
-def start_image(hr: Tensor, answer: Tensor, start: str, seed: int) -> Tensor:
+def start_image(hr: Tensor, answer: Tensor, start: str, seed: int, recipe: str) -> Tensor:
     """The LR image (1, 3, H/4, W/4) from which denoising starts.
 
-    degrade: D(HR) with random parameters, as in the paper. Deviation, reconstruct: Rec_lr's answer
-    to the reference's degradation, because random blur and noise do not go away again.
+    degrade: D(HR) with random parameters of a recipe; the paper's is realesrgan. Deviation,
+    reconstruct: Rec_lr's answer to the reference's degradation, because random blur and noise do
+    not go away again.
     """
     if start == "reconstruct":
         return answer
-    theta = degrade.sample_degradation(1, generator=common.generator(seed))
+    theta = degrade.sample_degradation(1, recipe, generator=common.generator(seed))
     return degrade.degrade(hr, theta)
 
 
@@ -145,6 +147,7 @@ def generate(
     seeds: Sequence[int] = (0,),
     bf16: bool = True,
     solver: str = "ddim",
+    recipe: str = "realesrgan",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """LR images with the content of hr and the degradation of lr_ref. Algorithm 2, A.6.
 
@@ -160,7 +163,7 @@ def generate(
     with common.Runtime(hr.device).autocast(bf16):
         # One image at a time, its candidates together: no result depends on the other images.
         made = [
-            generate_one(net, image[None], ref, ts, num_steps, start, eta, seed, solver)
+            generate_one(net, image[None], ref, ts, num_steps, start, eta, seed, solver, recipe)
             for image, ref, seed in zip(hr, lr_ref, seeds, strict=True)
         ]
     lr, content, degradation = (torch.stack(parts) for parts in zip(*made, strict=True))
@@ -180,6 +183,7 @@ def generate_one(
     eta: float,
     seed: int,
     solver: str,
+    recipe: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One candidate for each of ts: (K, 3, H/4, W/4), and both of their errors (K,)."""
     h, w = (side // SCALE for side in hr.shape[2:])
@@ -191,7 +195,7 @@ def generate_one(
     content = in_tiles(net.extractors.content, grid, hr)
     rec_lr = functools.partial(net.extractors.reconstruct, code)
     answer = in_tiles(rec_lr, grid, hr, content).float().clamp(0, 1)
-    x = start_image(hr, answer, start, seed)
+    x = start_image(hr, answer, start, seed, recipe)
     c = in_tiles(functools.partial(net.condition, code), grid, content, diffusion.known(answer))
 
     def eps_pred(x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
@@ -221,7 +225,9 @@ class Config:
     out: str = "out/generated"  # folder of the pairs
     checkpoint: str = ""  # weights (default: runs/diffusion, else data/pretrained)
     start: str = "reconstruct"  # start image: reconstruct (Rec_lr) or degrade (random D, the paper)
+    recipe: str = "realesrgan"  # of D, for --start degrade
     t_start: int = 15  # steps of noise on the start image, 0 is none; the paper: 300
+    t_min: int = -1  # draw T of each image from here to t_start (SynDiff); -1: always t_start
     auto_t: bool = False  # candidates start from a quarter, half, once and twice t_start in turn
     num_steps: int = 5  # network evaluations
     eta: float = 0.0  # 0 is DDIM; 1 with as many evaluations as steps is DDPM (the paper)
@@ -233,6 +239,7 @@ class Config:
     codes: str = ""  # file for the references' codes: written, or read in place of --lr-ref
     format: str = "folder"  # or webdataset: tar files of pairs, for sets too large for a folder
     per_shard: int = 1000  # pairs in a tar file
+    average: int = 1  # references of the same folder, at most, of which the mean code is taken
     jitter: float = 0.0  # mixes up to this share of another reference's code in, for diversity
     bf16: bool = True  # where the device has it
     seed: int = 0  # image i draws from (seed, i)
@@ -242,6 +249,15 @@ class Config:
 PRESETS: dict[str, dict] = {
     "fast": {},
     "paper": {"start": "degrade", "t_start": 300, "num_steps": 300, "eta": 1.0},
+    # arXiv:2303.06994, with weights of diffusion.py --without content degradation.
+    "syndiff": {
+        "start": "degrade",
+        "recipe": "light",
+        "t_min": 0,
+        "t_start": 250,
+        "num_steps": 12,
+        "candidates": 1,
+    },
 }
 
 
@@ -273,6 +289,14 @@ class References:
             raise common.UserError(f"--codes {cfg.codes}: no stored codes ({error}).") from None
         self.codes = dict(enumerate(codes))
 
+    @functools.cached_property
+    def folders(self) -> dict[Path, list[int]]:
+        """The references of each folder: one camera's, as a rule."""
+        folders: dict[Path, list[int]] = {}
+        for r, file in enumerate(self.files):
+            folders.setdefault(file.parent, []).append(r)
+        return folders
+
     @torch.no_grad()
     def code(self, r: int) -> Tensor | None:
         """F_deg (D,) of reference r; None if it can't be used, which is said once."""
@@ -287,6 +311,14 @@ class References:
             except ValueError as error:
                 tqdm.write(f"skipped: {error}")
         return self.codes[r]
+
+    def mean_code(self, r: int, average: int) -> Tensor | None:
+        """The mean code (D,) of reference r and of those that follow it in its folder."""
+        same = self.folders[self.files[r].parent]
+        at = same.index(r)
+        those = [same[(at + k) % len(same)] for k in range(min(average, len(same)))]
+        codes = [code for i in those if (code := self.code(i)) is not None]
+        return torch.stack(codes).mean(0) if self.code(r) is not None else None
 
     def draw(self, *numbers: int) -> int:
         """A usable reference, from these numbers; UserError if there seems to be none."""
@@ -465,17 +497,21 @@ def make_pair(
 ) -> tuple[Job, Tensor, dict]:
     """The LR image (3, h, w) that the filter keeps for a job, and its line of pairs.jsonl."""
     first = references.draw(cfg.seed, job.index) if job.reference is None else job.reference
-    code = references.code(first)
+    code = references.mean_code(first, cfg.average)
     assert code is not None, "load() has checked it"
     if cfg.jitter > 0:
-        other = references.code(references.draw(cfg.seed, job.index, 1))
+        drawn = references.draw(cfg.seed, job.index, 1)
+        other = references.mean_code(drawn, cfg.average)
         share = torch.rand((), generator=common.generator(cfg.seed, job.index, 2))
         code = torch.lerp(code, other, cfg.jitter * share) if other is not None else code
+    if cfg.t_min >= 0:
+        draw = common.generator(cfg.seed, job.index, 3)
+        ts = [int(torch.randint(cfg.t_min, cfg.t_start + 1, (), generator=draw))]
     seed, device = cfg.seed << 32 | job.index, next(net.parameters()).device
     hr = job.hr[None].to(device)
     lr, scores = generate(
         net, hr, [code], ts, cfg.num_steps, cfg.candidates, cfg.start, cfg.eta, [seed], cfg.bf16,
-        cfg.solver,
+        cfg.solver, cfg.recipe,
     )  # fmt: skip
     kept = int(scores["kept"][0])
     record = {
@@ -508,6 +544,8 @@ def check(cfg: Config) -> None:
         ("--num-steps", cfg.num_steps, 1, 1000),
         ("--candidates", cfg.candidates, 1, 1000),
         ("--eta", cfg.eta, 0, 1),
+        ("--t-min", cfg.t_min, -1, cfg.t_start),
+        ("--average", cfg.average, 1, 2**40),
         ("--jitter", cfg.jitter, 0, 1),
         ("--keep", cfg.keep, 0, 2**40),
         ("--per-shard", cfg.per_shard, 1, 2**40),
@@ -515,6 +553,7 @@ def check(cfg: Config) -> None:
         common.require(low <= value <= high, f"{flag} {value}: must be in {low}..{high}.")
     for flag, given, choices in (
         ("--start", cfg.start, STARTS),
+        ("--recipe", cfg.recipe, degrade.RECIPES),
         ("--solver", cfg.solver, ("ddim", "dpm")),
         ("--format", cfg.format, ("folder", "webdataset")),
     ):
@@ -522,6 +561,7 @@ def check(cfg: Config) -> None:
     common.require(
         cfg.solver == "ddim" or cfg.eta == 0, f"--eta {cfg.eta}: --solver dpm draws no noise."
     )
+    common.require(cfg.t_min < 0 or not cfg.auto_t, "--t-min and --auto-t exclude each other.")
     common.require(
         len(cfg.max_error) == 2, "--max-error takes two numbers: content and degradation."
     )

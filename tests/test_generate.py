@@ -112,10 +112,26 @@ def test_reference_image_and_seed_matter(net):
 
 def test_degraded_start_is_d_of_the_hr_image():
     hr, answer = uniform(1, 3, 64, 64), uniform(1, 3, 16, 16)
-    assert generate.start_image(hr, answer, "reconstruct", 3) is answer
-    start = generate.start_image(hr, answer, "degrade", 3)
-    theta = degrade.sample_degradation(1, generator=common.generator(3))
+    assert generate.start_image(hr, answer, "reconstruct", 3, "light") is answer
+    start = generate.start_image(hr, answer, "degrade", 3, "light")
+    theta = degrade.sample_degradation(1, "light", generator=common.generator(3))
     assert torch.equal(start, degrade.degrade(hr, theta))
+
+
+def test_the_codes_of_a_folder_are_averaged_from_the_reference_on(net, tmp_path):
+    for i, name in enumerate(("a/1.png", "a/2.png", "a/3.png", "b/1.png")):
+        common.save_image(tmp_path / name, uniform(3, 32, 32, seed=i))
+    (tmp_path / "a" / "4.png").write_text("not an image")
+    references = generate.References(generate.Config(lr_ref=(str(tmp_path),), bf16=False), net)
+    names = [file.relative_to(tmp_path).as_posix() for file in references.files]
+    code = {name: references.code(i) for i, name in enumerate(names)}
+    mean = {n: references.mean_code(names.index("a/2.png"), n) for n in (1, 2, 3, 99)}
+    assert torch.equal(mean[1], code["a/2.png"])
+    assert torch.allclose(mean[2], (code["a/2.png"] + code["a/3.png"]) / 2)
+    assert torch.allclose(mean[3], mean[2])  # the third can't be read
+    assert torch.allclose(mean[99], (code["a/1.png"] + code["a/2.png"] + code["a/3.png"]) / 3)
+    assert torch.equal(references.mean_code(names.index("b/1.png"), 99), code["b/1.png"])
+    assert references.mean_code(names.index("a/4.png"), 99) is None
 
 
 def test_an_image_does_not_depend_on_the_others_of_a_call(net):
@@ -595,6 +611,18 @@ def test_a_run_that_stores_codes_draws_as_the_runs_that_read_them(copied, checkp
         drawn.append(files_of(copied / out))
         del drawn[-1]["report.html"]  # names its folder
     assert drawn[0] == drawn[1]
+
+
+def test_syndiff_draws_its_strength_for_each_image(copied, checkpoint):
+    shutil.rmtree(copied / "out")
+    more = ("--preset", "syndiff", "--t-start", 40, "--t-min", 10, "--num-steps", 2)
+    done = run(*flags(checkpoint, *more), cwd=copied)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (copied / "out" / "pairs.jsonl").open()]
+    ts = [record["t"] for record in records]
+    assert all(10 <= t <= 40 for t in ts) and len(set(ts)) > 1
+    assert all(record["recipe"] == "light" and len(record["content_errors"]) == 1
+               for record in records)  # fmt: skip
 
 
 def test_only_the_best_pairs_are_kept(copied, checkpoint, capsys):
