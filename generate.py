@@ -53,14 +53,16 @@ def load_generator(checkpoint: str, device: torch.device) -> diffusion.Decoupled
 TILE, OVERLAP = 256, 32  # LR pixels
 
 
-def in_tiles(function: Callable[..., Tensor], grid: tuple[int, int], *inputs: Tensor) -> Tensor:
+def in_tiles(
+    function: Callable[..., Tensor], grid: tuple[int, int], *inputs: Tensor, tile: int = 0
+) -> Tensor:
     """function(*inputs) -> (B, C, h, w) tile by tile, so that memory does not grow with the image.
 
     Inputs (B, C', f h, f w) with whole factors f; grid is (h, w). Tiles overlap and fade into each
-    other; an image no larger than a tile is computed at once.
+    other; an image no larger than a tile (of TILE pixels unless told) is computed at once.
     """
     h, w = grid
-    th, tw = min(h, TILE), min(w, TILE)
+    th, tw = min(h, tile or TILE), min(w, tile or TILE)
     if (th, tw) == (h, w):
         return function(*inputs)
 
@@ -82,9 +84,9 @@ def in_tiles(function: Callable[..., Tensor], grid: tuple[int, int], *inputs: Te
             for x in inputs:
                 f = x.shape[2] // h
                 parts.append(x[:, :, top * f : (top + th) * f, left * f : (left + tw) * f])
-            tile = function(*parts).float()
-            total = tile.new_zeros(*tile.shape[:2], h, w) if total is None else total
-            total[:, :, top : top + th, left : left + tw] += tile * mask
+            part = function(*parts).float()
+            total = part.new_zeros(*part.shape[:2], h, w) if total is None else total
+            total[:, :, top : top + th, left : left + tw] += part * mask
             weight[top : top + th, left : left + tw] += mask
     assert total is not None
     return total / weight
