@@ -69,14 +69,17 @@ def in_tiles(
     def starts(n: int, side: int) -> list[int]:
         return [*range(0, n - side, side - OVERLAP), n - side]
 
-    def fade(n: int) -> Tensor:
-        """Smoothly from almost 0 to 1 over the middle half of the overlap: edges see too little."""
-        i = torch.arange(1, n + 1, device=inputs[0].device)
-        rising = (2 * torch.minimum(i, i.flip(0)) / OVERLAP - 0.5).clamp(0.02, 1)
+    def fade(start: int, side: int, n: int) -> Tensor:
+        """Smoothly from almost 0 to 1 over the middle half of the overlap: edges see too little.
+
+        The edges of the image itself do not fade: there, all tiles see the same.
+        """
+        i = torch.arange(1, side + 1, device=inputs[0].device)
+        before, after = i + OVERLAP * (start == 0), i.flip(0) + OVERLAP * (start + side == n)
+        rising = (2 * torch.minimum(before, after) / OVERLAP - 0.5).clamp(0.02, 1)
         return rising.square() * (3 - 2 * rising)
 
-    mask = fade(th)[:, None] * fade(tw)
-    weight = mask.new_zeros(h, w)
+    weight = torch.zeros(h, w, device=inputs[0].device)
     total: Tensor | None = None
     for top in starts(h, th):
         for left in starts(w, tw):
@@ -84,6 +87,7 @@ def in_tiles(
             for x in inputs:
                 f = x.shape[2] // h
                 parts.append(x[:, :, top * f : (top + th) * f, left * f : (left + tw) * f])
+            mask = fade(top, th, h)[:, None] * fade(left, tw, w)
             part = function(*parts).float()
             total = part.new_zeros(*part.shape[:2], h, w) if total is None else total
             total[:, :, top : top + th, left : left + tw] += part * mask

@@ -1,4 +1,4 @@
-"""Stage 4: train a super-resolution network on LR/HR pairs, to see what the pairs are worth. 3.1.
+"""Downstream: train a super-resolution network on LR/HR pairs, which shows their worth. Section 3.1.
 
 In: a folder of pairs (of generate.py, degrade.py or a camera), or HR photos that a recipe of
 degrade.py reduces while training. Out: runs/sr/NAME.pt to go on from, and runs/sr/NAME.safetensors
@@ -33,6 +33,7 @@ class FSRCNN(nn.Module):
 
     def __init__(self, scale: int, d: int = 56, s: int = 12, m: int = 4) -> None:
         super().__init__()
+        self.scale = scale
         # Deviation: RGB in and out; the original works on luma and leaves chroma to bicubic.
         sizes = [(3, d, 5), (d, s, 1), *[(s, s, 3)] * m, (s, d, 1)]
         layers: list[nn.Module] = []
@@ -41,19 +42,21 @@ class FSRCNN(nn.Module):
         self.body = nn.Sequential(*layers)
         self.last = nn.ConvTranspose2d(d, 3, 9, scale, padding=4, output_padding=scale - 1)
         for layer in layers[::2]:
-            assert isinstance(layer, nn.Conv2d) and layer.bias is not None
-            nn.init.kaiming_normal_(layer.weight, a=0.25)  # PReLU's slope at the start
-            nn.init.zeros_(layer.bias)
+            nn.init.kaiming_normal_(layer.get_parameter("weight"), a=0.25)  # PReLU's first slope
+            nn.init.zeros_(layer.get_parameter("bias"))
         nn.init.normal_(self.last.weight, std=0.001)
+        nn.init.zeros_(self.last.get_parameter("bias"))
 
     def forward(self, lr: Tensor) -> Tensor:
         """(B, 3, h, w) -> (B, 3, scale h, scale w)."""
-        return self.last(self.body(lr))
+        # Deviation: what it adds to bicubic, so that a minute of training is enough to be of use.
+        large = F.interpolate(lr, scale_factor=self.scale, mode="bicubic")
+        return large + self.last(self.body(lr))
 
 
 NETWORKS = ("swinir", "swinir-l", "rrdb", "hat", "fsrcnn")
-# Of both SwinIRs (arXiv:2108.10257) and of HAT (arXiv:2205.04437).
-WINDOWS = {"embed_dim": 180, "depths": [6] * 6, "num_heads": [6] * 6, "mlp_ratio": 2}
+# SwinIR and HAT (arXiv:2108.10257, arXiv:2205.04437), and SwinIR for lightweight SR.
+MEDIUM = {"embed_dim": 180, "depths": [6] * 6, "num_heads": [6] * 6, "mlp_ratio": 2}
 LIGHT = {"embed_dim": 60, "depths": [6] * 4, "num_heads": [6] * 4}
 
 
@@ -67,7 +70,7 @@ def sr_network(name: str, scale: int = 4) -> nn.Module:
     from spandrel.architectures import ESRGAN, HAT, SwinIR
 
     if name == "hat":
-        options = {"window_size": 16, "overlap_ratio": 0.5, "conv_scale": 0.01} | WINDOWS
+        options = {"window_size": 16, "overlap_ratio": 0.5, "conv_scale": 0.01} | MEDIUM
         return HAT.HAT(upscale=scale, compress_ratio=3, squeeze_factor=30, **options)
     if name == "rrdb":
         net = ESRGAN.ESRGAN(scale=scale, num_filters=64, num_blocks=23)
@@ -77,7 +80,7 @@ def sr_network(name: str, scale: int = 4) -> nn.Module:
                 layer.weight.data *= 0.1
                 nn.init.zeros_(layer.get_parameter("bias"))
         return net
-    options, upsampler = {"img_size": 48, "window_size": 8} | WINDOWS, "pixelshuffle"
+    options, upsampler = {"img_size": 48, "window_size": 8} | MEDIUM, "pixelshuffle"
     if name == "swinir-l":
         options, upsampler = options | LIGHT, "pixelshuffledirect"
     return SwinIR.SwinIR(upscale=scale, upsampler=upsampler, **options)
@@ -142,10 +145,12 @@ def split(pair: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def size_of(file: Path) -> tuple[int, int] | None:
-    """Width and height by an image file's header; None if it has none."""
+    """Width and height of an upright image, by its file's header; None if there is none."""
     try:
         with Image.open(file) as image:
-            return image.size
+            width, height = image.size
+            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF's orientation: lies on its side
+            return (height, width) if turned else (width, height)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 
@@ -159,11 +164,13 @@ def find_pairs(folder: str, scale: int, rt: common.Runtime) -> dict[Path, Path]:
     here, files = f"--pairs {folder}", {}
     common.require(Path(folder).is_dir(), f"{here}: no such folder.")
     for kind in ("hr", "lr"):
-        below = [Path(folder) / name for name in (kind, kind.upper())]
-        below = [path for path in below if path.is_dir()]
-        common.require(bool(below), f"{here}: there is no folder {kind}/ in it.")
-        found = common.list_images([str(below[0])], "--pairs")
-        files[kind] = {f.relative_to(below[0]).with_suffix("").as_posix(): f for f in found}
+        below = Path(folder) / kind
+        below = below if below.is_dir() else Path(folder) / kind.upper()
+        common.require(below.is_dir(), f"{here}: there is no folder {kind}/ in it.")
+        found = common.list_images([str(below)], "--pairs")
+        files[kind] = {f.relative_to(below).with_suffix("").as_posix(): f for f in found}
+        unique = len(found) == len(files[kind])
+        common.require(unique, f"{here}: {kind}/ has files that differ in their suffix only.")
     alone = sorted(files["hr"].keys() ^ files["lr"].keys())
     names = f"{len(alone)} names are only in one of hr/ and lr/, such as {', '.join(alone[:2])}"
     common.require(not alone, f"{here}: {names}.")
@@ -173,9 +180,9 @@ def find_pairs(folder: str, scale: int, rt: common.Runtime) -> dict[Path, Path]:
         if large is None or small is None:
             bad.append(name)
             continue
-        found_sizes = f"{name} has {large[0]} x {large[1]} and {small[0]} x {small[1]} pixels"
+        sizes = f"{name} has {large[0]} x {large[1]} and {small[0]} x {small[1]} pixels"
         fits = large == (scale * small[0], scale * small[1])
-        common.require(fits, f"{here}: {found_sizes}, which is not --scale {scale}.")
+        common.require(fits, f"{here}: {sizes}, which is not --scale {scale}.")
         pairs[lr] = files["hr"][name]
     if bad and rt.is_main:
         print(f"skipped {len(bad)} of {len(files['lr'])} pairs: unreadable (the first: {bad[0]})")
@@ -228,8 +235,8 @@ def sr_loss(net: nn.Module, hr: Tensor, lr: Tensor, perceptual_weight: float) ->
     """L1 for the PSNR-oriented networks of Table 1; a perceptual loss is added for the others.
 
     hr (B, 3, s h, s w), lr (B, 3, h, w), both in [0, 1].
-    Deviation: the perceptual loss is LPIPS-VGG's distance (arXiv:1801.03924), for which the weights
-    are here already; the paper cites VGG losses without their layers and weight.
+    Deviation: L1 and LPIPS-VGG (arXiv:1801.03924), whose weights the metrics need anyway. The paper
+    cites losses on VGG's features, two of them with a GAN, and gives no layers and no weights.
     """
     sr = net(lr).float()
     loss, psnr = F.l1_loss(sr, hr), extractors.psnr(F.mse_loss(sr.detach().clamp(0, 1), hr))
@@ -246,7 +253,10 @@ def sr_loss(net: nn.Module, hr: Tensor, lr: Tensor, perceptual_weight: float) ->
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of SR training. The paper gives BasicSR; the defaults are its SwinIR's for x4."""
+    """Settings of SR training, the same for all networks.
+
+    The paper names BasicSR and no numbers; the defaults are BasicSR's for SwinIR x4.
+    """
 
     sr: str = "swinir-l"  # network: swinir, swinir-l, rrdb, hat or fsrcnn
     pairs: str = ""  # folder of pairs with the same names in hr/ and lr/
@@ -262,7 +272,7 @@ class Config:
     learning_rate: float = 2e-4
     betas: tuple[float, ...] = (0.9, 0.99)  # of Adam
     ema_decay: float = 0.999
-    grad_clip: float = 1.0
+    grad_clip: float = 1.0  # largest norm; BasicSR does not clip
     bf16: bool = True  # where the device has it
     log_every: int = 100
     save_every: int = 5000
@@ -288,7 +298,7 @@ PRESETS: dict[str, dict] = {
         "steps": 1000,
         "batch_size": 8,
         "crop": 24,
-        "learning_rate": 1e-3,
+        "learning_rate": 2e-3,
         "ema_decay": 0.99,
         "compile": False,
         "save_every": 500,
@@ -336,9 +346,10 @@ def train(cfg: Config, rt: common.Runtime) -> Path:
         common.perceptual_net("LPIPS", "vgg", rt.device)  # missing weights are said now
     path = Path(cfg.out) / f"{cfg.name}.pt"
     if path.is_file():
-        before = common.from_dict(Config, common.load_checkpoint(path)["config"])
+        before = common.from_dict(Config, common.load_checkpoint(path).get("config", {}))
         other = [key for key in FIXED if getattr(before, key) != getattr(cfg, key)]
-        common.require(not other, f"{path} was trained with another {other[:1]}: give a --name.")
+        names = " and ".join(other)
+        common.require(not other, f"{path} is of another --{names}: give another --name.")
     data: common.PhotoCrops
     if cfg.pairs:
         pairs = find_pairs(cfg.pairs, cfg.scale, rt)
@@ -359,11 +370,9 @@ def train(cfg: Config, rt: common.Runtime) -> Path:
         torch.manual_seed(generator.initial_seed())
         return sr_loss(net, hr, lr, cfg.perceptual_weight)
 
-    # Deviation: the learning rate stays; BasicSR halves it four times. Averaging the weights does
-    # most of what the last halvings do.
-    groups = [
-        {"params": [*net.parameters()], "lr": cfg.learning_rate, "betas": tuple(cfg.betas)},
-    ]
+    # Deviation: a constant learning rate, as in all stages; BasicSR halves it four times. The
+    # average of the weights stands in for that.
+    groups = [{"params": [*net.parameters()], "lr": cfg.learning_rate, "betas": cfg.betas}]
     net = common.fit(
         rt, net, loss, [data], groups, path, cfg, cfg.steps, asdict(cfg), compiled=[net]
     )
