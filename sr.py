@@ -1,4 +1,4 @@
-"""Downstream: train a super-resolution network on LR/HR pairs, which shows their worth. Section 3.1.
+"""Downstream: train a super-resolution network on LR/HR pairs, to see their worth. Section 3.1.
 
 In: a folder of pairs (of generate.py, degrade.py or a camera), or HR photos that a recipe of
 degrade.py reduces while training. Out: runs/sr/NAME.pt to go on from, and runs/sr/NAME.safetensors
@@ -145,12 +145,10 @@ def split(pair: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def size_of(file: Path) -> tuple[int, int] | None:
-    """Width and height of an upright image, by its file's header; None if there is none."""
+    """Width and height by an image file's header; None if it has none."""
     try:
         with Image.open(file) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF's orientation: lies on its side
-            return (height, width) if turned else (width, height)
+            return image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 
@@ -204,6 +202,8 @@ class PairCrops(common.PhotoCrops):
     def read(self, file: Path) -> Tensor:
         """A pair as uint8 (3 scale^2 + 3, h, w)."""
         hr, lr = (common.to_uint8(common.load_image(f))[None] for f in (self.pairs[file], file))
+        if hr.shape[2] * lr.shape[3] != hr.shape[3] * lr.shape[2]:  # EXIF can turn one of them
+            raise ValueError(f"{file}: its HR image lies on its side")
         return join(hr, lr)[0]
 
     def turned(self, crop: Tensor, draw: int) -> Tensor:

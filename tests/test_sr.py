@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 import common
@@ -200,6 +201,18 @@ def test_unreadable_pairs_are_skipped_and_counted(tmp_path, capsys):
     crops = sr.PairCrops(found, 16, 1, 0, CPU)
     assert all(crops[i].shape == (51, 16, 16) for i in range(20))
     assert capsys.readouterr().out.count("skipped") == 1
+
+
+def test_a_pair_of_which_one_is_turned_by_exif_is_skipped(tmp_path, capsys):
+    folder = tmp_path / "p"
+    save_pairs(folder, [(20, 24), (20, 24)])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    with Image.open(folder / "hr" / "0.png") as image:
+        image.save(folder / "hr" / "0.png", exif=exif)
+    crops = sr.PairCrops(sr.find_pairs(str(folder), 4, CPU), 16, 1, 0, CPU)
+    assert all(crops[i].shape == (51, 16, 16) for i in range(9))
+    assert "lies on its side" in capsys.readouterr().out
 
 
 # ---- training ---------------------------------------------------------------------------------
