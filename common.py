@@ -334,9 +334,7 @@ class PhotoCrops(Dataset[Tensor]):
     files of data/pack.py, each row counts as a photo.
     """
 
-    grid = (
-        8  # crops begin at multiples of it, so that the blocks of a photo's JPEG begin at the edge
-    )
+    grid = 8  # crops begin at its multiples, so that the blocks of a photo's JPEG begin at the edge
 
     def __init__(
         self, files: list[Path], size: int, batch_size: int, seed: int, rt: Runtime, stream: int = 0
