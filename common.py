@@ -136,7 +136,7 @@ def runtime(device: str = "auto", seed: int = 0) -> Iterator[Runtime]:
 
 
 def launch(
-    main: Callable[[Any, Runtime], None],
+    main: Callable[[Any, Runtime], object],
     config: type[Any],
     presets: dict[str, dict[str, Any]],
     doc: str,
@@ -334,6 +334,8 @@ class PhotoCrops(Dataset[Tensor]):
     files of data/pack.py, each row counts as a photo.
     """
 
+    grid = 8  # crops begin at its multiples, so that the blocks of a photo's JPEG begin at the edge
+
     def __init__(
         self, files: list[Path], size: int, batch_size: int, seed: int, rt: Runtime, stream: int = 0
     ) -> None:
@@ -363,6 +365,10 @@ class PhotoCrops(Dataset[Tensor]):
         self.count += len(self.files)
         require(self.count > 0, f"{need} ({files[0]}, ...).")
 
+    def read(self, file: Path) -> Tensor:
+        """A photo as uint8 (3, H, W)."""
+        return to_uint8(load_image(file))
+
     def photo(self, index: int) -> Tensor:
         """Photo as uint8 (3, H, W); kept in memory as long as there is room, unless packed."""
         for crops in map(open_pack, self.packs):
@@ -370,17 +376,21 @@ class PhotoCrops(Dataset[Tensor]):
                 return torch.from_numpy(np.array(crops[index]))
             index -= len(crops)
         if index not in self.cache:
-            pixels = to_uint8(load_image(self.files[index]))
+            pixels = self.read(self.files[index])
             if pixels.numel() > self.left:
                 return pixels
             self.cache[index], self.left = pixels, self.left - pixels.numel()
         return self.cache[index]
 
+    def turned(self, crop: Tensor, draw: int) -> Tensor:
+        """A crop, flipped where the draw is odd."""
+        return crop.flip(2) if draw % 2 else crop
+
     def __getitem__(self, i: int) -> Tensor:
-        """Crop i, flipped at random."""
+        """Crop i, turned at random."""
         for attempt in range(20):
             gen = generator(*self.key, i, attempt)
-            index, top, left, flip = torch.randint(2**30, (4,), generator=gen).tolist()
+            index, top, left, draw = torch.randint(2**30, (4,), generator=gen).tolist()
             index %= self.count
             if index in self.bad:
                 continue
@@ -390,12 +400,12 @@ class PhotoCrops(Dataset[Tensor]):
                 self.bad.add(index)
                 print(f"skipped: {error}")
                 continue
-            top, left = (  # multiples of 8, so that the blocks of a photo's JPEG begin at the edge
-                place % (n - self.size + 1) // 8 * 8
+            top, left = (
+                place % (n - self.size + 1) // self.grid * self.grid
                 for place, n in zip((top, left), photo.shape[1:], strict=True)
             )
             crop = photo[:, top : top + self.size, left : left + self.size]
-            return (crop.flip(2) if flip % 2 else crop).float() / 255
+            return self.turned(crop, draw).float() / 255
         raise UserError("20 photos in a row could not be read; look at the files named above.")
 
     def batches(self, numbers: Iterable[int], device: torch.device) -> Iterator[Tensor]:

@@ -54,28 +54,33 @@ def load_generator(checkpoint: str, device: torch.device) -> diffusion.Decoupled
 TILE, OVERLAP = 256, 32  # LR pixels
 
 
-def in_tiles(function: Callable[..., Tensor], grid: tuple[int, int], *inputs: Tensor) -> Tensor:
+def in_tiles(
+    function: Callable[..., Tensor], grid: tuple[int, int], *inputs: Tensor, tile: int = 0
+) -> Tensor:
     """function(*inputs) -> (B, C, h, w) tile by tile, so that memory does not grow with the image.
 
     Inputs (B, C', f h, f w) with whole factors f; grid is (h, w). Tiles overlap and fade into each
-    other; an image no larger than a tile is computed at once.
+    other; an image no larger than a tile (of TILE pixels unless told) is computed at once.
     """
     h, w = grid
-    th, tw = min(h, TILE), min(w, TILE)
+    th, tw = min(h, tile or TILE), min(w, tile or TILE)
     if (th, tw) == (h, w):
         return function(*inputs)
 
     def starts(n: int, side: int) -> list[int]:
         return [*range(0, n - side, side - OVERLAP), n - side]
 
-    def fade(n: int) -> Tensor:
-        """Smoothly from almost 0 to 1 over the middle half of the overlap: edges see too little."""
-        i = torch.arange(1, n + 1, device=inputs[0].device)
-        rising = (2 * torch.minimum(i, i.flip(0)) / OVERLAP - 0.5).clamp(0.02, 1)
+    def fade(start: int, side: int, n: int) -> Tensor:
+        """Smoothly from almost 0 to 1 over the middle half of the overlap: edges see too little.
+
+        The edges of the image itself do not fade: there, all tiles see the same.
+        """
+        i = torch.arange(1, side + 1, device=inputs[0].device)
+        before, after = i + OVERLAP * (start == 0), i.flip(0) + OVERLAP * (start + side == n)
+        rising = (2 * torch.minimum(before, after) / OVERLAP - 0.5).clamp(0.02, 1)
         return rising.square() * (3 - 2 * rising)
 
-    mask = fade(th)[:, None] * fade(tw)
-    weight = mask.new_zeros(h, w)
+    weight = torch.zeros(h, w, device=inputs[0].device)
     total: Tensor | None = None
     for top in starts(h, th):
         for left in starts(w, tw):
@@ -83,9 +88,10 @@ def in_tiles(function: Callable[..., Tensor], grid: tuple[int, int], *inputs: Te
             for x in inputs:
                 f = x.shape[2] // h
                 parts.append(x[:, :, top * f : (top + th) * f, left * f : (left + tw) * f])
-            tile = function(*parts).float()
-            total = tile.new_zeros(*tile.shape[:2], h, w) if total is None else total
-            total[:, :, top : top + th, left : left + tw] += tile * mask
+            mask = fade(top, th, h)[:, None] * fade(left, tw, w)
+            part = function(*parts).float()
+            total = part.new_zeros(*part.shape[:2], h, w) if total is None else total
+            total[:, :, top : top + th, left : left + tw] += part * mask
             weight[top : top + th, left : left + tw] += mask
     assert total is not None
     return total / weight

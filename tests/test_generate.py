@@ -181,6 +181,20 @@ def test_tiles_of_a_local_function_are_the_whole(monkeypatch, size):
     assert all(max(shape[2:]) <= 24 for shape in calls[:-1])
 
 
+@pytest.mark.parametrize("n", [25, 41, 43, 45])
+def test_a_tile_that_ends_just_before_the_image_leaves_no_seam(monkeypatch, n):
+    """Its last pixels have next to no weight beside those of the tile that ends with the image."""
+    monkeypatch.setattr(generate, "TILE", 24)
+    monkeypatch.setattr(generate, "OVERLAP", 8)
+
+    def function(x: Tensor) -> Tensor:
+        return torch.nn.functional.avg_pool2d(x, 3, 1, 1)  # darkens its edges
+
+    x = torch.ones(1, 3, n, 20)
+    made = generate.in_tiles(function, (n, 20), x)
+    torch.testing.assert_close(made, function(x), atol=2e-3, rtol=0)
+
+
 def test_a_tiled_image_has_no_seams(net, monkeypatch):
     hr, ref = uniform(1, 3, 4 * 56, 4 * 40), uniform(3, 16, 16)
     hr = extractors.resized(hr[..., ::8, ::8], 4 * 56, 4 * 40).clamp(0, 1)

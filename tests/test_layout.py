@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-STAGES = ["degrade", "extractors", "diffusion", "generate", "benchmark"]
+STAGES = ["degrade", "extractors", "diffusion", "generate", "sr", "benchmark"]
 FILES = ["common", *STAGES]
 # Each is imported inside the one function that needs it.
 HEAVY = ["torchvision", "lpips", "DISTS_pytorch", "pytorch_fid", "spandrel", "open_clip", "skimage"]

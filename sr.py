@@ -1,0 +1,388 @@
+"""Downstream: train a super-resolution network on LR/HR pairs, to see their worth. Section 3.1.
+
+In: a folder of pairs (of generate.py, degrade.py or a camera), or HR photos that a recipe of
+degrade.py reduces while training. Out: runs/sr/NAME.pt to go on from, and runs/sr/NAME.safetensors
+with the averaged weights, which spandrel and programs built on it read. The networks are the
+paper's four, trained from scratch, and FSRCNN, which a CPU can train.
+
+    python sr.py --sr swinir-l --pairs out/generated
+    python sr.py --sr fsrcnn --recipe bicubic --preset smoke
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import common
+import degrade
+import extractors
+import generate
+
+# ---- networks: lr (B, 3, h, w) in [0, 1] -> hr (B, 3, scale h, scale w) --------------------------
+
+
+class FSRCNN(nn.Module):
+    """Extract, shrink, map, expand, all at LR size, then one deconvolution (arXiv:1608.00367)."""
+
+    def __init__(self, scale: int, d: int = 56, s: int = 12, m: int = 4) -> None:
+        super().__init__()
+        self.scale = scale
+        # Deviation: RGB in and out; the original works on luma and leaves chroma to bicubic.
+        sizes = [(3, d, 5), (d, s, 1), *[(s, s, 3)] * m, (s, d, 1)]
+        layers: list[nn.Module] = []
+        for c_in, c_out, size in sizes:
+            layers += [nn.Conv2d(c_in, c_out, size, padding=size // 2), nn.PReLU(c_out)]
+        self.body = nn.Sequential(*layers)
+        self.last = nn.ConvTranspose2d(d, 3, 9, scale, padding=4, output_padding=scale - 1)
+        for layer in layers[::2]:
+            nn.init.kaiming_normal_(layer.get_parameter("weight"), a=0.25)  # PReLU's first slope
+            nn.init.zeros_(layer.get_parameter("bias"))
+        nn.init.normal_(self.last.weight, std=0.001)
+        nn.init.zeros_(self.last.get_parameter("bias"))
+
+    def forward(self, lr: Tensor) -> Tensor:
+        """(B, 3, h, w) -> (B, 3, scale h, scale w)."""
+        # Deviation: what it adds to bicubic, so that a minute of training is enough to be of use.
+        large = F.interpolate(lr, scale_factor=self.scale, mode="bicubic")
+        return large + self.last(self.body(lr))
+
+
+NETWORKS = ("swinir", "swinir-l", "rrdb", "hat", "fsrcnn")
+# SwinIR and HAT (arXiv:2108.10257, arXiv:2205.04437), and SwinIR for lightweight SR.
+MEDIUM = {"embed_dim": 180, "depths": [6] * 6, "num_heads": [6] * 6, "mlp_ratio": 2}
+LIGHT = {"embed_dim": 60, "depths": [6] * 4, "num_heads": [6] * 4}
+
+
+def sr_network(name: str, scale: int = 4) -> nn.Module:
+    """An untrained network, (B, 3, h, w) in [0, 1] -> (B, 3, scale h, scale w), not clamped."""
+    common.require(name in NETWORKS, f"--sr {name}: choose {', '.join(NETWORKS)}.")
+    common.require(scale in (2, 4), f"--scale {scale}: choose 2 or 4.")
+    if name == "fsrcnn":
+        return FSRCNN(scale)
+    common.import_torchvision()  # which spandrel imports, too
+    from spandrel.architectures import ESRGAN, HAT, SwinIR
+
+    if name == "hat":
+        options = {"window_size": 16, "overlap_ratio": 0.5, "conv_scale": 0.01} | MEDIUM
+        return HAT.HAT(upscale=scale, compress_ratio=3, squeeze_factor=30, **options)
+    if name == "rrdb":
+        net = ESRGAN.ESRGAN(scale=scale, num_filters=64, num_blocks=23)
+        for part, layer in net.named_modules():
+            if ".RDB" in part and isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight)  # made small: arXiv:1809.00219, Section 3.1
+                layer.weight.data *= 0.1
+                nn.init.zeros_(layer.get_parameter("bias"))
+        return net
+    options, upsampler = {"img_size": 48, "window_size": 8} | MEDIUM, "pixelshuffle"
+    if name == "swinir-l":
+        options, upsampler = options | LIGHT, "pixelshuffledirect"
+    return SwinIR.SwinIR(upscale=scale, upsampler=upsampler, **options)
+
+
+def mirrored(n: int, multiple: int) -> Tensor:
+    """Indices 0..n-1, and on by reflection to a multiple, however short the image."""
+    i = torch.arange(math.ceil(n / multiple) * multiple) % max(1, 2 * n - 2)
+    return torch.minimum(i, 2 * n - 2 - i) if n > 1 else i
+
+
+@torch.no_grad()
+def super_resolve(net: nn.Module, lr: Tensor, tile: int = 256) -> Tensor:
+    """lr (B, 3, h, w) of any size -> (B, 3, scale h, scale w), both in [0, 1].
+
+    Images larger than a tile (pixels of LR) are cut into overlapping ones, so that the memory the
+    network needs does not grow with them. Windows that do not fit in are filled up by reflection.
+    """
+    common.require(tile > generate.OVERLAP, f"tiles of {tile} pixels are all overlap.")
+
+    def whole(x: Tensor) -> Tensor:
+        (h, w), multiple = x.shape[2:], getattr(net, "window_size", 1)
+        rows, columns = (mirrored(n, multiple).to(x.device) for n in (h, w))
+        sr = net(x[:, :, rows][..., columns])
+        scale = sr.shape[2] // len(rows)
+        return F.pixel_unshuffle(sr[:, :, : scale * h, : scale * w], scale)  # (B, 3 scale^2, h, w)
+
+    sr = generate.in_tiles(whole, (lr.shape[2], lr.shape[3]), lr, tile=tile)
+    return F.pixel_shuffle(sr, math.isqrt(sr.shape[1] // 3)).float().clamp(0, 1)
+
+
+def load_network(path: str | Path) -> nn.Module:
+    """The averaged weights of a .pt or .safetensors of this file, ready to super_resolve."""
+    state = common.load_checkpoint(path)
+    config = state.get("config", {})
+    common.require("sr" in config, f"{path}: not a network of sr.py (give one of runs/sr).")
+    net = sr_network(config["sr"], config["scale"])
+    net.load_state_dict(state["ema"])
+    return net.eval().requires_grad_(False)
+
+
+# ---- pairs --------------------------------------------------------------------------------------
+
+
+def dihedral(x: Tensor, draw: int) -> Tensor:
+    """An image (..., n, n) turned by a multiple of 90 degrees and perhaps flipped: 8 ways."""
+    x = x.rot90(draw % 4, (-2, -1))
+    return x.flip(-1) if draw % 8 >= 4 else x
+
+
+def join(hr: Tensor, lr: Tensor) -> Tensor:
+    """A pair as one image at LR size: hr (B, 3, s h, s w), lr (B, 3, h, w) -> (B, 3 s^2 + 3, h, w).
+
+    Cropping it crops both at the same place.
+    """
+    return torch.cat([F.pixel_unshuffle(hr, hr.shape[2] // lr.shape[2]), lr], dim=1)
+
+
+def split(pair: Tensor) -> tuple[Tensor, Tensor]:
+    """hr and lr of a pair: the inverse of join()."""
+    return F.pixel_shuffle(pair[:, :-3], math.isqrt(pair.shape[1] // 3 - 1)), pair[:, -3:]
+
+
+def size_of(file: Path) -> tuple[int, int] | None:
+    """Width and height by an image file's header; None if it has none."""
+    try:
+        with Image.open(file) as image:
+            return image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def find_pairs(folder: str, scale: int, rt: common.Runtime) -> dict[Path, Path]:
+    """HR file of each LR file of a folder; UserError where they do not belong together.
+
+    The names below hr/ and lr/ (or HR/ and LR/) are the same but for the suffix. Pairs without an
+    image's header are left out, counted and named.
+    """
+    here, files = f"--pairs {folder}", {}
+    common.require(Path(folder).is_dir(), f"{here}: no such folder.")
+    for kind in ("hr", "lr"):
+        below = Path(folder) / kind
+        below = below if below.is_dir() else Path(folder) / kind.upper()
+        common.require(below.is_dir(), f"{here}: there is no folder {kind}/ in it.")
+        found = common.list_images([str(below)], "--pairs")
+        files[kind] = {f.relative_to(below).with_suffix("").as_posix(): f for f in found}
+        unique = len(found) == len(files[kind])
+        common.require(unique, f"{here}: {kind}/ has files that differ in their suffix only.")
+    alone = sorted(files["hr"].keys() ^ files["lr"].keys())
+    names = f"{len(alone)} names are only in one of hr/ and lr/, such as {', '.join(alone[:2])}"
+    common.require(not alone, f"{here}: {names}.")
+    pairs, bad = {}, []
+    for name, lr in files["lr"].items():
+        large, small = size_of(files["hr"][name]), size_of(lr)
+        if large is None or small is None:
+            bad.append(name)
+            continue
+        sizes = f"{name} has {large[0]} x {large[1]} and {small[0]} x {small[1]} pixels"
+        fits = large == (scale * small[0], scale * small[1])
+        common.require(fits, f"{here}: {sizes}, which is not --scale {scale}.")
+        pairs[lr] = files["hr"][name]
+    if bad and rt.is_main:
+        print(f"skipped {len(bad)} of {len(files['lr'])} pairs: unreadable (the first: {bad[0]})")
+    common.require(bool(pairs), f"{here}: none of its pairs can be read.")
+    return pairs
+
+
+class PairCrops(common.PhotoCrops):
+    """Crops of pairs, joined: item i (3 scale^2 + 3, size, size) depends on (seed, i) alone."""
+
+    grid = 1  # crops begin anywhere: no recipe follows that could mistake the blocks of a JPEG
+
+    def __init__(
+        self, pairs: dict[Path, Path], size: int, batch_size: int, seed: int, rt: common.Runtime
+    ) -> None:
+        super().__init__(list(pairs), size, batch_size, seed, rt)
+        self.pairs = pairs
+
+    def read(self, file: Path) -> Tensor:
+        """A pair as uint8 (3 scale^2 + 3, h, w)."""
+        hr, lr = (common.to_uint8(common.load_image(f))[None] for f in (self.pairs[file], file))
+        if hr.shape[2] * lr.shape[3] != hr.shape[3] * lr.shape[2]:  # EXIF can turn one of them
+            raise ValueError(f"{file}: its HR image lies on its side")
+        return join(hr, lr)[0]
+
+    def turned(self, crop: Tensor, draw: int) -> Tensor:
+        """Both images of a pair, turned alike."""
+        hr, lr = split(crop[None])
+        return join(dihedral(hr, draw), dihedral(lr, draw))[0]
+
+
+class HRCrops(common.PhotoCrops):
+    """Crops of HR photos, to be degraded while training."""
+
+    def turned(self, crop: Tensor, draw: int) -> Tensor:
+        """A crop (3, size, size), turned one of 8 ways."""
+        return dihedral(crop, draw)
+
+
+# ---- loss ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def degraded(hr: Tensor, recipe: str, scale: int, generator: torch.Generator) -> Tensor:
+    """LR of an HR batch (B, 3, H, W): each image with its own draw of a recipe of D."""
+    draw = common.generator(generator.initial_seed())  # on the CPU, so that no GPU is waited for
+    theta = degrade.sample_degradation(len(hr), recipe, scale, draw)
+    return degrade.degrade(hr, theta, draw)
+
+
+def sr_loss(net: nn.Module, hr: Tensor, lr: Tensor, perceptual_weight: float) -> dict[str, Tensor]:
+    """L1 for the PSNR-oriented networks of Table 1; a perceptual loss is added for the others.
+
+    hr (B, 3, s h, s w), lr (B, 3, h, w), both in [0, 1].
+    Deviation: L1 and LPIPS-VGG (arXiv:1801.03924), whose weights the metrics need anyway. The paper
+    cites losses on VGG's features, two of them with a GAN, and gives no layers and no weights.
+    """
+    sr = net(lr).float()
+    loss, psnr = F.l1_loss(sr, hr), extractors.psnr(F.mse_loss(sr.detach().clamp(0, 1), hr))
+    if perceptual_weight == 0:
+        return {"loss": loss, "psnr": psnr}
+    with torch.autocast(hr.device.type, enabled=False):
+        vgg = common.perceptual_net("LPIPS", "vgg", hr.device)
+        perceptual = vgg(sr, hr, normalize=True).mean()
+    return {"loss": loss + perceptual_weight * perceptual, "perceptual": perceptual, "psnr": psnr}
+
+
+# ---- configuration and training -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of SR training, the same for all networks.
+
+    The paper names BasicSR and no numbers; the defaults are BasicSR's for SwinIR x4.
+    """
+
+    sr: str = "swinir-l"  # network: swinir, swinir-l, rrdb, hat or fsrcnn
+    pairs: str = ""  # folder of pairs with the same names in hr/ and lr/
+    recipe: str = ""  # without --pairs: realesrgan (default), bsrgan, bicubic, light or camera
+    hr: tuple[str, ...] = ()  # folders of HR photos to degrade (else data/hr, else data/sample/hr)
+    out: str = "runs/sr"  # folder of checkpoints and log
+    name: str = ""  # of the files in it (default: network and source)
+    scale: int = 4  # HR size / LR size, 2 or 4
+    perceptual_weight: float = 0.0  # of LPIPS-VGG; above 0 for perceptual-oriented networks
+    steps: int = 500_000
+    batch_size: int = 32  # per process; BasicSR: 32 in all
+    crop: int = 48  # LR crop, pixels
+    learning_rate: float = 2e-4
+    betas: tuple[float, ...] = (0.9, 0.99)  # of Adam
+    ema_decay: float = 0.999
+    grad_clip: float = 1.0  # largest norm; BasicSR does not clip
+    bf16: bool = True  # where the device has it
+    log_every: int = 100
+    save_every: int = 5000
+    accumulate: int = 1  # batches per step and process
+    compile: bool = True  # torch.compile
+    tensorboard: bool = False  # log there, too
+    seed: int = 0
+    device: str = "auto"
+
+
+PRESETS: dict[str, dict] = {
+    "paper": {},
+    "small": {
+        "steps": 4000,
+        "batch_size": 8,
+        "crop": 32,
+        "learning_rate": 5e-4,
+        "compile": False,
+        "save_every": 500,
+    },
+    "smoke": {
+        "sr": "fsrcnn",
+        "steps": 1000,
+        "batch_size": 8,
+        "crop": 24,
+        "learning_rate": 2e-3,
+        "ema_decay": 0.99,
+        "compile": False,
+        "save_every": 500,
+    },
+}
+# What may not change between the runs of one name.
+FIXED = ("sr", "pairs", "recipe", "hr", "scale", "perceptual_weight")
+
+
+def resolved(cfg: Config) -> Config:
+    """The settings with their recipe and name; UserError for what is wrong with the flags alone."""
+    common.require(
+        not (cfg.pairs and (cfg.recipe or cfg.hr)),
+        "--pairs is a source of its own: give it without --recipe and --hr.",
+    )
+    recipe = "" if cfg.pairs else cfg.recipe or "realesrgan"
+    known = ", ".join(degrade.RECIPES)
+    common.require(not recipe or recipe in degrade.RECIPES, f"--recipe {recipe}: choose {known}.")
+    for flag, value, low in (
+        ("--crop", cfg.crop, 16),
+        ("--batch-size", cfg.batch_size, 1),
+        ("--steps", cfg.steps, 1),
+        ("--perceptual-weight", cfg.perceptual_weight, 0),
+    ):
+        common.require(value >= low, f"{flag} {value}: must be at least {low}.")
+    common.require(len(cfg.betas) == 2, "--betas takes two numbers.")
+    kind = ["perceptual"] if cfg.perceptual_weight > 0 else []
+    name = "-".join([cfg.sr, recipe or Path(cfg.pairs).resolve().name, *kind])
+    return replace(cfg, recipe=recipe, name=cfg.name or name)
+
+
+def save_network(path: Path, net: nn.Module, cfg: Config) -> None:
+    """Write weights under plain keys, by which spandrel knows the network, and the settings."""
+    weights = {key: value.contiguous().cpu() for key, value in net.state_dict().items()}
+    with common.replacing(path) as temporary:
+        save_file(weights, temporary, {"config": json.dumps(asdict(cfg))})
+
+
+def train(cfg: Config, rt: common.Runtime) -> Path:
+    """Train one network on one source; returns the file of its averaged weights."""
+    cfg = resolved(cfg)
+    torch.manual_seed(cfg.seed)  # the same network, whichever was trained before it
+    net = sr_network(cfg.sr, cfg.scale)
+    if cfg.perceptual_weight > 0:
+        common.perceptual_net("LPIPS", "vgg", rt.device)  # missing weights are said now
+    path = Path(cfg.out) / f"{cfg.name}.pt"
+    if path.is_file():
+        before = common.from_dict(Config, common.load_checkpoint(path).get("config", {}))
+        other = [key for key in FIXED if getattr(before, key) != getattr(cfg, key)]
+        names = " and ".join(other)
+        common.require(not other, f"{path} is of another --{names}: give another --name.")
+    data: common.PhotoCrops
+    if cfg.pairs:
+        pairs = find_pairs(cfg.pairs, cfg.scale, rt)
+        data = PairCrops(pairs, cfg.crop, cfg.batch_size, cfg.seed, rt)
+    else:
+        files = common.find_photos(cfg.hr, "hr", "--hr", packed=True)
+        data = HRCrops(files, cfg.scale * cfg.crop, cfg.batch_size, cfg.seed, rt)
+    if rt.is_main:
+        print(cfg)
+        print(f"{cfg.name}: {common.count_parameters(net)}, {data.count} images")
+
+    def loss(net: nn.Module, batch: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        if cfg.pairs:
+            hr, lr = split(batch)
+        else:
+            hr, lr = batch, degraded(batch, cfg.recipe, cfg.scale, generator)
+        # The transformers drop paths by draws from torch's own generator.
+        torch.manual_seed(generator.initial_seed())
+        return sr_loss(net, hr, lr, cfg.perceptual_weight)
+
+    # Deviation: a constant learning rate, as in all stages; BasicSR halves it four times. The
+    # average of the weights stands in for that.
+    groups = [{"params": [*net.parameters()], "lr": cfg.learning_rate, "betas": cfg.betas}]
+    net = common.fit(
+        rt, net, loss, [data], groups, path, cfg, cfg.steps, asdict(cfg), compiled=[net]
+    )
+    target = path.with_suffix(".safetensors")
+    if rt.is_main:
+        save_network(target, net, cfg)
+        print(f"averaged weights: {target}")
+    common.wait_for_all(rt)
+    return target
+
+
+if __name__ == "__main__":
+    common.launch(train, Config, PRESETS, __doc__)

@@ -1,0 +1,383 @@
+"""sr.py: the networks and their files, pairs and their crops, the training, the command."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+import common
+import degrade
+import sr
+from sr import Config
+
+REPO = Path(__file__).resolve().parents[1]
+CPU = common.Runtime(torch.device("cpu"))
+TINY = Config(sr="fsrcnn", compile=False, batch_size=2, crop=16, bf16=False, learning_rate=1e-3)
+
+
+def uniform(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=common.generator(seed, *shape))
+
+
+def save_pairs(folder: Path, sizes: list[tuple[int, int]], names: tuple[str, str] = ("hr", "lr")):
+    """Pairs 0.png, 1.png, ... of these LR sizes; returns the folder as a flag."""
+    for i, (h, w) in enumerate(sizes):
+        hr = uniform(3, 4 * h, 4 * w, seed=i)
+        common.save_image(folder / names[0] / f"{i}.png", hr)
+        common.save_image(folder / names[1] / f"{i}.png", F.avg_pool2d(hr, 4))
+    return str(folder)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return save_pairs(tmp_path / "pairs", [(20, 24), (18, 19), (32, 17)])
+
+
+# ---- networks ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("swinir-l", 0.93), ("swinir", 11.90), ("rrdb", 16.70), ("hat", 20.77), ("fsrcnn", 0.02)],
+)
+def test_a_network_has_its_shape_and_size_and_comes_back_from_its_file(name, millions, tmp_path):
+    torch.manual_seed(0)
+    net = sr.sr_network(name).eval()
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.006)
+    lr = uniform(2, 3, 16, 24)
+    made = net(lr)
+    assert made.shape == (2, 3, 64, 96)
+    made.mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    sr.save_network(tmp_path / "net.safetensors", net, Config(sr=name))
+    with torch.no_grad():
+        again = sr.load_network(tmp_path / "net.safetensors")(lr)
+        torch.testing.assert_close(again, made.detach(), rtol=0, atol=1e-6)
+        if name != "fsrcnn":  # which spandrel does not know
+            import spandrel
+
+            loaded = spandrel.ModelLoader("cpu").load_from_file(tmp_path / "net.safetensors")
+            assert loaded.eval().scale == 4
+            torch.testing.assert_close(loaded.model(lr), made.detach(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_fsrcnn_has_as_many_parameters_as_the_paper_s_formula(scale):
+    d, s, m = 56, 12, 4
+    weights = 3 * d * 25 + d * s + m * 9 * s * s + s * d + 3 * d * 81
+    biases_and_slopes = 2 * (d + s + m * s + d) + 3
+    net = sr.sr_network("fsrcnn", scale)
+    assert sum(p.numel() for p in net.parameters()) == weights + biases_and_slopes
+    assert net(uniform(1, 3, 7, 5)).shape == (1, 3, 7 * scale, 5 * scale)
+
+
+def test_an_untrained_fsrcnn_is_close_to_bicubic():
+    lr = uniform(1, 3, 16, 16)
+    bicubic = F.interpolate(lr, scale_factor=4, mode="bicubic")
+    assert (sr.sr_network("fsrcnn")(lr) - bicubic).abs().mean() < 0.02
+
+
+def test_mirrored_is_numpy_s_reflection():
+    for n in (1, 2, 3, 7, 8, 9):
+        expected = np.pad(np.arange(n), (0, -n % 8), "reflect" if n > 1 else "edge")
+        assert sr.mirrored(n, 8).tolist() == expected.tolist()
+
+
+def small_net() -> nn.Module:
+    """One convolution, so that what a pixel sees is known."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 48, 3, padding=1), nn.PixelShuffle(4))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(p.abs() / 5)
+    return net
+
+
+def test_tiles_equal_the_whole_image_and_are_small():
+    net, lr, seen = small_net(), uniform(1, 3, 101, 75), []
+    net.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
+    whole = sr.super_resolve(net, lr)
+    assert seen == [(101, 75)] and whole.shape == (1, 3, 404, 300)
+    assert 0 < whole.min() and whole.max() < 1
+    torch.testing.assert_close(whole, net(lr).detach())
+    seen.clear()
+    tiled = sr.super_resolve(net, lr, tile=48)
+    assert len(seen) > 4 and set(seen) == {(48, 48)}
+    # Where a tile sees its edge, it has next to no weight.
+    torch.testing.assert_close(tiled, whole, rtol=0, atol=5e-4)
+    inner = (..., slice(72, 120), slice(72, 104))  # where no tile begins or ends
+    torch.testing.assert_close(tiled[inner], whole[inner], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (17, 33), (40, 71)])
+def test_any_size_is_resolved_by_a_network_with_windows(size):
+    torch.manual_seed(0)
+    net = sr.sr_network("swinir-l").eval()
+    made = sr.super_resolve(net, uniform(1, 3, *size), tile=48)
+    assert made.shape == (1, 3, 4 * size[0], 4 * size[1])
+    assert made.isfinite().all() and 0 <= made.min() and made.max() <= 1
+
+
+def test_images_of_a_batch_are_resolved_as_alone():
+    net, lr = small_net(), uniform(3, 3, 20, 60)
+    together = sr.super_resolve(net, lr, tile=40)
+    torch.testing.assert_close(together[1:2], sr.super_resolve(net, lr[1:2], tile=40))
+
+
+# ---- pairs ------------------------------------------------------------------------------------
+
+
+def test_split_is_the_inverse_of_join():
+    hr, lr = uniform(2, 3, 32, 24), uniform(2, 3, 8, 6)
+    both = sr.join(hr, lr)
+    assert both.shape == (2, 51, 8, 6)
+    assert all(torch.equal(a, b) for a, b in zip(sr.split(both), (hr, lr), strict=True))
+
+
+def test_the_eight_ways_to_turn_are_different():
+    x = uniform(3, 8, 8)
+    turned = [sr.dihedral(x, draw) for draw in range(8)]
+    assert len({tuple(t.flatten().tolist()) for t in turned}) == 8
+    assert torch.equal(sr.dihedral(x, 8 * 7 + 3), turned[3])
+
+
+def test_crops_of_both_images_are_of_the_same_place(tmp_path):
+    """The images show their coordinates: those of LR, and in HR those within 4 x 4 pixels, too."""
+    h, w = 21, 30
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    lr = torch.stack([y, x, torch.zeros_like(x)]).float() / 255
+    hr = lr.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    within = torch.arange(16).view(4, 4).repeat(h, w) / 255  # place in the 4 x 4
+    hr[2] = within
+    common.save_image(tmp_path / "hr" / "a.png", hr)
+    common.save_image(tmp_path / "lr" / "a.png", lr)
+    found = sr.find_pairs(str(tmp_path), 4, CPU)
+    crops, turns, places = sr.PairCrops(found, 16, 1, 0, CPU), set(), set()
+    for i in range(100):
+        hr_crop, lr_crop = (image[0] for image in sr.split(crops[i][None]))
+        assert hr_crop.shape == (3, 64, 64) and lr_crop.shape == (3, 16, 16)
+        assert torch.equal(F.max_pool2d(hr_crop[:2], 4), lr_crop[:2])
+        top, left = (int(round(lr_crop[c].min().item() * 255)) for c in (0, 1))
+        original = hr[:, 4 * top : 4 * top + 64, 4 * left : 4 * left + 64]
+        same = [k for k in range(8) if torch.allclose(sr.dihedral(original, k), hr_crop)]
+        assert len(same) == 1
+        turns |= set(same)
+        places.add((top, left))
+    assert turns == set(range(8))
+    assert {p[0] for p in places} == set(range(6)) and {p[1] for p in places} == set(range(15))
+
+
+def test_an_item_depends_on_seed_and_number_alone(pairs):
+    found = sr.find_pairs(pairs, 4, CPU)
+    one, two, other = (sr.PairCrops(found, 16, B, s, CPU) for B, s in ((1, 0), (4, 0), (4, 1)))
+    batch = next(two.batches([3], CPU.device))
+    assert torch.equal(batch, torch.stack([one[12 + b] for b in range(4)]))
+    assert not torch.equal(one[12], other[12])
+    photos = [sr.HRCrops(sorted(found.values()), 64, B, 0, CPU) for B in (1, 3)]
+    assert torch.equal(photos[0][5], photos[1][5])
+
+
+def test_upper_case_folders_and_suffixes_may_differ(tmp_path):
+    folder = save_pairs(tmp_path / "p", [(16, 16)], ("HR", "LR"))
+    (tmp_path / "p" / "LR" / "0.png").rename(tmp_path / "p" / "LR" / "0.PNG")
+    assert len(sr.find_pairs(folder, 4, CPU)) == 1
+
+
+def test_unreadable_pairs_are_skipped_and_counted(tmp_path, capsys):
+    folder = save_pairs(tmp_path / "p", [(20, 20)] * 4)
+    (tmp_path / "p" / "hr" / "1.png").write_bytes(b"no image")
+    cut = tmp_path / "p" / "lr" / "2.png"
+    cut.write_bytes(cut.read_bytes()[:300])  # its header is whole
+    found = sr.find_pairs(folder, 4, CPU)
+    assert "skipped 1 of 4 pairs" in capsys.readouterr().out and len(found) == 3
+    crops = sr.PairCrops(found, 16, 1, 0, CPU)
+    assert all(crops[i].shape == (51, 16, 16) for i in range(20))
+    assert capsys.readouterr().out.count("skipped") == 1
+
+
+def test_a_pair_of_which_one_is_turned_by_exif_is_skipped(tmp_path, capsys):
+    folder = tmp_path / "p"
+    save_pairs(folder, [(20, 24), (20, 24)])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    with Image.open(folder / "hr" / "0.png") as image:
+        image.save(folder / "hr" / "0.png", exif=exif)
+    crops = sr.PairCrops(sr.find_pairs(str(folder), 4, CPU), 16, 1, 0, CPU)
+    assert all(crops[i].shape == (51, 16, 16) for i in range(9))
+    assert "lies on its side" in capsys.readouterr().out
+
+
+# ---- training ---------------------------------------------------------------------------------
+
+
+def test_sr_loss_is_l1_and_a_weighted_distance(monkeypatch):
+    hr, lr, calls = uniform(2, 3, 64, 64), uniform(2, 3, 16, 16), []
+
+    def distance(a: Tensor, b: Tensor, normalize: bool) -> Tensor:
+        calls.append((a, b, normalize))
+        return torch.full((2, 1, 1, 1), 3.0)
+
+    monkeypatch.setattr(common, "perceptual_net", lambda *args: distance)
+    gray = lambda lr: torch.full((2, 3, 64, 64), 0.5)  # noqa: E731
+    expected = (hr - 0.5).abs().mean().item()
+    assert sr.sr_loss(gray, hr, lr, 0.0)["loss"].item() == pytest.approx(expected)
+    assert not calls
+    assert sr.sr_loss(gray, hr, lr, 0.2)["loss"].item() == pytest.approx(expected + 0.6)
+    assert torch.equal(calls[0][1], hr) and calls[0][2]
+
+
+def test_bicubic_recipe_is_the_antialiased_reduction():
+    hr = uniform(2, 3, 64, 64)
+    lr = sr.degraded(hr, "bicubic", 4, common.generator(0))
+    expected = F.interpolate(hr, scale_factor=0.25, mode="bicubic", antialias=True).clamp(0, 1)
+    torch.testing.assert_close(lr, expected, rtol=0, atol=0.51 / 255)
+
+
+def test_each_image_of_a_batch_is_degraded_in_its_own_way():
+    hr = uniform(1, 3, 64, 64).repeat(4, 1, 1, 1)
+    lr = sr.degraded(hr, "bsrgan", 4, common.generator(0))
+    assert torch.equal(lr, sr.degraded(hr, "bsrgan", 4, common.generator(0)))
+    assert all(not torch.equal(lr[0], lr[b]) for b in (1, 2, 3))
+
+
+def test_a_few_steps_on_one_pair_beat_bicubic():
+    photo = common.load_image(REPO / "data" / "sample" / "hr" / "coffee.jpg")
+    hr = photo[None, :, 100:196, 200:296]
+    lr = degrade.degrade(hr, degrade.bicubic(1, 4))
+    torch.manual_seed(0)
+    net = sr.sr_network("fsrcnn")
+    opt = torch.optim.Adam(net.parameters(), 2e-3)
+    values = []
+    for _ in range(80):
+        loss = sr.sr_loss(net, hr, lr, 0.0)["loss"]
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        values.append(loss.item())
+    bicubic = F.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1)
+    assert values[-1] < 0.9 * values[0]
+    assert F.mse_loss(sr.super_resolve(net, lr), hr) < 0.8 * F.mse_loss(bicubic, hr)
+
+
+@pytest.mark.parametrize("name", ["fsrcnn", "swinir-l"])
+def test_training_resumes_exactly(tmp_path, pairs, name):
+    """Also where paths are dropped at random, as in SwinIR."""
+    source = {"pairs": pairs} if name == "fsrcnn" else {"hr": (pairs + "/hr",), "recipe": "bsrgan"}
+    cfg = replace(TINY, sr=name, name="a", **source)
+    for out, runs in {"once": [2], "twice": [1, 2]}.items():
+        for steps in runs:
+            torch.manual_seed(steps)
+            sr.train(replace(cfg, out=str(tmp_path / out), steps=steps), CPU)
+    once, twice = (common.load_checkpoint(tmp_path / out / "a.pt") for out in ("once", "twice"))
+    for kind in ("net", "ema"):
+        assert all(torch.equal(v, twice[kind][k]) for k, v in once[kind].items())
+    assert any(not torch.equal(v, once["ema"][k]) for k, v in once["net"].items())
+
+
+def test_train_returns_the_averaged_weights(tmp_path, pairs):
+    path = sr.train(replace(TINY, pairs=pairs, out=str(tmp_path / "out"), steps=3), CPU)
+    assert path == tmp_path / "out" / "fsrcnn-pairs.safetensors"
+    ema, lr = common.load_checkpoint(path.with_suffix(".pt"))["ema"], uniform(1, 3, 9, 9)
+    net = sr.load_network(path)
+    assert all(torch.equal(v, ema[k]) for k, v in net.state_dict().items())
+    assert torch.equal(net(lr), sr.load_network(path.with_suffix(".pt"))(lr))
+
+
+def test_perceptual_training_has_its_own_name_and_an_order_does_not_matter(tmp_path, pairs):
+    cfg = replace(TINY, pairs=pairs, steps=1)
+    first = sr.train(replace(cfg, out=str(tmp_path / "a")), CPU)
+    sr.train(replace(cfg, out=str(tmp_path / "b"), seed=1), CPU)
+    again = sr.train(replace(cfg, out=str(tmp_path / "c")), CPU)
+    one, two = (sr.load_network(path).state_dict() for path in (first, again))
+    assert all(torch.equal(v, two[k]) for k, v in one.items())
+    assert sr.resolved(replace(cfg, perceptual_weight=1.0)).name == "fsrcnn-pairs-perceptual"
+
+
+@pytest.mark.slow
+def test_perceptual_training_runs(tmp_path, pairs):
+    if common.missing_weights("vgg"):
+        pytest.skip("needs the weights of VGG")
+    cfg = replace(TINY, pairs=pairs, out=str(tmp_path / "out"), steps=1, perceptual_weight=1.0)
+    assert sr.train(cfg, CPU).is_file()
+
+
+# ---- the command ------------------------------------------------------------------------------
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *flags: object) -> int:
+    """Exit code of the command with these flags."""
+    argv = ["sr.py", "--preset", "smoke", "--device", "cpu", "--steps", 1, "--crop", 16, *flags]
+    monkeypatch.setattr(sys, "argv", [str(a) for a in argv])
+    try:
+        common.launch(sr.train, sr.Config, sr.PRESETS, sr.__doc__ or "")
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ("--sr foo", "swinir-l"),
+        ("--scale 3", "--scale 3"),
+        ("--recipe foo", "--recipe foo"),
+        ("--pairs nowhere", "nowhere"),
+        ("--hr nowhere", "nowhere"),
+        ("--pairs pairs --recipe bicubic", "--recipe"),
+        ("--pairs pairs/hr", "no folder hr/"),
+        ("--pairs pairs --scale 2", "not --scale 2"),
+        ("--pairs pairs --crop 33", "33 x 33"),
+        ("--pairs names", "b"),
+        ("--pairs sizes", "64 x 64 and 17 x 16"),
+        ("--crop 8", "--crop 8"),
+        ("--batch-size 0", "--batch-size 0"),
+        ("--perceptual-weight -1", "--perceptual-weight -1"),
+    ],
+)
+def test_wrong_flags_are_refused_in_one_sentence(monkeypatch, tmp_path, pairs, capsys, flags, word):
+    monkeypatch.chdir(tmp_path)
+    save_pairs(tmp_path / "names", [(16, 16)] * 2)
+    (tmp_path / "names" / "lr" / "1.png").rename(tmp_path / "names" / "lr" / "b.png")
+    save_pairs(tmp_path / "sizes", [(16, 16)])
+    common.save_image(tmp_path / "sizes" / "lr" / "0.png", uniform(3, 16, 17))
+    assert command(monkeypatch, *flags.split()) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1 and word in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_name_belongs_to_one_source(monkeypatch, tmp_path, pairs, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, "--pairs", pairs, "--name", "a") == 0
+    before = (tmp_path / "runs/sr/a.pt").read_bytes()
+    capsys.readouterr()
+    assert command(monkeypatch, "--hr", pairs + "/hr", "--name", "a") == 2
+    assert "give another --name" in capsys.readouterr().err
+    assert (tmp_path / "runs/sr/a.pt").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_stage_is_refused(tmp_path):
+    common.save_checkpoint(tmp_path / "other.pt", {"ema": {}, "config": {"widths": [1]}})
+    with pytest.raises(common.UserError, match="not a network of sr.py"):
+        sr.load_network(tmp_path / "other.pt")
+
+
+def test_the_command_trains_from_an_empty_folder(tmp_path):
+    flags = "--sr fsrcnn --recipe bicubic --preset smoke --steps 2 --crop 16".split()
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(REPO / "sr.py"), *flags],
+        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stderr == "", done.stderr[-3000:]
+    files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    names = ("fsrcnn-bicubic.pt", "fsrcnn-bicubic.safetensors", "log.jsonl")
+    assert files == {f"runs/sr/{name}" for name in names}
