@@ -1,4 +1,4 @@
-"""Metrics against closed forms, scikit-image and published values; pairs; the table end to end."""
+"""Pairs, the methods, Table 2 end to end, and what the command line says of bad input."""
 
 import json
 import math
@@ -13,22 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from scipy import ndimage
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import benchmark
 import common
-import degrade
-import extractors
 import generate
 
 ROOT = Path(benchmark.__file__).parent
-
-
-def two_images(batch=2, height=37, width=50):
-    x = torch.rand(batch, 3, height, width, generator=common.generator(1))
-    eps = torch.randn(x.shape, generator=common.generator(2))
-    return x, (x + 0.1 * eps).clamp(0, 1)
 
 
 def write(path, pixels):
@@ -51,104 +41,6 @@ def write_pairs(folder, names=("Canon_1", "Canon_2", "Nikon_1", "Nikon_2", "Sony
         lr = Image.fromarray(hr).resize((48, 48), Image.Resampling.BOX)
         write(folder / "LR" / f"{name}.png", np.asarray(lr))
     return folder
-
-
-# ---- metrics ------------------------------------------------------------------------------------
-
-
-def test_psnr_of_a_constant_difference_is_its_level():
-    x = torch.full((2, 3, 8, 8), 0.5)
-    y = x + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
-    torch.testing.assert_close(benchmark.psnr(x, y).float(), torch.tensor([20.0, 40.0]))
-    assert benchmark.psnr(x, x).isinf().all()
-
-
-def test_psnr_equals_scikit_image_for_each_image():
-    x, y = two_images()
-    expected = [
-        peak_signal_noise_ratio(a.numpy(), b.numpy(), data_range=1)
-        for a, b in zip(x, y, strict=True)
-    ]
-    np.testing.assert_allclose(benchmark.psnr(x, y), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("to_y", [False, True])
-def test_ssim_equals_scikit_image(to_y):
-    x, y = two_images()
-    if to_y:
-        x, y = benchmark.rgb_to_y(x), benchmark.rgb_to_y(y)
-    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    expected = [
-        structural_similarity(
-            a.double().numpy(), b.double().numpy(), channel_axis=0, data_range=1, **options
-        )
-        for a, b in zip(x, y, strict=True)
-    ]
-    np.testing.assert_allclose(benchmark.ssim(x, y), expected, atol=1e-5)
-    np.testing.assert_allclose(benchmark.ssim(x, x), 1)
-
-
-def test_luma_of_known_colours():
-    colours = {
-        (0, 0, 0): 16.0,
-        (1, 1, 1): 235.0,
-        (1, 0, 0): 16 + 65.481,
-        (0, 1, 0): 16 + 128.553,
-        (0, 0, 1): 16 + 24.966,
-        (0.5, 0.25, 0.75): 16 + 0.5 * 65.481 + 0.25 * 128.553 + 0.75 * 24.966,
-    }
-    x = torch.tensor(list(colours)).view(-1, 3, 1, 1)
-    y = benchmark.rgb_to_y(x)
-    assert y.shape == (len(colours), 1, 1, 1)
-    torch.testing.assert_close(y.flatten() * 255, torch.tensor(list(colours.values())))
-
-
-def test_deep_distances_have_their_published_values(shared, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(shared / "weights"))
-    common.perceptual_net.cache_clear()
-
-    def load(name):
-        return common.load_image(shared / "weights" / "reference" / f"{name}.png")[None]
-
-    reference = load("ex_ref").repeat(2, 1, 1, 1)
-    distance = benchmark.lpips_distance(reference, torch.cat([load("ex_p0"), load("ex_p1")]))
-    np.testing.assert_allclose(distance, [0.7219, 0.1376], atol=1e-4)
-    r0, r1 = load("r0"), load("r1")
-    np.testing.assert_allclose(benchmark.dists_distance(r0, r1), [0.3347], atol=1e-4)
-    both = benchmark.dists_distance(torch.cat([r0, r0]), torch.cat([r1, r0]))
-    np.testing.assert_allclose(both, [0.3347, 0.0], atol=1e-4)
-
-
-def test_packages_of_the_metrics_load_whatever_torchvisions_operators_do():
-    common.import_torchvision()
-    import DISTS_pytorch
-    import lpips
-    import torchvision
-
-    assert lpips.LPIPS and DISTS_pytorch.DISTS and torchvision.models.vgg16
-
-
-def test_missing_weights_are_named_and_never_downloaded(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    common.perceptual_net.cache_clear()
-    x, y = two_images(height=64, width=64)
-    for distance, file in (
-        (benchmark.lpips_distance, "alexnet-owt-7be5be79.pth"),
-        (benchmark.dists_distance, "vgg16-397923af.pth"),
-    ):
-        with pytest.raises(common.UserError, match=file):
-            distance(x, y)
-    assert not list(tmp_path.iterdir())
-
-
-def test_damaged_weights_are_one_sentence(tmp_path, monkeypatch):
-    file = tmp_path / "hub" / "checkpoints" / common.WEIGHTS["alex"]
-    file.parent.mkdir(parents=True)
-    file.write_bytes(b"half a download")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    common.perceptual_net.cache_clear()
-    with pytest.raises(common.UserError, match="no readable weights"):
-        benchmark.lpips_distance(*two_images(height=64, width=64))
 
 
 # ---- pairs --------------------------------------------------------------------------------------
@@ -352,160 +244,6 @@ def test_bicubic_row_of_the_shared_pairs_is_reproduced_without_our_code(shared, 
     device = torch.device("cpu")
     row = benchmark.evaluate("bicubic", benchmark.bicubic, pairs, metrics, 8, device)
     np.testing.assert_allclose(list(row["mean"].values()), np.mean(expected, axis=0), atol=0.01)
-
-
-# ---- does generated LR follow its reference? ----------------------------------------------------
-
-
-def scenes(batch=3, size=192):
-    """Drawn photos (B, 3, size, size): shapes with edges at all scales, and a little grain."""
-    images = []
-    for number in range(batch):
-        gen = common.generator(number)
-        noise = [torch.randn(3, size, size, generator=gen).numpy() for _ in range(4)]
-        shapes = [
-            ndimage.gaussian_filter(x, (0, s, s)) > 0
-            for x, s in zip(noise, (2, 4, 8, 24), strict=True)
-        ]
-        image = 0.25 + 0.12 * np.sum(shapes, axis=0) + 0.01 * noise[0]
-        images.append(torch.from_numpy(image).float())
-    return torch.stack(images).clamp(0, 1)
-
-
-@pytest.mark.parametrize(
-    "factor, least", [("blur", 0.95), ("noise", 0.95), ("sharpen", 0.95), ("jpeg", 0.9)]
-)
-def test_the_measure_of_a_factor_rises_with_the_factor(factor, least):
-    hr = scenes()
-    banks = [benchmark.reductions(x) for x in hr]
-    found = benchmark.follow(hr, banks, benchmark.truth, factor, seed=0)
-    assert len(found["rank"]) == 3 and min(found["rank"]) > least
-    np.testing.assert_allclose(found["detail"], 1)
-
-
-def test_measures_have_the_units_of_the_factors():
-    hr = scenes(1)[0]
-    bank = benchmark.reductions(hr)
-    plain = bank[:1]
-    blurred = ndimage.gaussian_filter(hr, (0, 4, 4), mode="mirror", truncate=3)  # 1 LR pixel
-    soft = extractors.resized(torch.from_numpy(blurred)[None], 48, 48)
-    assert benchmark.blur_of(soft, bank).item() == pytest.approx(1, abs=0.02)
-    noise = torch.randn(plain.shape, generator=common.generator(5))
-    noisy = plain / 2 + 0.25 + 0.02 * noise  # a change of contrast is no noise
-    assert benchmark.noise_of(noisy, bank).item() == pytest.approx(0.02 * 255, rel=0.1)
-    one = torch.from_numpy(ndimage.gaussian_filter(plain, (0, 0, 1, 1), mode="mirror"))
-    for amount in (-0.5, 0.0, 0.8):
-        sharp = plain + amount * (plain - one)
-        assert benchmark.sharpening_of(sharp, bank).item() == pytest.approx(amount, abs=0.02)
-    steps = torch.arange(48) // 8 / 100
-    assert benchmark.blockiness(noise / 100 + steps + steps[:, None]) > 1
-    assert benchmark.blockiness(noise).item() == pytest.approx(1, abs=0.1)
-
-
-def drawn_folder(folder, batch=3):
-    for number, image in enumerate(scenes(batch)):
-        common.save_image(folder / f"{number}.png", image)
-    return folder
-
-
-@pytest.mark.parametrize("obeys", [True, False])
-def test_a_network_that_obeys_its_reference_scores_high_another_one_near_0(
-    tmp_path, monkeypatch, obeys
-):
-    levels = {f: torch.linspace(low, high, 8) for f, (_, low, high) in benchmark.FACTORS.items()}
-    given = {}  # the parameters of each reference, by its pixels
-    original = degrade.degrade
-
-    def remember(hr, theta, generator=None):
-        lr = original(hr, theta, generator)
-        given.update({x.numpy().tobytes(): theta[[i]] for i, x in enumerate(lr)})
-        return lr
-
-    def answer(net, hr, lr_ref, t_start, num_steps, candidates, start, eta, seeds, bf16):
-        assert candidates == 1 and len(set(seeds)) == len(seeds) == len(levels["blur"])
-        if obeys:
-            theta = degrade.Degradation.cat([given[x.numpy().tobytes()] for x in lr_ref])
-            return original(hr, theta)[:, None], {}
-        theta = benchmark.only("noise", torch.full((len(hr),), 5.0), noise=seeds[0])
-        theta.seed = torch.tensor(seeds) % 2**31
-        return original(hr, theta)[:, None], {}
-
-    monkeypatch.setattr(degrade, "degrade", remember)
-    monkeypatch.setattr(generate, "generate", answer)
-    cfg = benchmark.Config(t_starts=(0, 9), repeats=2)
-    rows = benchmark.table_factors(scenes(4), None, cfg)["rows"]
-    assert [row["factor"] for row in rows[::3]] == list(benchmark.FACTORS)
-    assert [len(row["rank"]) for row in rows[:3]] == [4, 4, 8]  # repeats where noise is drawn
-    for row in rows:
-        mean = np.mean(row["rank"])
-        obeyed = obeys or row["answer"] == "truth"
-        assert mean > 0.9 if obeyed else abs(mean) < 0.45, row["factor"]
-
-
-# ---- do the extractors tell degradation and content apart? --------------------------------------
-
-
-def test_retrieval_finds_the_same_theta_by_theta_and_not_by_chance():
-    theta = torch.randn(64, 5, generator=common.generator(1))
-    assert set(benchmark.retrieval(theta, theta + 1e-4).values()) == {1.0}
-    assert set(benchmark.retrieval(theta * 9, theta * 9, standardise=True).values()) == {1.0}
-    other = torch.randn(64, 5, generator=common.generator(2))
-    found = benchmark.retrieval(theta, other)
-    assert found["L2 top-1"] < 0.1 and found["cosine top-1"] < 0.1 and found["L2 top-5"] < 0.25
-    # A code that says nothing is no better than chance, although each distance is the smallest.
-    assert set(benchmark.retrieval(torch.ones(64, 5), torch.ones(64, 5)).values()) == {0.0}
-
-
-def test_statistics_tell_noise_from_blur():
-    hr = scenes(2)
-    lr = [
-        degrade.degrade(hr, benchmark.only(f, torch.full((2,), v)))
-        for f, v in (("blur", 1.5), ("noise", 15.0), ("blur", 1.5), ("noise", 15.0))
-    ]
-    queries = torch.cat([benchmark.statistics(x)[:1] for x in lr[:2]])
-    candidates = torch.cat([benchmark.statistics(x)[1:] for x in lr[2:]])
-    assert benchmark.retrieval(queries, candidates, standardise=True)["L2 top-1"] == 1
-
-
-def test_devices_are_sub_folders_and_give_two_files_each(tmp_path):
-    for device, count in (("a", 3), ("b", 2), ("c", 1)):
-        for number in range(count):
-            write(tmp_path / device / f"{number}.png", photo(number, 64))
-    write(tmp_path / "d/0.png", photo(0, 16))  # too small
-    write(tmp_path / "d/1.png", photo(1, 64))
-    files = common.list_images([str(tmp_path)], "--lr")
-    queries, candidates = benchmark.device_crops(files, 32, 9, seed=0)
-    assert queries.shape == candidates.shape == (2, 3, 32, 32)
-    assert not any(torch.equal(q, c) for q, c in zip(queries, candidates, strict=True))
-    assert benchmark.device_crops(files[:3], 32, 9, seed=0) == []  # one device
-
-
-def test_both_tables_run_from_the_command_line_with_the_shipped_weights(tmp_path):
-    hr = drawn_folder(tmp_path / "hr")
-    for device in ("a", "b"):
-        for number in range(2):
-            write(tmp_path / "lr" / device / f"{number}.png", photo(number, 48))
-    shipped = ROOT / "data/pretrained"
-    command = [sys.executable, str(ROOT / "benchmark.py"), "--table", "factors", "extractors"]
-    command += ["--hr", str(hr), "--lr", str(tmp_path / "lr"), "--images", "2", "--crop", "32"]
-    command += ["--checkpoint", str(shipped / "diffusion.safetensors"), "--t-starts", "9"]
-    command += ["--extractors", str(shipped / "extractors.safetensors"), "--repeats", "1"]
-    command += ["--num-steps", "1", "--device", "cpu", "--out", "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "out/results.json").read_text())
-    rows = results["factors"]["rows"]
-    assert len(rows) == 4 * 2 and all(np.isfinite(row["rank"]).all() for row in rows)
-    assert {row["task"] for row in results["extractors"]["retrieval"]} == {
-        "theta, realesrgan",
-        "theta, camera",
-        "device",
-    }
-    text = (tmp_path / "out/factors.md").read_text()
-    assert "| blur | truth | 1.000 |" in text and "| jpeg | T=9 |" in text
-    text = (tmp_path / "out/extractors.md").read_text()
-    assert "| device | E_deg |" in text and "| clean, with codebook |" in text
-    assert text in done.stdout and "nan" not in text
 
 
 # ---- the command line ---------------------------------------------------------------------------
