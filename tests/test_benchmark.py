@@ -250,7 +250,7 @@ def test_bicubic_row_of_the_shared_pairs_is_reproduced_without_our_code(shared, 
 
 
 def test_the_presets_of_generation_serve_here_too():
-    for preset in generate.PRESETS.values():
+    for preset in benchmark.PRESETS.values():
         benchmark.Config(**preset)
 
 
