@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,16 @@ import degrade
 import extractors
 import generate
 import probes
-from metrics import (  # noqa: F401  (under these names others call them, too)
+from metrics import (  # noqa: F401  (all are names of benchmark, too)
     METRICS,
+    SET_METRICS,
     available_metrics,
+    clip_score,
     dists_distance,
+    fid,
+    kid,
     lpips_distance,
     psnr,
-    rgb_to_y,
     ssim,
 )
 
@@ -159,8 +162,8 @@ def realdgen(hr: Tensor, batch: Sequence[Pair], net: Any, cfg: "Config") -> Tens
 
 # The paper's RealDGen on all crops of a benchmark.
 PAPER = {
-    "RealSR": "PSNR 26.16, SSIM 0.794, LPIPS 0.223, DISTS 0.187",
-    "DRealSR": "PSNR 28.66, SSIM 0.836, LPIPS 0.150, DISTS 0.157",
+    "RealSR": "PSNR 26.16, SSIM 0.794, LPIPS 0.223, DISTS 0.187, FID 107.24, CLIP-Score 0.824",
+    "DRealSR": "PSNR 28.66, SSIM 0.836, LPIPS 0.150, DISTS 0.157, FID 30.01, CLIP-Score 0.858",
 }
 Method = Callable[[Tensor, list[Pair]], Tensor]
 
@@ -174,8 +177,13 @@ def evaluate(
     batch_size: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """One row of a table: the LR that a method makes of each HR image, against the real LR."""
+    """One row of a table: the LR that a method makes of each HR image, against the real LR.
+
+    metrics: some of METRICS, of which every image has its value, and of SET_METRICS.
+    """
     seconds, images = 0.0, {}
+    each = [m for m in metrics if m in METRICS]
+    all_made, all_real = [], []  # batches of 8 bits
     pending = sorted(pairs, key=lambda pair: pair.size)
     bar = tqdm(total=len(pairs), desc=name, unit="image")
     while pending:
@@ -186,14 +194,19 @@ def evaluate(
         began = time.perf_counter()
         made = common.to_uint8(method(hr, batch)).cpu()  # 8 bits, as in the files of real use
         seconds += time.perf_counter() - began
+        all_made.append(made)
+        all_real.append(common.to_uint8(lr).cpu())
         made = made.to(device) / 255
-        values = torch.stack([METRICS[m](made, lr).double().cpu() for m in metrics], dim=1)
+        values = torch.stack([METRICS[m](made, lr).double().cpu() for m in each], dim=1)
         values = values.clamp(max=100.0)  # equal images: 100 dB, so that there is a mean
         for pair, row in zip(batch, values.tolist(), strict=True):
-            images[pair.name] = dict(zip(metrics, row, strict=True))
+            images[pair.name] = dict(zip(each, row, strict=True))
         bar.update(len(batch))
     bar.close()
-    mean = {m: sum(row[m] for row in images.values()) / len(images) for m in metrics if images}
+    mean = {m: sum(row[m] for row in images.values()) / len(images) for m in each if images}
+    for m in [m for m in metrics if m in SET_METRICS and len(pairs) > 1]:
+        both = ((x.to(device) / 255 for x in batches) for batches in (all_made, all_real))
+        mean[m] = SET_METRICS[m](*both)
     return {"method": name, "n": len(pairs), "seconds": seconds, "mean": mean, "images": images}
 
 
@@ -231,7 +244,7 @@ def table_sampling(
         dataclasses.replace(own[i], reference=own[j].lr)
         for i, j in other_scenes(cameras, cfg.seed).items()
     ][: cfg.images]
-    T = cfg.t_start
+    T, metrics = cfg.t_start, [m for m in metrics if m in METRICS]  # too few for sets
     rows: list[tuple[str, dict[str, Any]]] = [("Rec_lr alone", {"t_start": 0})]
     for solver in ("ddim", "dpm"):
         for n in (1, 2, 5, 10) if solver == "ddim" else (2, 5, 10):
@@ -256,15 +269,19 @@ def markdown_sampling(result: dict[str, Any]) -> str:
     """The table of settings of one folder of pairs."""
     name = Path(result["pairs"]).resolve().name
     lines = [f"## {name}: settings of the sampler from T={result['t_start']}, K=1 unless said", ""]
-    return "\n".join(lines + method_rows(result["rows"])) + "\n"
+    return "\n".join(lines + method_rows(result["rows"], METRICS)) + "\n"
 
 
-def method_rows(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Lines of a table with a row for each method."""
-    lines = [f"| method | {' | '.join(METRICS)} | n | seconds |"]
-    lines += ["| --- |" + " ---: |" * (len(METRICS) + 2)]
+DECIMALS = {"PSNR RGB": 2, "PSNR Y": 2, "FID": 2, "KID": 4}  # of the others 3
+
+
+def method_rows(rows: Sequence[dict[str, Any]], columns: Iterable[str]) -> list[str]:
+    """Lines of a table with a row for each method; a dash where a metric can't be had."""
+    columns = list(columns)
+    lines = [f"| method | {' | '.join(columns)} | n | seconds |"]
+    lines += ["| --- |" + " ---: |" * (len(columns) + 2)]
     for row in rows:
-        cells = [f"{row['mean'].get(m, math.nan):.{2 if 'PSNR' in m else 3}f}" for m in METRICS]
+        cells = [f"{row['mean'].get(m, math.nan):.{DECIMALS.get(m, 3)}f}" for m in columns]
         text = " | ".join(cells).replace("nan", "-")
         lines += [f"| {row['method']} | {text} | {row['n']} | {row['seconds']:.1f} |"]
     return lines
@@ -274,7 +291,7 @@ def markdown(result: dict[str, Any]) -> str:
     """The table of one folder of pairs, and what one must know to read it."""
     name, n = Path(result["pairs"]).resolve().name, result["rows"][0]["n"]
     lines = [f"## {name}: generated LR against the real LR of {n} pairs", ""]
-    lines += method_rows(result["rows"])
+    lines += method_rows(result["rows"], [*METRICS, *SET_METRICS])
     cameras = ", ".join(f"{camera or 'unnamed'} {k}" for camera, k in result["cameras"].items())
     lines += [
         "",
@@ -284,6 +301,7 @@ def markdown(result: dict[str, Any]) -> str:
         "the number of pairs, seconds the time to generate them. The LR reference is the pair's"
     ]
     lines += [f"own LR, or another scene of the same camera ({cameras})."]
+    lines += ["FID is too large for so few images, by an amount that depends on n; KID is not."]
     lines += [f"Pairs without another scene, left out there: {n - result['rows'][-1]['n']}."]
     lines += [f"Pairs that can't be read, left out everywhere: {result['skipped']}."]
     if name in PAPER:

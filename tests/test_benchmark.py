@@ -202,6 +202,22 @@ def test_results_do_not_depend_on_batch_size(tmp_path, monkeypatch, copying_gene
     assert "paper" not in table
 
 
+def test_set_metrics_see_every_image_once_and_in_pairs(tmp_path, monkeypatch, copying_generator):
+    def difference(a, b):
+        return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
+
+    monkeypatch.setitem(benchmark.SET_METRICS, "FID", difference)
+    monkeypatch.setitem(benchmark.SET_METRICS, "KID", lambda a, b: sum(len(x) for x in [*a, *b]))
+    monkeypatch.setattr(benchmark, "available_metrics", lambda device: ["PSNR Y", "FID", "KID"])
+    results, table = run_table(tmp_path, write_pairs(tmp_path / "mine"), batch_size=2)
+    rows = {row["method"]: row for row in results["sets"][0]["rows"]}
+    assert rows["bicubic"]["mean"]["KID"] == 10
+    assert rows["RealDGen, other scene"]["mean"]["KID"] == 8
+    assert rows["RealDGen, own LR"]["mean"]["FID"] == 0 < rows["bicubic"]["mean"]["FID"]
+    assert set(rows["bicubic"]["images"]["Canon_1"]) == {"PSNR Y"}
+    assert "| 0.00 | 10.0000 | - | 5 |" in table
+
+
 def test_sampling_compares_settings_on_the_same_pairs(tmp_path, monkeypatch, copying_generator):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
     folder = write_pairs(tmp_path / "RealSR")
