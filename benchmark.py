@@ -1,6 +1,7 @@
 """The results: how close is generated LR to the LR that a real camera took? (Section 3.2, Table 2.)
 
-In: folders of aligned pairs, HR/ and LR/ with the same file names, which were never trained on.
+In: folders of aligned pairs which were never trained on: HR/ and LR/ with the same file names, or
+RealSR, DRealSR or RealVSR as published (data/README.md).
 Out: a table on the screen and in out/benchmark/table2.md; every single value in results.json.
 RealDGen answers twice: with the pair's own LR as reference, as in the paper, and with another
 photo of the same camera, as in use, where nobody has the LR image that is to be generated.
@@ -17,6 +18,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -60,12 +62,13 @@ class Pair:
     """An HR image and the real LR image of the same scene."""
 
     index: int  # among all pairs of the folder, readable or not: random draws depend on it
-    name: str  # below LR/, without suffix
+    name: str  # below LR/, without suffix; of published sets what HR and LR share
     hr: Path
     lr: Path
     size: tuple[int, int]  # of LR, (h, w)
-    scale: int  # HR size / LR size
-    reference: Path  # real LR whose degradation RealDGen is to imitate
+    scale: int  # HR size / LR size, rounded down
+    shrink: int  # size of the LR file / LR size
+    reference: Path  # file of the real LR whose degradation RealDGen is to imitate
 
 
 def camera_of(name: str) -> str:
@@ -74,34 +77,86 @@ def camera_of(name: str) -> str:
     return folder if slash else re.split(r"[\W\d_]", name, maxsplit=1)[0]
 
 
+# A layout: the HR and the LR files below the folder, without suffix, and the scales it comes in (0:
+# to be seen from the sizes). {0} is the scale, what is in brackets makes the name of the pair.
+LAYOUTS = (
+    (r"HR/(.+)", r"LR/(.+)", (0,)),
+    (r"[^/]+/Test/{0}/([^/]+)_HR", r"[^/]+/Test/{0}/([^/]+)_LR{0}", (4, 3, 2)),  # RealSR
+    (r"Test_x{0}/test_HR/([^/]+)_x{0}", r"Test_x{0}/test_LR/([^/]+)_x1", (4, 3, 2)),  # DRealSR
+    (r"GT_test/([^/]+)/([^/]+)", r"LQ_test/([^/]+)/([^/]+)", (4,)),  # RealVSR
+)
+
+
+def by_name(images: list[tuple[str, Path]], pattern: str) -> dict[str, Path]:
+    """The images whose path without suffix is of this pattern, by the name in its brackets."""
+    found: dict[str, Path] = {}
+    for path, file in images:
+        if match := re.fullmatch(pattern, path):
+            name = "_".join(match.groups())
+            common.require(name not in found, f"{file}: {found.get(name)} has the same name.")
+            found[name] = file
+    return found
+
+
+def find_files(folder: Path) -> tuple[dict[str, Path], dict[str, Path], int]:
+    """HR files and LR files by name, and the scale that the layout tells, else 0."""
+    common.require(folder.is_dir(), f"--pairs {folder}: no such folder.")
+    walk = os.walk(folder, followlinks=True)
+    files = sorted(Path(root, name) for root, _, names in walk for name in names)
+    files = [file for file in files if file.suffix.lower() in common.SUFFIXES]
+    images = [(file.relative_to(folder).with_suffix("").as_posix(), file) for file in files]
+    for *patterns, scales in LAYOUTS:
+        for scale in scales:  # of several the largest
+            hr, lr = (by_name(images, pattern.format(scale)) for pattern in patterns)
+            if hr or lr:
+                return hr, lr, scale
+    known = "HR/ and LR/ with the same names, or RealSR, DRealSR or RealVSR as published"
+    raise common.UserError(f"--pairs {folder}: no images as {known} (see data/README.md).")
+
+
 def find_pairs(folder: Path) -> tuple[list[Pair], int]:
-    """The readable pairs of a folder, and the number of the others; UserError if they don't fit."""
-    here, files = f"--pairs {folder}", {}
-    for kind in ("HR", "LR"):
-        below = folder / kind
-        common.require(below.is_dir(), f"{here}: there is no folder {kind}/ in it.")
-        found = common.list_images([str(below)], "--pairs")
-        files[kind] = {file.relative_to(below).with_suffix("").as_posix(): file for file in found}
-        unique = len(found) == len(files[kind])
-        common.require(unique, f"{here}: {kind}/ has files that differ in their suffix only.")
-    alone = sorted(files["HR"].keys() ^ files["LR"].keys())
-    names = f"{len(alone)} names are only in one of HR/ and LR/, such as {', '.join(alone[:2])}"
-    common.require(not alone, f"{here}: {names}.")
+    """The readable pairs of a folder, and the number of the others; UserError if they don't fit.
+
+    Published LR images of the HR size (RealVSR, RealSR 1 and 2) are to be shrunk by the scale.
+    """
+    here = f"--pairs {folder}"
+    hr_files, lr_files, published = find_files(folder)
+    alone = sorted(hr_files.keys() ^ lr_files.keys())
+    counts = f"{len(hr_files)} HR and {len(lr_files)} LR images"
+    names = f"{len(alone)} names are of one kind only, such as {', '.join(alone[:2])}"
+    common.require(not alone, f"{here}: {counts}; {names}.")
     pairs: list[Pair] = []
-    for index, (name, file) in enumerate(sorted(files["LR"].items())):
+    for index, (name, file) in enumerate(sorted(lr_files.items())):
         try:
-            H, W = common.load_image(files["HR"][name]).shape[1:]
+            H, W = common.load_image(hr_files[name]).shape[1:]
             h, w = common.load_image(file).shape[1:]
         except ValueError as error:
             print(f"skipped: {error}")
             continue
-        scale = pairs[0].scale if pairs else max(2, H // h)
-        sizes = f"{name} has {W} x {H} and {w} x {h} pixels, which is not a scale of {scale}"
-        common.require((H, W) == (scale * h, scale * w), f"{here}: {sizes}.")
-        common.require(min(h, w) >= 32, f"{here}: the LR image {name} is under 32 x 32 pixels.")
-        pairs.append(Pair(index, name, files["HR"][name], file, (h, w), scale, file))
+        scale = pairs[0].scale if pairs else published or max(2, H // h)
+        size = (H // scale, W // scale)
+        full = pairs[0].shrink > 1 if pairs else published > 0 and (h, w) == (H, W)
+        right = (H, W) if full else size
+        wrong = f"{name} has {W} x {H} HR and {w} x {h} LR pixels, not {right[1]} x {right[0]}"
+        common.require((h, w) == right, f"{here}: {wrong} as scale {scale} has it.")
+        common.require(min(size) >= 32, f"{here}: the LR image {name} is under 32 x 32 pixels.")
+        shrink = scale if full else 1
+        pairs.append(Pair(index, name, hr_files[name], file, size, scale, shrink, file))
     common.require(bool(pairs), f"{here}: none of its pairs can be read.")
-    return pairs, len(files["LR"]) - len(pairs)
+    return pairs, len(lr_files) - len(pairs)
+
+
+def load_hr(pair: Pair) -> Tensor:
+    """The HR image (3, H, W) in [0, 1], cut at the right and at the bottom to scale times LR."""
+    h, w = (pair.scale * side for side in pair.size)
+    return common.load_image(pair.hr)[:, :h, :w]
+
+
+def load_lr(path: Path, shrink: int) -> Tensor:
+    """A real LR image (3, h, w) in [0, 1]; bicubically reduced to 1/shrink if that is not 1."""
+    image = common.load_image(path)
+    h, w = (side // shrink for side in image.shape[1:])
+    return image if shrink == 1 else reduced(image[None, :, : shrink * h, : shrink * w], h, w)[0]
 
 
 def other_scenes(cameras: Sequence[str], seed: int) -> dict[int, int]:
@@ -122,12 +177,16 @@ def other_scenes(cameras: Sequence[str], seed: int) -> dict[int, int]:
 # ---- the methods: hr (B, 3, H, W) in [0, 1] of some pairs -> lr (B, 3, h, w) --------------------
 
 
+def reduced(x: Tensor, h: int, w: int) -> Tensor:
+    """Pillow's bicubic reduction (B, 3, h, w) of 8-bit images; x (B, 3, H, W) in [0, 1]."""
+    images = [Image.fromarray(v) for v in common.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()]
+    small = [np.asarray(image.resize((w, h), Image.Resampling.BICUBIC)) for image in images]
+    return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).to(x.device) / 255
+
+
 def bicubic(hr: Tensor, batch: Sequence[Pair]) -> Tensor:
-    """Pillow's bicubic reduction of the 8-bit HR image."""
-    h, w = batch[0].size
-    images = [Image.fromarray(x) for x in common.to_uint8(hr).permute(0, 2, 3, 1).cpu().numpy()]
-    reduced = [np.asarray(im.resize((w, h), Image.Resampling.BICUBIC)) for im in images]
-    return torch.from_numpy(np.stack(reduced)).permute(0, 3, 1, 2).to(hr.device) / 255
+    """The HR image, reduced."""
+    return reduced(hr, *batch[0].size)
 
 
 def synthetic(hr: Tensor, batch: Sequence[Pair], recipe: str, seed: int) -> Tensor:
@@ -145,7 +204,7 @@ def realdgen(hr: Tensor, batch: Sequence[Pair], net: Any, cfg: "Config") -> Tens
     lr, scores = generate.generate(
         net,
         hr,
-        [common.load_image(pair.reference) for pair in batch],
+        [load_lr(pair.reference, pair.shrink) for pair in batch],
         t_start=cfg.t_start,
         num_steps=cfg.num_steps,
         candidates=cfg.candidates,
@@ -189,8 +248,8 @@ def evaluate(
     while pending:
         batch = [pair for pair in pending[:batch_size] if pair.size == pending[0].size]
         pending = pending[len(batch) :]
-        hr = torch.stack([common.load_image(pair.hr) for pair in batch]).to(device)
-        lr = torch.stack([common.load_image(pair.lr) for pair in batch]).to(device)
+        hr = torch.stack([load_hr(pair) for pair in batch]).to(device)
+        lr = torch.stack([load_lr(pair.lr, pair.shrink) for pair in batch]).to(device)
         began = time.perf_counter()
         made = common.to_uint8(method(hr, batch)).cpu()  # 8 bits, as in the files of real use
         seconds += time.perf_counter() - began
@@ -281,7 +340,7 @@ def method_rows(rows: Sequence[dict[str, Any]], columns: Iterable[str]) -> list[
     lines = [f"| method | {' | '.join(columns)} | n | seconds |"]
     lines += ["| --- |" + " ---: |" * (len(columns) + 2)]
     for row in rows:
-        cells = [f"{row['mean'].get(m, math.nan):.{DECIMALS.get(m, 3)}f}" for m in columns]
+        cells = [f"{row['mean'].get(m, math.nan):z.{DECIMALS.get(m, 3)}f}" for m in columns]
         text = " | ".join(cells).replace("nan", "-")
         lines += [f"| {row['method']} | {text} | {row['n']} | {row['seconds']:.1f} |"]
     return lines
@@ -301,7 +360,8 @@ def markdown(result: dict[str, Any]) -> str:
         "the number of pairs, seconds the time to generate them. The LR reference is the pair's"
     ]
     lines += [f"own LR, or another scene of the same camera ({cameras})."]
-    lines += ["FID is too large for so few images, by an amount that depends on n; KID is not."]
+    if "FID" in result["rows"][0]["mean"]:
+        lines += ["FID is too large for so few images, by an amount that depends on n; KID is not."]
     lines += [f"Pairs without another scene, left out there: {n - result['rows'][-1]['n']}."]
     lines += [f"Pairs that can't be read, left out everywhere: {result['skipped']}."]
     if name in PAPER:
@@ -326,7 +386,7 @@ def git_commit() -> str:
 class Config:
     """Settings of the command; every field is a flag."""
 
-    pairs: tuple[str, ...] = ()  # folders with HR/ and LR/ of the same file names
+    pairs: tuple[str, ...] = ()  # folders: HR/ and LR/ of the same names, or as published
     table: tuple[str, ...] = ("2",)  # 2 (the paper's), sampling, factors, extractors
     hr: tuple[str, ...] = ()  # HR photos of the other tables (default: data/hr, else data/sample)
     lr: tuple[str, ...] = ()  # real LR photos in a sub-folder for each device (default: data/lr)
@@ -363,7 +423,7 @@ def check(cfg: Config) -> None:
     for table in cfg.table:
         common.require(table in TABLES, f"--table {table}: choose among {', '.join(TABLES)}.")
     if {"2", "sampling"} & set(cfg.table):
-        example = "name folders with HR/ and LR/, as in `python benchmark.py --pairs data/RealSR`"
+        example = "name folders of pairs, as in `python benchmark.py --pairs data/RealSR`"
         common.require(bool(cfg.pairs), f"--pairs is missing: {example}.")
     for flag, value, low in (
         ("--t-start", cfg.t_start, 0),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFilter
 
 import benchmark
 import common
@@ -26,9 +26,10 @@ def write(path, pixels):
     Image.fromarray(pixels).save(path)
 
 
-def photo(number, size):
-    """A smooth drawn image, uint8 (size, size, 3)."""
-    y, x, c = np.meshgrid(np.arange(size), np.arange(size), np.arange(3), indexing="ij")
+def photo(number, height, width=None):
+    """A smooth drawn image, uint8 (height, width, 3)."""
+    sides = np.arange(height), np.arange(width or height), np.arange(3)
+    y, x, c = np.meshgrid(*sides, indexing="ij")
     return (127 + 60 * np.sin(x / (9 + number) + c) + 60 * np.cos(y / (7 + number))).astype(
         np.uint8
     )
@@ -79,6 +80,90 @@ def test_pairs_are_matched_by_name_whatever_the_suffix(tmp_path):
         ("b/2", 3, (48, 48)),
     ]
     assert pairs[0].hr.suffix == ".bmp" and skipped == 0
+
+
+# Published sets: HR and LR files of a pair's name. RealVSR, and RealSR before version 3, store LR
+# images at the HR size.
+LAYOUTS = {
+    "RealSR": (
+        ("Canon_001", "Canon_002", "Nikon_001", "Nikon_002"),
+        lambda n: f"{n[:5]}/Test/4/{n}_HR.png",
+        lambda n: f"{n[:5]}/Test/4/{n}_LR4.png",
+    ),
+    "DRealSR": (
+        ("Canon_10", "DSC_1045", "P1140122", "sony_2"),
+        lambda n: f"Test_x4/test_HR/{n}_x4.png",
+        lambda n: f"Test_x4/test_LR/{n}_x1.png",
+    ),
+    "RealVSR": (
+        ("000_00000", "000_00001", "001_00000"),
+        lambda n: f"GT_test/{n.replace('_', '/')}.png",
+        lambda n: f"LQ_test/{n.replace('_', '/')}.png",
+    ),
+}
+
+
+def write_published(folder, layout, hr_size=(201, 193), full=False):
+    """A tiny set as published, with the HR images' own box average as LR; returns the names."""
+    names, hr_of, lr_of = LAYOUTS[layout]
+    if layout == "RealVSR":
+        hr_size, full = (192, 128), True
+    H, W = hr_size
+    for number, name in enumerate(names):
+        hr = photo(number, H, W)
+        small = Image.fromarray(hr).resize((W // 4, H // 4), Image.Resampling.BOX)
+        write(folder / hr_of(name), hr)
+        stored = Image.fromarray(hr).filter(ImageFilter.BoxBlur(2)) if full else small
+        write(folder / lr_of(name), np.asarray(stored))
+    return names
+
+
+@pytest.mark.parametrize(
+    "layout, full, cameras",
+    [
+        ("RealSR", False, ["Canon", "Canon", "Nikon", "Nikon"]),
+        ("RealSR", True, ["Canon", "Canon", "Nikon", "Nikon"]),
+        ("DRealSR", False, ["Canon", "DSC", "P", "sony"]),
+        ("RealVSR", True, ["", "", ""]),
+    ],
+)
+def test_published_sets_are_read_as_they_are(tmp_path, layout, full, cameras):
+    names = write_published(tmp_path, layout, full=full)
+    _, hr_of, lr_of = LAYOUTS[layout]
+    write(tmp_path / "Canon/Train/4/Canon_009_HR.png", photo(0, 192))  # is not to evaluate on
+    if layout == "DRealSR":
+        write(
+            tmp_path / "Test_x2/test_HR/Canon_3_x2.png", photo(0, 192)
+        )  # the largest scale counts
+    pairs, skipped = benchmark.find_pairs(tmp_path)
+    assert [pair.name for pair in pairs] == list(names) and skipped == 0
+    assert [benchmark.camera_of(pair.name) for pair in pairs] == cameras
+    for pair in pairs:
+        h, w = (48, 32) if layout == "RealVSR" else (50, 48)
+        assert (pair.size, pair.scale) == ((h, w), 4)
+        hr, lr = benchmark.load_hr(pair), benchmark.load_lr(pair.lr, pair.shrink)
+        assert hr.shape == (3, 4 * h, 4 * w) and lr.shape == (3, h, w)
+        stored = Image.open(tmp_path / hr_of(pair.name)).crop((0, 0, 4 * w, 4 * h))
+        np.testing.assert_array_equal(common.to_uint8(hr).permute(1, 2, 0), np.asarray(stored))
+        stored = Image.open(tmp_path / lr_of(pair.name))
+        if full:
+            stored = stored.crop((0, 0, 4 * w, 4 * h)).resize((w, h), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(common.to_uint8(lr).permute(1, 2, 0), np.asarray(stored))
+
+
+def test_the_scale_of_a_published_set_is_in_its_names(tmp_path):
+    for file, size in (("HR", 99), ("LR3", 99)):
+        write(tmp_path / f"Canon/Test/3/Canon_001_{file}.png", photo(1, size, size + 3))
+    pair = benchmark.find_pairs(tmp_path)[0][0]
+    assert (pair.name, pair.scale, pair.size, pair.shrink) == ("Canon_001", 3, (33, 34), 3)
+
+
+def test_folders_of_pairs_may_be_links(tmp_path):
+    write_pairs(tmp_path / "far", ["a1", "a2"])
+    (tmp_path / "set").mkdir()
+    for kind in ("HR", "LR"):
+        (tmp_path / "set" / kind).symlink_to(tmp_path / "far" / kind)
+    assert [pair.name for pair in benchmark.find_pairs(tmp_path / "set")[0]] == ["a1", "a2"]
 
 
 def test_a_corrupt_image_is_skipped_and_leaves_the_others_their_draws(tmp_path):
@@ -215,7 +300,7 @@ def test_set_metrics_see_every_image_once_and_in_pairs(tmp_path, monkeypatch, co
     assert rows["RealDGen, other scene"]["mean"]["KID"] == 8
     assert rows["RealDGen, own LR"]["mean"]["FID"] == 0 < rows["bicubic"]["mean"]["FID"]
     assert set(rows["bicubic"]["images"]["Canon_1"]) == {"PSNR Y"}
-    assert "| 0.00 | 10.0000 | - | 5 |" in table
+    assert "| 0.00 | 10.0000 | - | 5 |" in table and "FID is too large for so few" in table
 
 
 def test_sampling_compares_settings_on_the_same_pairs(tmp_path, monkeypatch, copying_generator):
@@ -241,6 +326,19 @@ def test_scale_2_reaches_the_generator_at_4_times_the_lr_size(
     rows = {row["method"]: row for row in results["sets"][0]["rows"]}
     assert all(row["n"] == 2 for row in rows.values())
     assert rows["RealDGen T=0, own LR"]["mean"]["PSNR Y"] == 100
+
+
+def test_lr_stored_at_the_hr_size_is_shrunk_as_answer_and_as_reference(
+    tmp_path, monkeypatch, copying_generator
+):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    write_published(tmp_path / "RealSR", "RealSR", full=True)
+    results, table = run_table(tmp_path, tmp_path / "RealSR", batch_size=3)
+    rows = {row["method"]: row for row in results["sets"][0]["rows"]}
+    assert {row["n"] for row in rows.values()} == {4} and "Canon 2, Nikon 2" in table
+    assert rows["RealDGen, own LR"]["mean"]["PSNR RGB"] == 100
+    assert 30 < rows["bicubic"]["mean"]["PSNR RGB"] < 100
+    assert rows["RealDGen, other scene"]["mean"]["PSNR RGB"] < 20
 
 
 @pytest.mark.parametrize("name", ["RealSR", "DRealSR"])
@@ -305,6 +403,15 @@ def same_stem_twice(folder):
     write(folder / "LR/Canon_1.bmp", photo(0, 48))
 
 
+def published(folder):
+    """Each published set with one mistake in it."""
+    for name in LAYOUTS:
+        write_published(folder.parent / name, name)
+    write(folder.parent / "RealSR/Nikon/Test/4/Nikon_002_LR4.png", photo(0, 50, 47))
+    (folder.parent / "DRealSR/Test_x4/test_LR/DSC_1045_x1.png").unlink()
+    write(folder.parent / "RealVSR/LQ_test/001/00000.png", photo(0, 48, 32))
+
+
 def nothing(folder):
     pass
 
@@ -313,18 +420,22 @@ def nothing(folder):
     "spoil, options, sentence",
     [
         (nothing, "", "--pairs is missing"),
-        (nothing, "--pairs nowhere", "there is no folder HR/"),
-        (no_lr, "--pairs set", "there is no folder LR/"),
-        (empty_hr, "--pairs set", "no images there"),
+        (nothing, "--pairs nowhere", "--pairs nowhere: no such folder"),
+        (nothing, "--pairs set/HR", "no images as HR/ and LR/ with the same names, or RealSR"),
+        (no_lr, "--pairs set", "2 HR and 0 LR images; 2 names are of one kind only"),
+        (empty_hr, "--pairs set", "0 HR and 2 LR images"),
         (
             unequal_names,
             "--pairs set",
-            "2 names are only in one of HR/ and LR/, such as Canon_1, Canon_7",
+            "2 HR and 2 LR images; 2 names are of one kind only, such as Canon_1, Canon_7",
         ),
-        (unequal_scales, "--pairs set", "Canon_2 has 96 x 96 and 48 x 48 pixels"),
-        (fractional_scale, "--pairs set", "Canon_1 has 200 x 200 and 48 x 48 pixels"),
+        (unequal_scales, "--pairs set", "96 x 96 HR and 48 x 48 LR pixels, not 24 x 24 as scale 4"),
+        (fractional_scale, "--pairs set", "200 x 200 HR and 48 x 48 LR pixels, not 50 x 50"),
+        (published, "--pairs RealSR", "Nikon_002 has 193 x 201 HR and 47 x 50 LR pixels, not 48 x"),
+        (published, "--pairs DRealSR", "4 HR and 3 LR images; 1 names are of one kind only"),
+        (published, "--pairs RealVSR", "128 x 192 HR and 32 x 48 LR pixels, not 128 x 192 as sc"),
         (tiny, "--pairs set", "under 32 x 32"),
-        (same_stem_twice, "--pairs set", "differ in their suffix only"),
+        (same_stem_twice, "--pairs set", "LR/Canon_1.png: set/LR/Canon_1.bmp has the same name"),
         (all_corrupt, "--pairs set", "none of its pairs can be read"),
         (nothing, "--pairs set --table 1", "choose among 2, sampling, factors, extractors"),
         (nothing, "--table 2 factors", "--pairs is missing"),
