@@ -1,6 +1,7 @@
 """The results: how close is generated LR to the LR that a real camera took? (Section 3.2, Table 2.)
 
-In: folders of aligned pairs, HR/ and LR/ with the same file names, which were never trained on.
+In: folders of aligned pairs which were never trained on: HR/ and LR/ with the same file names, or
+RealSR, DRealSR or RealVSR as published (data/README.md).
 Out: a table on the screen and in out/benchmark/table2.md; every single value in results.json.
 RealDGen answers twice: with the pair's own LR as reference, as in the paper, and with another
 photo of the same camera, as in use, where nobody has the LR image that is to be generated.
@@ -13,27 +14,25 @@ one factor at a time (factors), and does E_deg see what E_cont must not see (ext
     python benchmark.py --table factors extractors --hr data/hr --lr data/lr
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
@@ -41,66 +40,19 @@ import common
 import degrade
 import extractors
 import generate
-
-# ---- distances of two images in closed form -----------------------------------------------------
-
-
-def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB (B,) of images (B, C, H, W) in [0, 1]; inf where equal."""
-    assert x.shape == y.shape, f"images of different shapes: {x.shape} and {y.shape}"
-    return -10 * (x.double() - y.double()).square().mean((1, 2, 3)).log10()
-
-
-def rgb_to_y(x: Tensor) -> Tensor:
-    """Luma (B, 1, H, W) in [16, 235] / 255 of RGB (B, 3, H, W) in [0, 1], not rounded (BT.601)."""
-    weights = x.new_tensor([65.481, 128.553, 24.966]) / 255
-    return 16 / 255 + torch.einsum("c,bchw->bhw", weights, x)[:, None]
-
-
-def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Structural similarity (B,) of images (B, C, H, W) in [0, 1], mean over channels.
-
-    Gaussian window of 11 pixels, where it fits whole (Wang et al., 2004). Equals scikit-image's
-    structural_similarity with gaussian_weights and without use_sample_covariance.
-    """
-    assert x.shape == y.shape, f"images of different shapes: {x.shape} and {y.shape}"
-    B, C, H, W = x.shape
-    c_1, c_2 = 0.01**2, 0.03**2
-    taps = torch.arange(-5, 6, device=x.device, dtype=torch.float64)
-    window = (-taps.square() / (2 * 1.5**2)).exp()
-    window = window / window.sum()
-    x, y = x.double(), y.double()
-    moments = torch.stack([x, y, x * x, y * y, x * y]).view(-1, 1, H, W)  # (5BC, 1, H, W)
-    moments = F.conv2d(F.conv2d(moments, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
-    x, y, xx, yy, xy = moments.view(5, B, C, H - 10, W - 10)  # x and y are local means now
-    luminance = (2 * x * y + c_1) / (x * x + y * y + c_1)
-    structure = (2 * (xy - x * y) + c_2) / (xx - x * x + yy - y * y + c_2)
-    return (luminance * structure).mean((1, 2, 3))
-
-
-# ---- distances of deep features -----------------------------------------------------------------
-
-
-def lpips_distance(x: Tensor, y: Tensor, net: str = "alex") -> Tensor:
-    """LPIPS v0.1 (B,) of images (B, 3, H, W) in [0, 1]; net is a key of WEIGHTS (1801.03924)."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return common.perceptual_net("LPIPS", net, x.device)(x, y, normalize=True).flatten()
-
-
-def dists_distance(x: Tensor, y: Tensor) -> Tensor:
-    """DISTS (B,) of images (B, 3, H, W) in [0, 1], at their own size (arXiv:2004.07728)."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return common.perceptual_net("DISTS", "vgg", x.device)(x, y).view(-1)
-
-
-METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "PSNR RGB": psnr,
-    "PSNR Y": lambda x, y: psnr(rgb_to_y(x), rgb_to_y(y)),
-    "SSIM RGB": ssim,
-    "SSIM Y": lambda x, y: ssim(rgb_to_y(x), rgb_to_y(y)),
-    "LPIPS": lpips_distance,
-    "DISTS": dists_distance,
-}
+import probes
+from metrics import (  # noqa: F401  (all are names of benchmark, too)
+    METRICS,
+    SET_METRICS,
+    available_metrics,
+    clip_score,
+    dists_distance,
+    fid,
+    kid,
+    lpips_distance,
+    psnr,
+    ssim,
+)
 
 # ---- pairs --------------------------------------------------------------------------------------
 
@@ -110,12 +62,13 @@ class Pair:
     """An HR image and the real LR image of the same scene."""
 
     index: int  # among all pairs of the folder, readable or not: random draws depend on it
-    name: str  # below LR/, without suffix
+    name: str  # below LR/, without suffix; of published sets what HR and LR share
     hr: Path
     lr: Path
     size: tuple[int, int]  # of LR, (h, w)
-    scale: int  # HR size / LR size
-    reference: Path  # real LR whose degradation RealDGen is to imitate
+    scale: int  # HR size / LR size, rounded down
+    shrink: int  # size of the LR file / LR size
+    reference: Path  # file of the real LR whose degradation RealDGen is to imitate
 
 
 def camera_of(name: str) -> str:
@@ -124,34 +77,86 @@ def camera_of(name: str) -> str:
     return folder if slash else re.split(r"[\W\d_]", name, maxsplit=1)[0]
 
 
+# A layout: the HR and the LR files below the folder, without suffix, and the scales it comes in (0:
+# to be seen from the sizes). {0} is the scale, what is in brackets makes the name of the pair.
+LAYOUTS = (
+    (r"HR/(.+)", r"LR/(.+)", (0,)),
+    (r"[^/]+/Test/{0}/([^/]+)_HR", r"[^/]+/Test/{0}/([^/]+)_LR{0}", (4, 3, 2)),  # RealSR
+    (r"Test_x{0}/test_HR/([^/]+)_x{0}", r"Test_x{0}/test_LR/([^/]+)_x1", (4, 3, 2)),  # DRealSR
+    (r"GT_test/([^/]+)/([^/]+)", r"LQ_test/([^/]+)/([^/]+)", (4,)),  # RealVSR
+)
+
+
+def by_name(images: list[tuple[str, Path]], pattern: str) -> dict[str, Path]:
+    """The images whose path without suffix is of this pattern, by the name in its brackets."""
+    found: dict[str, Path] = {}
+    for path, file in images:
+        if match := re.fullmatch(pattern, path):
+            name = "_".join(match.groups())
+            common.require(name not in found, f"{file}: {found.get(name)} has the same name.")
+            found[name] = file
+    return found
+
+
+def find_files(folder: Path) -> tuple[dict[str, Path], dict[str, Path], int]:
+    """HR files and LR files by name, and the scale that the layout tells, else 0."""
+    common.require(folder.is_dir(), f"--pairs {folder}: no such folder.")
+    walk = os.walk(folder, followlinks=True)
+    files = sorted(Path(root, name) for root, _, names in walk for name in names)
+    files = [file for file in files if file.suffix.lower() in common.SUFFIXES]
+    images = [(file.relative_to(folder).with_suffix("").as_posix(), file) for file in files]
+    for *patterns, scales in LAYOUTS:
+        for scale in scales:  # of several the largest
+            hr, lr = (by_name(images, pattern.format(scale)) for pattern in patterns)
+            if hr or lr:
+                return hr, lr, scale
+    known = "HR/ and LR/ with the same names, or RealSR, DRealSR or RealVSR as published"
+    raise common.UserError(f"--pairs {folder}: no images as {known} (see data/README.md).")
+
+
 def find_pairs(folder: Path) -> tuple[list[Pair], int]:
-    """The readable pairs of a folder, and the number of the others; UserError if they don't fit."""
-    here, files = f"--pairs {folder}", {}
-    for kind in ("HR", "LR"):
-        below = folder / kind
-        common.require(below.is_dir(), f"{here}: there is no folder {kind}/ in it.")
-        found = common.list_images([str(below)], "--pairs")
-        files[kind] = {file.relative_to(below).with_suffix("").as_posix(): file for file in found}
-        unique = len(found) == len(files[kind])
-        common.require(unique, f"{here}: {kind}/ has files that differ in their suffix only.")
-    alone = sorted(files["HR"].keys() ^ files["LR"].keys())
-    names = f"{len(alone)} names are only in one of HR/ and LR/, such as {', '.join(alone[:2])}"
-    common.require(not alone, f"{here}: {names}.")
+    """The readable pairs of a folder, and the number of the others; UserError if they don't fit.
+
+    Published LR images of the HR size (RealVSR, RealSR 1 and 2) are to be shrunk by the scale.
+    """
+    here = f"--pairs {folder}"
+    hr_files, lr_files, published = find_files(folder)
+    alone = sorted(hr_files.keys() ^ lr_files.keys())
+    counts = f"{len(hr_files)} HR and {len(lr_files)} LR images"
+    names = f"{len(alone)} names are of one kind only, such as {', '.join(alone[:2])}"
+    common.require(not alone, f"{here}: {counts}; {names}.")
     pairs: list[Pair] = []
-    for index, (name, file) in enumerate(sorted(files["LR"].items())):
+    for index, (name, file) in enumerate(sorted(lr_files.items())):
         try:
-            H, W = common.load_image(files["HR"][name]).shape[1:]
+            H, W = common.load_image(hr_files[name]).shape[1:]
             h, w = common.load_image(file).shape[1:]
         except ValueError as error:
             print(f"skipped: {error}")
             continue
-        scale = pairs[0].scale if pairs else max(2, H // h)
-        sizes = f"{name} has {W} x {H} and {w} x {h} pixels, which is not a scale of {scale}"
-        common.require((H, W) == (scale * h, scale * w), f"{here}: {sizes}.")
-        common.require(min(h, w) >= 32, f"{here}: the LR image {name} is under 32 x 32 pixels.")
-        pairs.append(Pair(index, name, files["HR"][name], file, (h, w), scale, file))
+        scale = pairs[0].scale if pairs else published or max(2, H // h)
+        size = (H // scale, W // scale)
+        full = pairs[0].shrink > 1 if pairs else published > 0 and (h, w) == (H, W)
+        right = (H, W) if full else size
+        wrong = f"{name} has {W} x {H} HR and {w} x {h} LR pixels, not {right[1]} x {right[0]}"
+        common.require((h, w) == right, f"{here}: {wrong} as scale {scale} has it.")
+        common.require(min(size) >= 32, f"{here}: the LR image {name} is under 32 x 32 pixels.")
+        shrink = scale if full else 1
+        pairs.append(Pair(index, name, hr_files[name], file, size, scale, shrink, file))
     common.require(bool(pairs), f"{here}: none of its pairs can be read.")
-    return pairs, len(files["LR"]) - len(pairs)
+    return pairs, len(lr_files) - len(pairs)
+
+
+def load_hr(pair: Pair) -> Tensor:
+    """The HR image (3, H, W) in [0, 1], cut at the right and at the bottom to scale times LR."""
+    h, w = (pair.scale * side for side in pair.size)
+    return common.load_image(pair.hr)[:, :h, :w]
+
+
+def load_lr(path: Path, shrink: int) -> Tensor:
+    """A real LR image (3, h, w) in [0, 1]; bicubically reduced to 1/shrink if that is not 1."""
+    image = common.load_image(path)
+    h, w = (side // shrink for side in image.shape[1:])
+    return image if shrink == 1 else reduced(image[None, :, : shrink * h, : shrink * w], h, w)[0]
 
 
 def other_scenes(cameras: Sequence[str], seed: int) -> dict[int, int]:
@@ -172,12 +177,16 @@ def other_scenes(cameras: Sequence[str], seed: int) -> dict[int, int]:
 # ---- the methods: hr (B, 3, H, W) in [0, 1] of some pairs -> lr (B, 3, h, w) --------------------
 
 
+def reduced(x: Tensor, h: int, w: int) -> Tensor:
+    """Pillow's bicubic reduction (B, 3, h, w) of 8-bit images; x (B, 3, H, W) in [0, 1]."""
+    images = [Image.fromarray(v) for v in common.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()]
+    small = [np.asarray(image.resize((w, h), Image.Resampling.BICUBIC)) for image in images]
+    return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).to(x.device) / 255
+
+
 def bicubic(hr: Tensor, batch: Sequence[Pair]) -> Tensor:
-    """Pillow's bicubic reduction of the 8-bit HR image."""
-    h, w = batch[0].size
-    images = [Image.fromarray(x) for x in common.to_uint8(hr).permute(0, 2, 3, 1).cpu().numpy()]
-    reduced = [np.asarray(im.resize((w, h), Image.Resampling.BICUBIC)) for im in images]
-    return torch.from_numpy(np.stack(reduced)).permute(0, 3, 1, 2).to(hr.device) / 255
+    """The HR image, reduced."""
+    return reduced(hr, *batch[0].size)
 
 
 def synthetic(hr: Tensor, batch: Sequence[Pair], recipe: str, seed: int) -> Tensor:
@@ -195,7 +204,7 @@ def realdgen(hr: Tensor, batch: Sequence[Pair], net: Any, cfg: "Config") -> Tens
     lr, scores = generate.generate(
         net,
         hr,
-        [common.load_image(pair.reference) for pair in batch],
+        [load_lr(pair.reference, pair.shrink) for pair in batch],
         t_start=cfg.t_start,
         num_steps=cfg.num_steps,
         candidates=cfg.candidates,
@@ -212,8 +221,8 @@ def realdgen(hr: Tensor, batch: Sequence[Pair], net: Any, cfg: "Config") -> Tens
 
 # The paper's RealDGen on all crops of a benchmark.
 PAPER = {
-    "RealSR": "PSNR 26.16, SSIM 0.794, LPIPS 0.223, DISTS 0.187",
-    "DRealSR": "PSNR 28.66, SSIM 0.836, LPIPS 0.150, DISTS 0.157",
+    "RealSR": "PSNR 26.16, SSIM 0.794, LPIPS 0.223, DISTS 0.187, FID 107.24, CLIP-Score 0.824",
+    "DRealSR": "PSNR 28.66, SSIM 0.836, LPIPS 0.150, DISTS 0.157, FID 30.01, CLIP-Score 0.858",
 }
 Method = Callable[[Tensor, list[Pair]], Tensor]
 
@@ -227,26 +236,36 @@ def evaluate(
     batch_size: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """One row of a table: the LR that a method makes of each HR image, against the real LR."""
+    """One row of a table: the LR that a method makes of each HR image, against the real LR.
+
+    metrics: some of METRICS, of which every image has its value, and of SET_METRICS.
+    """
     seconds, images = 0.0, {}
+    each = [m for m in metrics if m in METRICS]
+    all_made, all_real = [], []  # batches of 8 bits
     pending = sorted(pairs, key=lambda pair: pair.size)
     bar = tqdm(total=len(pairs), desc=name, unit="image")
     while pending:
         batch = [pair for pair in pending[:batch_size] if pair.size == pending[0].size]
         pending = pending[len(batch) :]
-        hr = torch.stack([common.load_image(pair.hr) for pair in batch]).to(device)
-        lr = torch.stack([common.load_image(pair.lr) for pair in batch]).to(device)
+        hr = torch.stack([load_hr(pair) for pair in batch]).to(device)
+        lr = torch.stack([load_lr(pair.lr, pair.shrink) for pair in batch]).to(device)
         began = time.perf_counter()
         made = common.to_uint8(method(hr, batch)).cpu()  # 8 bits, as in the files of real use
         seconds += time.perf_counter() - began
+        all_made.append(made)
+        all_real.append(common.to_uint8(lr).cpu())
         made = made.to(device) / 255
-        values = torch.stack([METRICS[m](made, lr).double().cpu() for m in metrics], dim=1)
+        values = torch.stack([METRICS[m](made, lr).double().cpu() for m in each], dim=1)
         values = values.clamp(max=100.0)  # equal images: 100 dB, so that there is a mean
         for pair, row in zip(batch, values.tolist(), strict=True):
-            images[pair.name] = dict(zip(metrics, row, strict=True))
+            images[pair.name] = dict(zip(each, row, strict=True))
         bar.update(len(batch))
     bar.close()
-    mean = {m: sum(row[m] for row in images.values()) / len(images) for m in metrics if images}
+    mean = {m: sum(row[m] for row in images.values()) / len(images) for m in each if images}
+    for m in [m for m in metrics if m in SET_METRICS and len(pairs) > 1]:
+        both = ((x.to(device) / 255 for x in batches) for batches in (all_made, all_real))
+        mean[m] = SET_METRICS[m](*both)
     return {"method": name, "n": len(pairs), "seconds": seconds, "mean": mean, "images": images}
 
 
@@ -284,7 +303,7 @@ def table_sampling(
         dataclasses.replace(own[i], reference=own[j].lr)
         for i, j in other_scenes(cameras, cfg.seed).items()
     ][: cfg.images]
-    T = cfg.t_start
+    T, metrics = cfg.t_start, [m for m in metrics if m in METRICS]  # too few for sets
     rows: list[tuple[str, dict[str, Any]]] = [("Rec_lr alone", {"t_start": 0})]
     for solver in ("ddim", "dpm"):
         for n in (1, 2, 5, 10) if solver == "ddim" else (2, 5, 10):
@@ -309,15 +328,19 @@ def markdown_sampling(result: dict[str, Any]) -> str:
     """The table of settings of one folder of pairs."""
     name = Path(result["pairs"]).resolve().name
     lines = [f"## {name}: settings of the sampler from T={result['t_start']}, K=1 unless said", ""]
-    return "\n".join(lines + method_rows(result["rows"])) + "\n"
+    return "\n".join(lines + method_rows(result["rows"], METRICS)) + "\n"
 
 
-def method_rows(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Lines of a table with a row for each method."""
-    lines = [f"| method | {' | '.join(METRICS)} | n | seconds |"]
-    lines += ["| --- |" + " ---: |" * (len(METRICS) + 2)]
+DECIMALS = {"PSNR RGB": 2, "PSNR Y": 2, "FID": 2, "KID": 4}  # of the others 3
+
+
+def method_rows(rows: Sequence[dict[str, Any]], columns: Iterable[str]) -> list[str]:
+    """Lines of a table with a row for each method; a dash where a metric can't be had."""
+    columns = list(columns)
+    lines = [f"| method | {' | '.join(columns)} | n | seconds |"]
+    lines += ["| --- |" + " ---: |" * (len(columns) + 2)]
     for row in rows:
-        cells = [f"{row['mean'].get(m, math.nan):.{2 if 'PSNR' in m else 3}f}" for m in METRICS]
+        cells = [f"{row['mean'].get(m, math.nan):z.{DECIMALS.get(m, 3)}f}" for m in columns]
         text = " | ".join(cells).replace("nan", "-")
         lines += [f"| {row['method']} | {text} | {row['n']} | {row['seconds']:.1f} |"]
     return lines
@@ -327,7 +350,7 @@ def markdown(result: dict[str, Any]) -> str:
     """The table of one folder of pairs, and what one must know to read it."""
     name, n = Path(result["pairs"]).resolve().name, result["rows"][0]["n"]
     lines = [f"## {name}: generated LR against the real LR of {n} pairs", ""]
-    lines += method_rows(result["rows"])
+    lines += method_rows(result["rows"], [*METRICS, *SET_METRICS])
     cameras = ", ".join(f"{camera or 'unnamed'} {k}" for camera, k in result["cameras"].items())
     lines += [
         "",
@@ -337,6 +360,8 @@ def markdown(result: dict[str, Any]) -> str:
         "the number of pairs, seconds the time to generate them. The LR reference is the pair's"
     ]
     lines += [f"own LR, or another scene of the same camera ({cameras})."]
+    if "FID" in result["rows"][0]["mean"]:
+        lines += ["FID is too large for so few images, by an amount that depends on n; KID is not."]
     lines += [f"Pairs without another scene, left out there: {n - result['rows'][-1]['n']}."]
     lines += [f"Pairs that can't be read, left out everywhere: {result['skipped']}."]
     if name in PAPER:
@@ -354,330 +379,6 @@ def git_commit() -> str:
         return ""
 
 
-# ---- does generated LR follow its reference, one factor at a time? ------------------------------
-
-LEVELS = 8
-# What varies: the operations of D, the lowest and the highest level.
-FACTORS: dict[str, tuple[tuple[str, ...], float, float]] = {
-    "blur": (("blur 1", "resize 3"), 0.4, 1.6),  # width of a Gaussian, LR pixels
-    "noise": (("resize 3", "gaussian 2"), 0.0, 20.0),  # std, levels of 255
-    "sharpen": (("resize 3", "blur 3"), 0.0, 1.5),  # amount
-    "jpeg": (("resize 3", "jpeg 2"), 5.0, 70.0),  # 100 - quality
-}
-Answer = Callable[[Tensor, list[Tensor], degrade.Degradation, list[int]], Tensor]
-
-
-def only(factor: str, levels: Tensor, noise: int = 0) -> degrade.Degradation:
-    """Parameters of D with this factor at these levels (L,), and nothing else but the reduction."""
-    theta = degrade.bicubic(len(levels), generate.SCALE)
-    operations = [degrade.OPERATIONS.index(name) for name in FACTORS[factor][0]]
-    theta.order[:, : len(operations)] = torch.tensor(operations)
-    theta.blur_size[:] = degrade.KERNEL_SIZE
-    theta.seed = torch.randint(2**31, (len(levels),), generator=common.generator(noise))
-    if factor == "blur":
-        theta.blur_sigma[:, 0] = generate.SCALE * levels[:, None]
-    elif factor == "noise":
-        theta.gaussian_std[:, 1] = levels / 255
-    elif factor == "sharpen":
-        theta.sharpen[:, 2] = levels.clamp(min=1e-6)  # D takes 0 for a blur
-    else:
-        theta.jpeg_quality[:, 1] = (100 - levels).round().long()
-    return theta
-
-
-def gray(x: Tensor) -> Tensor:
-    """Gray in levels of 255, (B, 1, H, W) in float64, of RGB (B, 3, H, W) in [0, 1]."""
-    weights = x.new_tensor([0.299, 0.587, 0.114])
-    return 255 * torch.einsum("c,bchw->bhw", weights, x)[:, None].double()
-
-
-def filtered(x: Tensor, kernel: Sequence[Sequence[float]]) -> Tensor:
-    """Correlate every channel of (B, C, h, w) with a kernel, where it fits whole."""
-    weight = x.new_tensor(kernel)[None, None]
-    return F.conv2d(x.flatten(0, 1)[:, None], weight).unflatten(0, x.shape[:2])[:, :, 0]
-
-
-LAPLACIAN = ((0, 1, 0), (1, -4, 1), (0, 1, 0))
-NOISE = ((1 / 6, -1 / 3, 1 / 6), (-1 / 3, 2 / 3, -1 / 3), (1 / 6, -1 / 3, 1 / 6))  # keeps its std
-WIDTHS = torch.linspace(0, 2, 21)  # of the Gaussians that are tried, LR pixels
-
-
-def reductions(hr: Tensor) -> Tensor:
-    """The HR image (3, H, W) blurred with each of WIDTHS and reduced: (21, 3, H/4, W/4)."""
-    return degrade.degrade(hr.repeat(len(WIDTHS), 1, 1, 1), only("blur", WIDTHS))
-
-
-def blur_of(lr: Tensor, bank: Tensor) -> Tensor:
-    """Width (B,) in LR pixels of the Gaussian that explains lr (B, 3, h, w) best."""
-    centred = [gray(x) - gray(x).mean((2, 3), keepdim=True) for x in (lr, bank)]
-    error = torch.cdist(centred[0].flatten(1), centred[1].flatten(1)).square()  # (B, 21)
-    best = error.argmin(1).clamp(1, len(WIDTHS) - 2)[:, None]
-    left, here, right = (error.gather(1, best + i)[:, 0] for i in (-1, 0, 1))
-    vertex = ((left - right) / (2 * (left - 2 * here + right)).clamp(min=1e-12)).clamp(-1, 1)
-    return (best[:, 0] + vertex) * (WIDTHS[1] - WIDTHS[0])  # of the parabola through the three
-
-
-def sharpening_of(lr: Tensor, bank: Tensor) -> Tensor:
-    """Amount (B,) of unsharp masking (negative: softer) that explains lr (B, 3, h, w) best."""
-    taps = (-torch.arange(-4, 5).square() / 2).exp()  # of 1 LR pixel, as `only` sharpens
-    kernel = (taps[:, None] * taps / taps.sum().square()).to(bank)
-    detail = gray((bank[0] - degrade.blur(bank[0], kernel))[None])
-    return ((gray(lr) - gray(bank[:1])) * detail).mean((1, 2, 3)) / detail.square().mean()
-
-
-def residual(lr: Tensor, bank: Tensor) -> Tensor:
-    """What no linear filter of the HR image explains in lr (B, 3, h, w), in levels of 255.
-
-    The filters are combinations of a few Gaussians, fitted to each channel.
-    """
-    columns = [bank[::5].flatten(2), torch.ones_like(bank[:1]).flatten(2)]
-    A = 255 * torch.cat(columns).permute(1, 2, 0).double()  # (3, hw, 6)
-    y = 255 * lr.flatten(2).permute(1, 2, 0).double()  # (3, hw, B)
-    return (y - A @ torch.linalg.lstsq(A, y).solution).permute(2, 0, 1).view(lr.shape)
-
-
-def noise_of(lr: Tensor, bank: Tensor) -> Tensor:
-    """Robust noise std (B,) in levels of 255: of the residual, where the HR image is flat."""
-    texture = filtered(gray(bank[:1]), LAPLACIAN)[0, 0].abs()
-    flat = texture <= texture.median()
-    return filtered(residual(lr, bank), NOISE)[:, :, flat].abs().flatten(1).median(1)[0] * 1.4826
-
-
-def blockiness(x: Tensor) -> Tensor:
-    """Mean step across the borders of 8 x 8 blocks over the mean step elsewhere, (B,)."""
-    steps = [x.diff(dim=dim).abs().mean((1, 5 - dim)) for dim in (2, 3)]  # (B, h - 1), (B, w - 1)
-    border = torch.cat([torch.arange(s.shape[1]) % 8 == 7 for s in steps])
-    both = torch.cat(steps, dim=1)
-    return both[:, border].mean(1) / both[:, ~border].mean(1).clamp(min=1e-12)
-
-
-MEASURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "blur": blur_of,
-    "noise": noise_of,
-    "sharpen": sharpening_of,
-    "jpeg": lambda lr, bank: blockiness(residual(lr, bank)),
-}
-
-
-def fine_detail(lr: Tensor) -> Tensor:
-    """Median absolute Laplacian (B,) of gray, in levels of 255."""
-    return filtered(gray(lr), LAPLACIAN).abs().flatten(1).median(1)[0]
-
-
-def truth(hr: Tensor, lr_ref: list[Tensor], theta: degrade.Degradation, seeds: list[int]) -> Tensor:
-    """The answer that is looked for: what the measures can see at all."""
-    return degrade.degrade(hr, theta)
-
-
-@torch.no_grad()
-def follow(
-    hr: Tensor, banks: list[Tensor], answer: Answer, factor: str, seed: int, noise: int = 0
-) -> dict[str, Any]:
-    """How an answer to references of rising levels rises itself, for contents hr (N, 3, H, W).
-
-    banks: the `reductions` of each. The reference of level l is D(X', theta_l) of a scene X' that
-    is another one for each level (as far as there are), so that only theta rises. rank: Spearman's
-    correlation of level and measured value for each content; measured (N, L); detail (N, L),
-    relative to D(X, theta_l).
-    """
-    N = len(hr)
-    levels = torch.linspace(*FACTORS[factor][1:], LEVELS)
-    result: dict[str, Any] = {"rank": [], "measured": [], "detail": []}
-    for i, own in enumerate(tqdm(hr, desc=factor, unit="scene", leave=False)):
-        theta = only(factor, levels, noise=seed << 32 | i)
-        others = (i + 1 + torch.arange(LEVELS) % (N - 1)) % N
-        lr_ref = list(degrade.degrade(hr[others], theta))
-        same = own.repeat(LEVELS, 1, 1, 1)
-        draws = [((seed << 16 | noise) << 16 | i) << 16 | level for level in range(LEVELS)]
-        lr = common.to_uint8(answer(same, lr_ref, theta, draws)) / 255  # as in files
-        measured = MEASURES[factor](lr, banks[i])
-        rank = stats.spearmanr(levels, measured.cpu())[0] if measured.std() > 0 else 0.0
-        detail = fine_detail(lr) / fine_detail(degrade.degrade(same, theta)).clamp(min=0.01)
-        result["rank"].append(float(rank))
-        result["measured"].append(measured.tolist())
-        result["detail"].append(detail.tolist())
-    return result
-
-
-def table_factors(hr: Tensor, net: Any, cfg: "Config") -> dict[str, Any]:
-    """All rows: the truth, then the network from each T, with K = 1; T = 0 is Rec_lr alone."""
-
-    def network(t_start: int) -> Answer:
-        start = cfg.start if t_start else "reconstruct"
-        return lambda hr, lr_ref, theta, seeds: generate.generate(
-            net, hr, lr_ref, t_start, cfg.num_steps, 1, start, cfg.eta, seeds, cfg.bf16
-        )[0][:, 0]
-
-    banks = [reductions(x) for x in hr]
-    answers = {"truth": truth} | {f"T={t}": network(t) for t in cfg.t_starts}
-    rows = []
-    for factor in FACTORS:
-        for name, answer in answers.items():
-            repeats = 1 if name in ("truth", "T=0") else cfg.repeats  # those draw nothing
-            parts = [follow(hr, banks, answer, factor, cfg.seed, noise) for noise in range(repeats)]
-            values = {key: [v for part in parts for v in part[key]] for key in parts[0]}
-            rows.append({"factor": factor, "answer": name, **values})
-    return {"images": len(hr), "rows": rows}
-
-
-def markdown_factors(result: dict[str, Any]) -> str:
-    """The table of factors, and what one must know to read it."""
-    lines = [f"## Does generated LR follow its reference? {result['images']} contents", ""]
-    lines += ["| factor | answer | rank correlation | lowest | at the lowest level | at the highest"
-              " | fine detail | n |"]  # fmt: skip
-    lines += ["| --- | --- |" + " ---: |" * 6]
-    for row in result["rows"]:
-        rank, measured = np.array(row["rank"]), np.array(row["measured"]).mean(0)
-        cells = [f"{rank.mean():.3f}", f"{rank.min():.2f}", f"{measured[0]:.2f}"]
-        cells += [f"{measured[-1]:.2f}", f"{np.median(row['detail']):.2f}", str(len(rank))]
-        lines += [f"| {row['factor']} | {row['answer']} | {' | '.join(cells)} |"]
-    ranges = [f"{factor} {low:g}..{high:g}" for factor, (_, low, high) in FACTORS.items()]
-    lines += [
-        "",
-        f"References are other scenes, degraded with one factor at {LEVELS} levels: "
-        f"{', '.join(ranges)}",
-        "(LR pixels; levels of 255; amount; 100 - quality). Spearman's correlation of level and",
-        "measured value, for each content and noise: mean and lowest; the mean measured values",
-        "(JPEG: blockiness, 1 is none). Fine detail: median |Laplacian| relative to the true D(X,",
-        "theta). truth is D(X, theta) itself; T=0 is Rec_lr without diffusion.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-# ---- do the extractors tell degradation and content apart? --------------------------------------
-
-
-def statistics(lr: Tensor) -> Tensor:
-    """What E_deg has to beat: 12 plain numbers (B, 12) about LR images (B, 3, h, w)."""
-    x = gray(lr)
-    half = F.avg_pool2d(x, 2)
-    energy = [sum(v.diff(dim=dim).square().mean((1, 2, 3)) for dim in (2, 3)) for v in (x, half)]
-    noise = filtered(x, NOISE).abs().flatten(1).median(1)[0]
-    power = torch.fft.rfft2(x - x.mean((2, 3), keepdim=True)).abs().square()[:, 0]
-    fy, fx = torch.fft.fftfreq(x.shape[2]), torch.fft.rfftfreq(x.shape[3])
-    radius = (fy[:, None].square() + fx.square()).sqrt().to(x.device)
-    bands = [power[:, (radius > b / 16) & (radius <= (b + 1) / 16)].mean(1) for b in range(8)]
-    scales = energy[0] / (energy[1] + 1e-6)
-    texture = filtered(x, LAPLACIAN).var((1, 2, 3))
-    return torch.stack(
-        [*((v + 1e-2).log() for v in (texture, scales, noise, *bands)), blockiness(x)], 1
-    )
-
-
-def retrieval(queries: Tensor, candidates: Tensor, standardise: bool = False) -> dict[str, float]:
-    """Share of queries (N, D) whose own candidate (N, D) is the nearest, or among the 5 nearest."""
-    queries, candidates = queries.double(), candidates.double()
-    if standardise:
-        mean, std = candidates.mean(0), candidates.std(0).clamp(min=1e-12)
-        queries, candidates = (queries - mean) / std, (candidates - mean) / std
-    result: dict[str, float] = {}
-    for distance in ("L2", "cosine"):
-        a, b = queries, candidates
-        if distance == "cosine":
-            a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
-        table = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-        before = (table <= table.diagonal()[:, None]).sum(1) - 1  # ties count against us
-        result |= {f"{distance} top-{k}": (before < k).double().mean().item() for k in (1, 5)}
-    return result
-
-
-def nearest_scene(degraded: Tensor, clean: Tensor) -> dict[str, float]:
-    """How often, and by how much, row i (N, ...) is nearer to its own clean row than to others."""
-    table = torch.cdist(degraded.flatten(1), clean.flatten(1))
-    own, other = (
-        table.diagonal(),
-        (table + table.new_full((len(table),), math.inf).diag()).min(1)[0],
-    )
-    return {"top-1": (own < other).float().mean().item(), "ratio": (own / other).median().item()}
-
-
-def device_crops(files: list[Path], side: int, images: int, seed: int) -> list[Tensor]:
-    """Queries and candidates (N, 3, side, side) from two files of a device each; none, if fewer.
-
-    A device is a sub-folder; its first and its last file are the most likely to be two photos.
-    """
-    folders: dict[Path, list[Path]] = {}
-    for file in files:
-        folders.setdefault(file.parent, []).append(file)
-    devices = [f for f in folders.values() if len(f) > 1]
-    order = torch.randperm(len(devices), generator=common.generator(seed)).tolist()
-    crops = []
-    for device in order if len(devices) > 1 else []:
-        with contextlib.suppress(ValueError):
-            two = [middle(common.load_image(devices[device][i]), side) for i in (0, -1)]
-            crops.append(torch.stack(two))
-    return list(torch.stack(crops[:images], dim=1)) if len(crops) > 1 else []
-
-
-@torch.no_grad()
-def table_extractors(
-    hr: Tensor, devices: list[Tensor], nets: extractors.Extractors, cfg: "Config"
-) -> dict[str, Any]:
-    """Retrieval by degradation and by content, and the images that Rec_hr finds in the content."""
-
-    def each(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return torch.cat([function(part).float() for part in x.split(cfg.batch_size)])
-
-    def codes(task: str, queries: Tensor, candidates: Tensor) -> list[dict[str, Any]]:
-        found = retrieval(each(nets.e_deg, queries), each(nets.e_deg, candidates))
-        plain = retrieval(each(statistics, queries), each(statistics, candidates), standardise=True)
-        row = {"task": task, "n": len(queries)}
-        return [row | {"code": "E_deg"} | found, row | {"code": "plain"} | plain]
-
-    N, _, H, W = hr.shape
-    latents = each(nets.vqvae.encode, hr)
-    quantised, numbers = nets.vqvae.quantize(latents)
-    content = quantised if nets.quantize_content else latents
-    clean = {"without codebook": latents, "with codebook": quantised}
-    images = {f"clean, {name}": each(nets.vqvae.decode, z) for name, z in clean.items()}
-    rows, contents = [], []
-    for recipe in ("realesrgan", "camera"):
-        draw = common.generator(cfg.seed, degrade.RECIPES.index(recipe))
-        theta = degrade.sample_degradation(N, recipe, generate.SCALE, generator=draw)
-        lr = degrade.degrade(hr, theta, draw)
-        # Another scene with the same theta; the query's own scene is there with another theta.
-        rows += codes(f"theta, {recipe}", lr, degrade.degrade(hr.roll(N // 2, 0), theta, draw))
-        up = extractors.resized(lr, H, W)
-        seen = each(nets.content, up)
-        for name, a, b in (("E_cont", seen, content), ("pixels", up, hr)):
-            contents.append({"recipe": recipe, "of": name} | nearest_scene(a, b))
-        images[f"{recipe}, enlarged"] = up
-        images[f"{recipe}, its content decoded"] = each(nets.vqvae.decode, seen)
-    if devices:
-        rows += codes("device", *(x.to(hr.device) for x in devices))
-    found = {name: psnr(x.clamp(0, 1), hr).mean().item() for name, x in images.items()}
-    total, used = len(nets.vqvae.quantize.embedding.weight), int(numbers.unique().numel())
-    result: dict[str, Any] = {"images": N, "retrieval": rows, "content": contents}
-    return result | {"psnr": found, "used": [used, total]}
-
-
-def markdown_extractors(result: dict[str, Any]) -> str:
-    """The three tables of the extractors, and what one must know to read them."""
-    n, top = result["images"], [f"{d} top-{k}" for d in ("L2", "cosine") for k in (1, 5)]
-    lines = [f"## Do the extractors tell degradation and content apart? {n} contents", ""]
-    lines += [f"| same | code | {' | '.join(top)} | chance top-1 | n |"]
-    lines += ["| --- | --- |" + " ---: |" * 6]
-    for row in result["retrieval"]:
-        cells = " | ".join(f"{row[key]:.0%}" for key in top)
-        lines += [f"| {row['task']} | {row['code']} | {cells} | {1 / row['n']:.1%} | {row['n']} |"]
-    lines += ["", "| degraded with | nearest by | own scene is nearest | own / nearest other |"]
-    lines += ["| --- | --- | ---: | ---: |"]
-    for row in result["content"]:
-        lines += [f"| {row['recipe']} | {row['of']} | {row['top-1']:.0%} | {row['ratio']:.2f} |"]
-    lines += ["", "| image | PSNR to the clean photo |", "| --- | ---: |"]
-    lines += [f"| {name} | {value:.2f} |" for name, value in result["psnr"].items()]
-    used, total = result["used"]
-    lines += [
-        "",
-        "Same theta: the query is D(X, theta), candidates D(X', theta') of other scenes, one of",
-        "them with the query's theta. Same device: two files of each sub-folder of --lr. plain:",
-        "standardised statistics of the image. own / nearest other: median ratio of the distances",
-        "from the content of D(X), enlarged, to that of its own clean photo and of another one.",
-        f"Codes in use on the clean photos: {used} of {total}.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
 # ---- the command --------------------------------------------------------------------------------
 
 
@@ -685,7 +386,7 @@ def markdown_extractors(result: dict[str, Any]) -> str:
 class Config:
     """Settings of the command; every field is a flag."""
 
-    pairs: tuple[str, ...] = ()  # folders with HR/ and LR/ of the same file names
+    pairs: tuple[str, ...] = ()  # folders: HR/ and LR/ of the same names, or as published
     table: tuple[str, ...] = ("2",)  # 2 (the paper's), sampling, factors, extractors
     hr: tuple[str, ...] = ()  # HR photos of the other tables (default: data/hr, else data/sample)
     lr: tuple[str, ...] = ()  # real LR photos in a sub-folder for each device (default: data/lr)
@@ -708,6 +409,7 @@ class Config:
     device: str = "auto"  # cpu, cuda or auto
 
 
+PRESETS = {name: generate.PRESETS[name] for name in ("fast", "paper")}
 TABLES = {
     "2": "table2.md",
     "sampling": "sampling.md",
@@ -721,7 +423,7 @@ def check(cfg: Config) -> None:
     for table in cfg.table:
         common.require(table in TABLES, f"--table {table}: choose among {', '.join(TABLES)}.")
     if {"2", "sampling"} & set(cfg.table):
-        example = "name folders with HR/ and LR/, as in `python benchmark.py --pairs data/RealSR`"
+        example = "name folders of pairs, as in `python benchmark.py --pairs data/RealSR`"
         common.require(bool(cfg.pairs), f"--pairs is missing: {example}.")
     for flag, value, low in (
         ("--t-start", cfg.t_start, 0),
@@ -741,55 +443,6 @@ def check(cfg: Config) -> None:
     common.require(not given or Path(given).is_file(), f"--extractors {given}: no such file.")
 
 
-def middle(image: Tensor, side: int) -> Tensor:
-    """The middle side x side pixels of an image (3, H, W); ValueError if it is smaller."""
-    top, left = ((n - side) // 2 for n in image.shape[1:])
-    if min(top, left) < 0:
-        raise ValueError(f"an image is under {side} x {side} pixels")
-    return image[:, top : top + side, left : left + side]
-
-
-def load_photos(files: list[Path], side: int, images: int, seed: int) -> Tensor:
-    """The middle (3, side, side) of so many photos, drawn from the files: (N, 3, side, side)."""
-    crops: list[Tensor] = []
-    order = torch.randperm(len(files), generator=common.generator(seed)).tolist()
-    for file in (files[i] for i in order):
-        if len(crops) < images:
-            try:
-                crops.append(middle(common.load_image(file), side))
-            except ValueError as error:
-                print(f"skipped: {file} ({error})")
-    enough = (
-        f"--hr: of {len(files)} files, {len(crops)} are photos of {side} x {side} pixels or more"
-    )
-    common.require(len(crops) > 1, f"{enough}; two are needed.")
-    return torch.stack(crops)
-
-
-def load_extractors(checkpoint: str, device: torch.device) -> extractors.Extractors:
-    """The networks of stage 1; "" looks in runs/extractors, then in data/pretrained."""
-    path = common.find_checkpoint(checkpoint, "extractors", "python extractors.py")
-    state = common.load_checkpoint(path)
-    config = state.get("config", {})
-    fits = "deg_dim" in config and "ema" in state
-    common.require(fits, f"{path}: not a checkpoint of extractors.py (give that one).")
-    nets = extractors.Extractors(common.from_dict(extractors.Config, config))
-    nets.load_state_dict(state["ema"])
-    return nets.to(device).eval().requires_grad_(False)
-
-
-def available_metrics(device: torch.device) -> list[str]:
-    """METRICS without those whose weights are missing, saying which."""
-    metrics = list(METRICS)
-    for metric, backbone in (("LPIPS", "alex"), ("DISTS", "vgg")):
-        if missing := common.missing_weights(backbone):
-            print(f"no {metric}: {missing}")
-            metrics.remove(metric)
-        else:
-            common.perceptual_net(metric, backbone, device)
-    return metrics
-
-
 def main(cfg: Config, rt: common.Runtime) -> None:
     """Check all that can be wrong, then measure, and write whenever a table has grown."""
     if not rt.is_main:  # a matter of minutes for one process
@@ -801,11 +454,11 @@ def main(cfg: Config, rt: common.Runtime) -> None:
     sets = {f: find_pairs(Path(f)) for f in cfg.pairs} if used & on_pairs.keys() else {}
     if {"factors", "extractors"} & set(cfg.table):
         files, side = common.find_photos(cfg.hr, "hr", "--hr"), generate.SCALE * cfg.crop
-        hr = load_photos(files, side, cfg.images, cfg.seed).to(rt.device)
+        hr = probes.load_photos(files, side, cfg.images, cfg.seed).to(rt.device)
     if "extractors" in cfg.table:
         real = common.find_photos(cfg.lr, "lr", "--lr")
-        devices = device_crops(real, cfg.crop, cfg.images, cfg.seed)
-        nets = load_extractors(cfg.extractors, rt.device)
+        devices = probes.device_crops(real, cfg.crop, cfg.images, cfg.seed)
+        nets = probes.load_extractors(cfg.extractors, rt.device)
     if used - {"extractors"}:
         net = generate.load_generator(cfg.checkpoint, rt.device)
     metrics = available_metrics(rt.device) if sets else []
@@ -839,16 +492,20 @@ def main(cfg: Config, rt: common.Runtime) -> None:
             print("\n" + tables[-1])
             write(table, "\n".join(tables))
     if "factors" in cfg.table:
-        results["factors"] = table_factors(hr, net, cfg)
-        print("\n" + (text := markdown_factors(results["factors"])))
+        sampler = (cfg.num_steps, cfg.start, cfg.eta, cfg.bf16)
+        results["factors"] = probes.table_factors(
+            hr, net, cfg.t_starts, cfg.repeats, *sampler, cfg.seed
+        )
+        print("\n" + (text := probes.markdown_factors(results["factors"])))
         write("factors", text)
     if "extractors" in cfg.table:
-        results["extractors"] = table_extractors(hr, devices, nets, cfg)
-        print("\n" + (text := markdown_extractors(results["extractors"])))
+        found = probes.table_extractors(hr, devices, nets, cfg.batch_size, cfg.seed)
+        results["extractors"] = found
+        print("\n" + (text := probes.markdown_extractors(found)))
         write("extractors", text)
     names = [TABLES[table] for table in TABLES if table in cfg.table]
     print(f"written: {', '.join(names)} and results.json in {cfg.out}")
 
 
 if __name__ == "__main__":
-    common.launch(main, Config, generate.PRESETS, __doc__)
+    common.launch(main, Config, PRESETS, __doc__)

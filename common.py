@@ -478,10 +478,14 @@ def from_dict(config: type[C], values: dict[str, Any]) -> C:
 
 # ---- networks that judge images ----------------------------------------------------------------
 
-WEIGHTS = {  # torchvision's feature weights by network
-    "alex": "alexnet-owt-7be5be79.pth",
-    "vgg": "vgg16-397923af.pth",
-    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+WEIGHTS = {  # by network: the features that LPIPS, DISTS, FID and the CLIP-Score look at
+    "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+    "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
+    "squeeze": "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth",
+    "inception": "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth",
+    "clip": "https://huggingface.co/timm/vit_base_patch32_clip_224.openai/resolve/main/"
+    "open_clip_model.safetensors",
 }
 
 
@@ -506,13 +510,16 @@ def import_torchvision() -> torch.library.Library | None:
     return library
 
 
+def weights_file(net: str) -> Path:
+    """Where the weights of a network have to be."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(WEIGHTS[net]).name
+
+
 def missing_weights(net: str) -> str:
-    """What to do about torchvision's weights of a network; empty where they are in place."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    if (folder / WEIGHTS[net]).is_file():
-        return ""
-    file = f"https://download.pytorch.org/models/{WEIGHTS[net]}"
-    return f"put {file} into {folder} (or set TORCH_HOME)"
+    """What to do about the weights of a network; empty where they are in place."""
+    file = weights_file(net)
+    missing = f"put {WEIGHTS[net]} into {file.parent} (or set TORCH_HOME)"
+    return "" if file.is_file() else missing
 
 
 @functools.cache
@@ -532,8 +539,8 @@ def perceptual_net(metric: str, net: str, device: torch.device) -> nn.Module:
             else:
                 model = DISTS_pytorch.DISTS(load_weights=False)
     except Exception as error:  # torch raises errors of several kinds for a damaged file
-        file = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS[net]
-        raise UserError(f"{file}: no readable weights ({type(error).__name__}).") from None
+        name = type(error).__name__
+        raise UserError(f"{weights_file(net)}: no readable weights ({name}).") from None
     if metric == "DISTS":  # its own loader looks for them outside of the package
         file = Path(DISTS_pytorch.__file__).with_name("weights.pt")
         own = torch.load(file, map_location="cpu", weights_only=True)

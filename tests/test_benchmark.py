@@ -1,4 +1,4 @@
-"""Metrics against closed forms, scikit-image and published values; pairs; the table end to end."""
+"""Pairs, the methods, Table 2 end to end, and what the command line says of bad input."""
 
 import json
 import math
@@ -12,23 +12,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
-from scipy import ndimage
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from PIL import Image, ImageFilter
 
 import benchmark
 import common
-import degrade
-import extractors
 import generate
 
 ROOT = Path(benchmark.__file__).parent
-
-
-def two_images(batch=2, height=37, width=50):
-    x = torch.rand(batch, 3, height, width, generator=common.generator(1))
-    eps = torch.randn(x.shape, generator=common.generator(2))
-    return x, (x + 0.1 * eps).clamp(0, 1)
 
 
 def write(path, pixels):
@@ -36,9 +26,10 @@ def write(path, pixels):
     Image.fromarray(pixels).save(path)
 
 
-def photo(number, size):
-    """A smooth drawn image, uint8 (size, size, 3)."""
-    y, x, c = np.meshgrid(np.arange(size), np.arange(size), np.arange(3), indexing="ij")
+def photo(number, height, width=None):
+    """A smooth drawn image, uint8 (height, width, 3)."""
+    sides = np.arange(height), np.arange(width or height), np.arange(3)
+    y, x, c = np.meshgrid(*sides, indexing="ij")
     return (127 + 60 * np.sin(x / (9 + number) + c) + 60 * np.cos(y / (7 + number))).astype(
         np.uint8
     )
@@ -51,104 +42,6 @@ def write_pairs(folder, names=("Canon_1", "Canon_2", "Nikon_1", "Nikon_2", "Sony
         lr = Image.fromarray(hr).resize((48, 48), Image.Resampling.BOX)
         write(folder / "LR" / f"{name}.png", np.asarray(lr))
     return folder
-
-
-# ---- metrics ------------------------------------------------------------------------------------
-
-
-def test_psnr_of_a_constant_difference_is_its_level():
-    x = torch.full((2, 3, 8, 8), 0.5)
-    y = x + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
-    torch.testing.assert_close(benchmark.psnr(x, y).float(), torch.tensor([20.0, 40.0]))
-    assert benchmark.psnr(x, x).isinf().all()
-
-
-def test_psnr_equals_scikit_image_for_each_image():
-    x, y = two_images()
-    expected = [
-        peak_signal_noise_ratio(a.numpy(), b.numpy(), data_range=1)
-        for a, b in zip(x, y, strict=True)
-    ]
-    np.testing.assert_allclose(benchmark.psnr(x, y), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("to_y", [False, True])
-def test_ssim_equals_scikit_image(to_y):
-    x, y = two_images()
-    if to_y:
-        x, y = benchmark.rgb_to_y(x), benchmark.rgb_to_y(y)
-    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    expected = [
-        structural_similarity(
-            a.double().numpy(), b.double().numpy(), channel_axis=0, data_range=1, **options
-        )
-        for a, b in zip(x, y, strict=True)
-    ]
-    np.testing.assert_allclose(benchmark.ssim(x, y), expected, atol=1e-5)
-    np.testing.assert_allclose(benchmark.ssim(x, x), 1)
-
-
-def test_luma_of_known_colours():
-    colours = {
-        (0, 0, 0): 16.0,
-        (1, 1, 1): 235.0,
-        (1, 0, 0): 16 + 65.481,
-        (0, 1, 0): 16 + 128.553,
-        (0, 0, 1): 16 + 24.966,
-        (0.5, 0.25, 0.75): 16 + 0.5 * 65.481 + 0.25 * 128.553 + 0.75 * 24.966,
-    }
-    x = torch.tensor(list(colours)).view(-1, 3, 1, 1)
-    y = benchmark.rgb_to_y(x)
-    assert y.shape == (len(colours), 1, 1, 1)
-    torch.testing.assert_close(y.flatten() * 255, torch.tensor(list(colours.values())))
-
-
-def test_deep_distances_have_their_published_values(shared, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(shared / "weights"))
-    common.perceptual_net.cache_clear()
-
-    def load(name):
-        return common.load_image(shared / "weights" / "reference" / f"{name}.png")[None]
-
-    reference = load("ex_ref").repeat(2, 1, 1, 1)
-    distance = benchmark.lpips_distance(reference, torch.cat([load("ex_p0"), load("ex_p1")]))
-    np.testing.assert_allclose(distance, [0.7219, 0.1376], atol=1e-4)
-    r0, r1 = load("r0"), load("r1")
-    np.testing.assert_allclose(benchmark.dists_distance(r0, r1), [0.3347], atol=1e-4)
-    both = benchmark.dists_distance(torch.cat([r0, r0]), torch.cat([r1, r0]))
-    np.testing.assert_allclose(both, [0.3347, 0.0], atol=1e-4)
-
-
-def test_packages_of_the_metrics_load_whatever_torchvisions_operators_do():
-    common.import_torchvision()
-    import DISTS_pytorch
-    import lpips
-    import torchvision
-
-    assert lpips.LPIPS and DISTS_pytorch.DISTS and torchvision.models.vgg16
-
-
-def test_missing_weights_are_named_and_never_downloaded(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    common.perceptual_net.cache_clear()
-    x, y = two_images(height=64, width=64)
-    for distance, file in (
-        (benchmark.lpips_distance, "alexnet-owt-7be5be79.pth"),
-        (benchmark.dists_distance, "vgg16-397923af.pth"),
-    ):
-        with pytest.raises(common.UserError, match=file):
-            distance(x, y)
-    assert not list(tmp_path.iterdir())
-
-
-def test_damaged_weights_are_one_sentence(tmp_path, monkeypatch):
-    file = tmp_path / "hub" / "checkpoints" / common.WEIGHTS["alex"]
-    file.parent.mkdir(parents=True)
-    file.write_bytes(b"half a download")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    common.perceptual_net.cache_clear()
-    with pytest.raises(common.UserError, match="no readable weights"):
-        benchmark.lpips_distance(*two_images(height=64, width=64))
 
 
 # ---- pairs --------------------------------------------------------------------------------------
@@ -187,6 +80,90 @@ def test_pairs_are_matched_by_name_whatever_the_suffix(tmp_path):
         ("b/2", 3, (48, 48)),
     ]
     assert pairs[0].hr.suffix == ".bmp" and skipped == 0
+
+
+# Published sets: HR and LR files of a pair's name. RealVSR, and RealSR before version 3, store LR
+# images at the HR size.
+LAYOUTS = {
+    "RealSR": (
+        ("Canon_001", "Canon_002", "Nikon_001", "Nikon_002"),
+        lambda n: f"{n[:5]}/Test/4/{n}_HR.png",
+        lambda n: f"{n[:5]}/Test/4/{n}_LR4.png",
+    ),
+    "DRealSR": (
+        ("Canon_10", "DSC_1045", "P1140122", "sony_2"),
+        lambda n: f"Test_x4/test_HR/{n}_x4.png",
+        lambda n: f"Test_x4/test_LR/{n}_x1.png",
+    ),
+    "RealVSR": (
+        ("000_00000", "000_00001", "001_00000"),
+        lambda n: f"GT_test/{n.replace('_', '/')}.png",
+        lambda n: f"LQ_test/{n.replace('_', '/')}.png",
+    ),
+}
+
+
+def write_published(folder, layout, hr_size=(201, 193), full=False):
+    """A tiny set as published, with the HR images' own box average as LR; returns the names."""
+    names, hr_of, lr_of = LAYOUTS[layout]
+    if layout == "RealVSR":
+        hr_size, full = (192, 128), True
+    H, W = hr_size
+    for number, name in enumerate(names):
+        hr = photo(number, H, W)
+        small = Image.fromarray(hr).resize((W // 4, H // 4), Image.Resampling.BOX)
+        write(folder / hr_of(name), hr)
+        stored = Image.fromarray(hr).filter(ImageFilter.BoxBlur(2)) if full else small
+        write(folder / lr_of(name), np.asarray(stored))
+    return names
+
+
+@pytest.mark.parametrize(
+    "layout, full, cameras",
+    [
+        ("RealSR", False, ["Canon", "Canon", "Nikon", "Nikon"]),
+        ("RealSR", True, ["Canon", "Canon", "Nikon", "Nikon"]),
+        ("DRealSR", False, ["Canon", "DSC", "P", "sony"]),
+        ("RealVSR", True, ["", "", ""]),
+    ],
+)
+def test_published_sets_are_read_as_they_are(tmp_path, layout, full, cameras):
+    names = write_published(tmp_path, layout, full=full)
+    _, hr_of, lr_of = LAYOUTS[layout]
+    write(tmp_path / "Canon/Train/4/Canon_009_HR.png", photo(0, 192))  # is not to evaluate on
+    if layout == "DRealSR":
+        write(
+            tmp_path / "Test_x2/test_HR/Canon_3_x2.png", photo(0, 192)
+        )  # the largest scale counts
+    pairs, skipped = benchmark.find_pairs(tmp_path)
+    assert [pair.name for pair in pairs] == list(names) and skipped == 0
+    assert [benchmark.camera_of(pair.name) for pair in pairs] == cameras
+    for pair in pairs:
+        h, w = (48, 32) if layout == "RealVSR" else (50, 48)
+        assert (pair.size, pair.scale) == ((h, w), 4)
+        hr, lr = benchmark.load_hr(pair), benchmark.load_lr(pair.lr, pair.shrink)
+        assert hr.shape == (3, 4 * h, 4 * w) and lr.shape == (3, h, w)
+        stored = Image.open(tmp_path / hr_of(pair.name)).crop((0, 0, 4 * w, 4 * h))
+        np.testing.assert_array_equal(common.to_uint8(hr).permute(1, 2, 0), np.asarray(stored))
+        stored = Image.open(tmp_path / lr_of(pair.name))
+        if full:
+            stored = stored.crop((0, 0, 4 * w, 4 * h)).resize((w, h), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(common.to_uint8(lr).permute(1, 2, 0), np.asarray(stored))
+
+
+def test_the_scale_of_a_published_set_is_in_its_names(tmp_path):
+    for file, size in (("HR", 99), ("LR3", 99)):
+        write(tmp_path / f"Canon/Test/3/Canon_001_{file}.png", photo(1, size, size + 3))
+    pair = benchmark.find_pairs(tmp_path)[0][0]
+    assert (pair.name, pair.scale, pair.size, pair.shrink) == ("Canon_001", 3, (33, 34), 3)
+
+
+def test_folders_of_pairs_may_be_links(tmp_path):
+    write_pairs(tmp_path / "far", ["a1", "a2"])
+    (tmp_path / "set").mkdir()
+    for kind in ("HR", "LR"):
+        (tmp_path / "set" / kind).symlink_to(tmp_path / "far" / kind)
+    assert [pair.name for pair in benchmark.find_pairs(tmp_path / "set")[0]] == ["a1", "a2"]
 
 
 def test_a_corrupt_image_is_skipped_and_leaves_the_others_their_draws(tmp_path):
@@ -310,6 +287,22 @@ def test_results_do_not_depend_on_batch_size(tmp_path, monkeypatch, copying_gene
     assert "paper" not in table
 
 
+def test_set_metrics_see_every_image_once_and_in_pairs(tmp_path, monkeypatch, copying_generator):
+    def difference(a, b):
+        return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
+
+    monkeypatch.setitem(benchmark.SET_METRICS, "FID", difference)
+    monkeypatch.setitem(benchmark.SET_METRICS, "KID", lambda a, b: sum(len(x) for x in [*a, *b]))
+    monkeypatch.setattr(benchmark, "available_metrics", lambda device: ["PSNR Y", "FID", "KID"])
+    results, table = run_table(tmp_path, write_pairs(tmp_path / "mine"), batch_size=2)
+    rows = {row["method"]: row for row in results["sets"][0]["rows"]}
+    assert rows["bicubic"]["mean"]["KID"] == 10
+    assert rows["RealDGen, other scene"]["mean"]["KID"] == 8
+    assert rows["RealDGen, own LR"]["mean"]["FID"] == 0 < rows["bicubic"]["mean"]["FID"]
+    assert set(rows["bicubic"]["images"]["Canon_1"]) == {"PSNR Y"}
+    assert "| 0.00 | 10.0000 | - | 5 |" in table and "FID is too large for so few" in table
+
+
 def test_sampling_compares_settings_on_the_same_pairs(tmp_path, monkeypatch, copying_generator):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
     folder = write_pairs(tmp_path / "RealSR")
@@ -335,6 +328,19 @@ def test_scale_2_reaches_the_generator_at_4_times_the_lr_size(
     assert rows["RealDGen T=0, own LR"]["mean"]["PSNR Y"] == 100
 
 
+def test_lr_stored_at_the_hr_size_is_shrunk_as_answer_and_as_reference(
+    tmp_path, monkeypatch, copying_generator
+):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    write_published(tmp_path / "RealSR", "RealSR", full=True)
+    results, table = run_table(tmp_path, tmp_path / "RealSR", batch_size=3)
+    rows = {row["method"]: row for row in results["sets"][0]["rows"]}
+    assert {row["n"] for row in rows.values()} == {4} and "Canon 2, Nikon 2" in table
+    assert rows["RealDGen, own LR"]["mean"]["PSNR RGB"] == 100
+    assert 30 < rows["bicubic"]["mean"]["PSNR RGB"] < 100
+    assert rows["RealDGen, other scene"]["mean"]["PSNR RGB"] < 20
+
+
 @pytest.mark.parametrize("name", ["RealSR", "DRealSR"])
 def test_bicubic_row_of_the_shared_pairs_is_reproduced_without_our_code(shared, name):
     folder = shared / "photos/pairs" / name
@@ -354,165 +360,11 @@ def test_bicubic_row_of_the_shared_pairs_is_reproduced_without_our_code(shared, 
     np.testing.assert_allclose(list(row["mean"].values()), np.mean(expected, axis=0), atol=0.01)
 
 
-# ---- does generated LR follow its reference? ----------------------------------------------------
-
-
-def scenes(batch=3, size=192):
-    """Drawn photos (B, 3, size, size): shapes with edges at all scales, and a little grain."""
-    images = []
-    for number in range(batch):
-        gen = common.generator(number)
-        noise = [torch.randn(3, size, size, generator=gen).numpy() for _ in range(4)]
-        shapes = [
-            ndimage.gaussian_filter(x, (0, s, s)) > 0
-            for x, s in zip(noise, (2, 4, 8, 24), strict=True)
-        ]
-        image = 0.25 + 0.12 * np.sum(shapes, axis=0) + 0.01 * noise[0]
-        images.append(torch.from_numpy(image).float())
-    return torch.stack(images).clamp(0, 1)
-
-
-@pytest.mark.parametrize(
-    "factor, least", [("blur", 0.95), ("noise", 0.95), ("sharpen", 0.95), ("jpeg", 0.9)]
-)
-def test_the_measure_of_a_factor_rises_with_the_factor(factor, least):
-    hr = scenes()
-    banks = [benchmark.reductions(x) for x in hr]
-    found = benchmark.follow(hr, banks, benchmark.truth, factor, seed=0)
-    assert len(found["rank"]) == 3 and min(found["rank"]) > least
-    np.testing.assert_allclose(found["detail"], 1)
-
-
-def test_measures_have_the_units_of_the_factors():
-    hr = scenes(1)[0]
-    bank = benchmark.reductions(hr)
-    plain = bank[:1]
-    blurred = ndimage.gaussian_filter(hr, (0, 4, 4), mode="mirror", truncate=3)  # 1 LR pixel
-    soft = extractors.resized(torch.from_numpy(blurred)[None], 48, 48)
-    assert benchmark.blur_of(soft, bank).item() == pytest.approx(1, abs=0.02)
-    noise = torch.randn(plain.shape, generator=common.generator(5))
-    noisy = plain / 2 + 0.25 + 0.02 * noise  # a change of contrast is no noise
-    assert benchmark.noise_of(noisy, bank).item() == pytest.approx(0.02 * 255, rel=0.1)
-    one = torch.from_numpy(ndimage.gaussian_filter(plain, (0, 0, 1, 1), mode="mirror"))
-    for amount in (-0.5, 0.0, 0.8):
-        sharp = plain + amount * (plain - one)
-        assert benchmark.sharpening_of(sharp, bank).item() == pytest.approx(amount, abs=0.02)
-    steps = torch.arange(48) // 8 / 100
-    assert benchmark.blockiness(noise / 100 + steps + steps[:, None]) > 1
-    assert benchmark.blockiness(noise).item() == pytest.approx(1, abs=0.1)
-
-
-def drawn_folder(folder, batch=3):
-    for number, image in enumerate(scenes(batch)):
-        common.save_image(folder / f"{number}.png", image)
-    return folder
-
-
-@pytest.mark.parametrize("obeys", [True, False])
-def test_a_network_that_obeys_its_reference_scores_high_another_one_near_0(
-    tmp_path, monkeypatch, obeys
-):
-    levels = {f: torch.linspace(low, high, 8) for f, (_, low, high) in benchmark.FACTORS.items()}
-    given = {}  # the parameters of each reference, by its pixels
-    original = degrade.degrade
-
-    def remember(hr, theta, generator=None):
-        lr = original(hr, theta, generator)
-        given.update({x.numpy().tobytes(): theta[[i]] for i, x in enumerate(lr)})
-        return lr
-
-    def answer(net, hr, lr_ref, t_start, num_steps, candidates, start, eta, seeds, bf16):
-        assert candidates == 1 and len(set(seeds)) == len(seeds) == len(levels["blur"])
-        if obeys:
-            theta = degrade.Degradation.cat([given[x.numpy().tobytes()] for x in lr_ref])
-            return original(hr, theta)[:, None], {}
-        theta = benchmark.only("noise", torch.full((len(hr),), 5.0), noise=seeds[0])
-        theta.seed = torch.tensor(seeds) % 2**31
-        return original(hr, theta)[:, None], {}
-
-    monkeypatch.setattr(degrade, "degrade", remember)
-    monkeypatch.setattr(generate, "generate", answer)
-    cfg = benchmark.Config(t_starts=(0, 9), repeats=2)
-    rows = benchmark.table_factors(scenes(4), None, cfg)["rows"]
-    assert [row["factor"] for row in rows[::3]] == list(benchmark.FACTORS)
-    assert [len(row["rank"]) for row in rows[:3]] == [4, 4, 8]  # repeats where noise is drawn
-    for row in rows:
-        mean = np.mean(row["rank"])
-        obeyed = obeys or row["answer"] == "truth"
-        assert mean > 0.9 if obeyed else abs(mean) < 0.45, row["factor"]
-
-
-# ---- do the extractors tell degradation and content apart? --------------------------------------
-
-
-def test_retrieval_finds_the_same_theta_by_theta_and_not_by_chance():
-    theta = torch.randn(64, 5, generator=common.generator(1))
-    assert set(benchmark.retrieval(theta, theta + 1e-4).values()) == {1.0}
-    assert set(benchmark.retrieval(theta * 9, theta * 9, standardise=True).values()) == {1.0}
-    other = torch.randn(64, 5, generator=common.generator(2))
-    found = benchmark.retrieval(theta, other)
-    assert found["L2 top-1"] < 0.1 and found["cosine top-1"] < 0.1 and found["L2 top-5"] < 0.25
-    # A code that says nothing is no better than chance, although each distance is the smallest.
-    assert set(benchmark.retrieval(torch.ones(64, 5), torch.ones(64, 5)).values()) == {0.0}
-
-
-def test_statistics_tell_noise_from_blur():
-    hr = scenes(2)
-    lr = [
-        degrade.degrade(hr, benchmark.only(f, torch.full((2,), v)))
-        for f, v in (("blur", 1.5), ("noise", 15.0), ("blur", 1.5), ("noise", 15.0))
-    ]
-    queries = torch.cat([benchmark.statistics(x)[:1] for x in lr[:2]])
-    candidates = torch.cat([benchmark.statistics(x)[1:] for x in lr[2:]])
-    assert benchmark.retrieval(queries, candidates, standardise=True)["L2 top-1"] == 1
-
-
-def test_devices_are_sub_folders_and_give_two_files_each(tmp_path):
-    for device, count in (("a", 3), ("b", 2), ("c", 1)):
-        for number in range(count):
-            write(tmp_path / device / f"{number}.png", photo(number, 64))
-    write(tmp_path / "d/0.png", photo(0, 16))  # too small
-    write(tmp_path / "d/1.png", photo(1, 64))
-    files = common.list_images([str(tmp_path)], "--lr")
-    queries, candidates = benchmark.device_crops(files, 32, 9, seed=0)
-    assert queries.shape == candidates.shape == (2, 3, 32, 32)
-    assert not any(torch.equal(q, c) for q, c in zip(queries, candidates, strict=True))
-    assert benchmark.device_crops(files[:3], 32, 9, seed=0) == []  # one device
-
-
-def test_both_tables_run_from_the_command_line_with_the_shipped_weights(tmp_path):
-    hr = drawn_folder(tmp_path / "hr")
-    for device in ("a", "b"):
-        for number in range(2):
-            write(tmp_path / "lr" / device / f"{number}.png", photo(number, 48))
-    shipped = ROOT / "data/pretrained"
-    command = [sys.executable, str(ROOT / "benchmark.py"), "--table", "factors", "extractors"]
-    command += ["--hr", str(hr), "--lr", str(tmp_path / "lr"), "--images", "2", "--crop", "32"]
-    command += ["--checkpoint", str(shipped / "diffusion.safetensors"), "--t-starts", "9"]
-    command += ["--extractors", str(shipped / "extractors.safetensors"), "--repeats", "1"]
-    command += ["--num-steps", "1", "--device", "cpu", "--out", "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "out/results.json").read_text())
-    rows = results["factors"]["rows"]
-    assert len(rows) == 4 * 2 and all(np.isfinite(row["rank"]).all() for row in rows)
-    assert {row["task"] for row in results["extractors"]["retrieval"]} == {
-        "theta, realesrgan",
-        "theta, camera",
-        "device",
-    }
-    text = (tmp_path / "out/factors.md").read_text()
-    assert "| blur | truth | 1.000 |" in text and "| jpeg | T=9 |" in text
-    text = (tmp_path / "out/extractors.md").read_text()
-    assert "| device | E_deg |" in text and "| clean, with codebook |" in text
-    assert text in done.stdout and "nan" not in text
-
-
 # ---- the command line ---------------------------------------------------------------------------
 
 
 def test_the_presets_of_generation_serve_here_too():
-    for preset in generate.PRESETS.values():
+    for preset in benchmark.PRESETS.values():
         benchmark.Config(**preset)
 
 
@@ -551,6 +403,15 @@ def same_stem_twice(folder):
     write(folder / "LR/Canon_1.bmp", photo(0, 48))
 
 
+def published(folder):
+    """Each published set with one mistake in it."""
+    for name in LAYOUTS:
+        write_published(folder.parent / name, name)
+    write(folder.parent / "RealSR/Nikon/Test/4/Nikon_002_LR4.png", photo(0, 50, 47))
+    (folder.parent / "DRealSR/Test_x4/test_LR/DSC_1045_x1.png").unlink()
+    write(folder.parent / "RealVSR/LQ_test/001/00000.png", photo(0, 48, 32))
+
+
 def nothing(folder):
     pass
 
@@ -559,18 +420,22 @@ def nothing(folder):
     "spoil, options, sentence",
     [
         (nothing, "", "--pairs is missing"),
-        (nothing, "--pairs nowhere", "there is no folder HR/"),
-        (no_lr, "--pairs set", "there is no folder LR/"),
-        (empty_hr, "--pairs set", "no images there"),
+        (nothing, "--pairs nowhere", "--pairs nowhere: no such folder"),
+        (nothing, "--pairs set/HR", "no images as HR/ and LR/ with the same names, or RealSR"),
+        (no_lr, "--pairs set", "2 HR and 0 LR images; 2 names are of one kind only"),
+        (empty_hr, "--pairs set", "0 HR and 2 LR images"),
         (
             unequal_names,
             "--pairs set",
-            "2 names are only in one of HR/ and LR/, such as Canon_1, Canon_7",
+            "2 HR and 2 LR images; 2 names are of one kind only, such as Canon_1, Canon_7",
         ),
-        (unequal_scales, "--pairs set", "Canon_2 has 96 x 96 and 48 x 48 pixels"),
-        (fractional_scale, "--pairs set", "Canon_1 has 200 x 200 and 48 x 48 pixels"),
+        (unequal_scales, "--pairs set", "96 x 96 HR and 48 x 48 LR pixels, not 24 x 24 as scale 4"),
+        (fractional_scale, "--pairs set", "200 x 200 HR and 48 x 48 LR pixels, not 50 x 50"),
+        (published, "--pairs RealSR", "Nikon_002 has 193 x 201 HR and 47 x 50 LR pixels, not 48 x"),
+        (published, "--pairs DRealSR", "4 HR and 3 LR images; 1 names are of one kind only"),
+        (published, "--pairs RealVSR", "128 x 192 HR and 32 x 48 LR pixels, not 128 x 192 as sc"),
         (tiny, "--pairs set", "under 32 x 32"),
-        (same_stem_twice, "--pairs set", "differ in their suffix only"),
+        (same_stem_twice, "--pairs set", "LR/Canon_1.png: set/LR/Canon_1.bmp has the same name"),
         (all_corrupt, "--pairs set", "none of its pairs can be read"),
         (nothing, "--pairs set --table 1", "choose among 2, sampling, factors, extractors"),
         (nothing, "--table 2 factors", "--pairs is missing"),
