@@ -155,7 +155,7 @@ def clip(device: torch.device) -> Any:
 
     file = common.weights_file("clip")
     try:
-        # Not in the paper: which CLIP. This is the smallest of OpenAI's.
+        # Not in the paper: which of the CLIP networks.
         return open_clip.create_model("ViT-B-32-quickgelu", str(file), device=device).eval()
     except Exception as error:
         name = type(error).__name__
