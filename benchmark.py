@@ -16,6 +16,7 @@ one factor at a time (factors), and does E_deg see what E_cont must not see (ext
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -41,6 +42,7 @@ import degrade
 import extractors
 import generate
 import probes
+import sr
 from metrics import (  # noqa: F401  (all are names of benchmark, too)
     METRICS,
     SET_METRICS,
@@ -197,14 +199,41 @@ def synthetic(hr: Tensor, batch: Sequence[Pair], recipe: str, seed: int) -> Tens
     return degrade.degrade(hr, degrade.Degradation.cat(theta))
 
 
-def realdgen(hr: Tensor, batch: Sequence[Pair], net: Any, cfg: "Config") -> Tensor:
-    """The candidate that RealDGen keeps, with the degradation of each pair's reference."""
+def best_blurs(pairs: Sequence[Pair]) -> tuple[dict[int, int], int]:
+    """Numbers of the Gaussians nearest to the real LR: of each pair (by index), and of them all.
+
+    They look at the answer, so no method can be asked to reach them: what blur alone can do.
+    """
+    rows = {}
+    for pair in pairs:
+        bank = common.to_uint8(probes.reductions(load_hr(pair))) / 255  # (21, 3, h, w)
+        rows[pair.index] = psnr(bank, load_lr(pair.lr, pair.shrink).expand_as(bank)).clamp(max=100)
+    best = {index: int(row.argmax()) for index, row in rows.items()}
+    return best, int(torch.stack([*rows.values()]).mean(0).argmax())
+
+
+def blurred(hr: Tensor, batch: Sequence[Pair], number: Callable[[Pair], int]) -> Tensor:
+    """The HR images, each blurred with the Gaussian of this number and reduced."""
+    return torch.stack([probes.reductions(x)[number(p)] for x, p in zip(hr, batch, strict=True)])
+
+
+def realdgen(
+    hr: Tensor,
+    batch: Sequence[Pair],
+    net: Any,
+    cfg: "Config",
+    codes: dict[int, Tensor] | None = None,
+) -> Tensor:
+    """The candidate that RealDGen keeps, with the degradation of each pair's reference.
+
+    codes: F_deg (D,) by index of the pair, in place of its reference.
+    """
     if batch[0].scale != generate.SCALE:  # content and LR meet at this scale only
         hr = extractors.resized(hr, *(generate.SCALE * side for side in batch[0].size))
     lr, scores = generate.generate(
         net,
         hr,
-        [load_lr(pair.reference, pair.shrink) for pair in batch],
+        [codes[p.index] if codes else load_lr(p.reference, p.shrink) for p in batch],
         t_start=cfg.t_start,
         num_steps=cfg.num_steps,
         candidates=cfg.candidates,
@@ -213,6 +242,7 @@ def realdgen(hr: Tensor, batch: Sequence[Pair], net: Any, cfg: "Config") -> Tens
         seeds=[cfg.seed << 32 | pair.index for pair in batch],
         bf16=cfg.bf16,
         solver=cfg.solver,
+        recipe=cfg.recipe,
     )
     return lr[torch.arange(len(lr)), scores["kept"].cpu()]
 
@@ -220,7 +250,7 @@ def realdgen(hr: Tensor, batch: Sequence[Pair], net: Any, cfg: "Config") -> Tens
 # ---- Table 2 ------------------------------------------------------------------------------------
 
 # The paper's RealDGen on all crops of a benchmark.
-PAPER = {
+PAPER_2 = {
     "RealSR": "PSNR 26.16, SSIM 0.794, LPIPS 0.223, DISTS 0.187, FID 107.24, CLIP-Score 0.824",
     "DRealSR": "PSNR 28.66, SSIM 0.836, LPIPS 0.150, DISTS 0.157, FID 30.01, CLIP-Score 0.858",
 }
@@ -235,9 +265,11 @@ def evaluate(
     metrics: list[str],
     batch_size: int,
     device: torch.device,
+    upwards: bool = False,
 ) -> dict[str, Any]:
     """One row of a table: the LR that a method makes of each HR image, against the real LR.
 
+    Or `upwards`, the HR that it makes of each real LR image, against the HR image.
     metrics: some of METRICS, of which every image has its value, and of SET_METRICS.
     """
     seconds, images = 0.0, {}
@@ -250,13 +282,14 @@ def evaluate(
         pending = pending[len(batch) :]
         hr = torch.stack([load_hr(pair) for pair in batch]).to(device)
         lr = torch.stack([load_lr(pair.lr, pair.shrink) for pair in batch]).to(device)
+        given, wanted = (lr, hr) if upwards else (hr, lr)
         began = time.perf_counter()
-        made = common.to_uint8(method(hr, batch)).cpu()  # 8 bits, as in the files of real use
+        made = common.to_uint8(method(given, batch)).cpu()  # 8 bits, as in the files of real use
         seconds += time.perf_counter() - began
         all_made.append(made)
-        all_real.append(common.to_uint8(lr).cpu())
+        all_real.append(common.to_uint8(wanted).cpu())
         made = made.to(device) / 255
-        values = torch.stack([METRICS[m](made, lr).double().cpu() for m in each], dim=1)
+        values = torch.stack([METRICS[m](made, wanted).double().cpu() for m in each], dim=1)
         values = values.clamp(max=100.0)  # equal images: 100 dB, so that there is a mean
         for pair, row in zip(batch, values.tolist(), strict=True):
             images[pair.name] = dict(zip(each, row, strict=True))
@@ -279,19 +312,44 @@ def table_2(
     alone = dataclasses.replace(cfg, t_start=0, start="reconstruct")
     rec_lr = functools.partial(realdgen, net=net, cfg=alone)
     diffusion = functools.partial(realdgen, net=net, cfg=cfg)
+    mean = functools.partial(rec_lr, codes=mean_codes(own, net, cfg.bf16))
+    best, of_set = best_blurs(own) if own[0].scale == generate.SCALE else ({}, 0)
     rows: list[tuple[str, Method, list[Pair]]] = [
         ("bicubic", bicubic, own),
         ("Real-ESRGAN", functools.partial(synthetic, recipe="realesrgan", seed=cfg.seed), own),
         ("BSRGAN", functools.partial(synthetic, recipe="bsrgan", seed=cfg.seed), own),
         ("RealDGen T=0, own LR", rec_lr, own),
         ("RealDGen T=0, other scene", rec_lr, other),
+        ("RealDGen T=0, all other scenes", mean, other),
         ("RealDGen, own LR", diffusion, own),
         ("RealDGen, other scene", diffusion, other),
     ]
+    if best:
+        one = functools.partial(blurred, number=lambda _: of_set)
+        each = functools.partial(blurred, number=lambda pair: best[pair.index])
+        rows[3:3] = [("best blur of the set*", one, own), ("best blur of each pair*", each, own)]
     return {
         "cameras": dict(Counter(cameras)),
         "rows": [evaluate(*row, metrics, cfg.batch_size, device) for row in rows],
     }
+
+
+@torch.no_grad()
+def mean_codes(pairs: Sequence[Pair], net: Any, bf16: bool) -> dict[int, Tensor]:
+    """For each pair (by index) the mean F_deg (D,) of the other LR images of its camera."""
+    device, codes = next(net.parameters()).device, {}
+    with common.Runtime(device).autocast(bf16):
+        for pair in pairs:
+            codes[pair.index] = generate.code_of(net, load_lr(pair.lr, pair.shrink))[0]
+    others = {
+        pair.index: [
+            codes[p.index]
+            for p in pairs
+            if p is not pair and camera_of(p.name) == camera_of(pair.name)
+        ]
+        for pair in pairs
+    }
+    return {index: torch.stack(found).mean(0) for index, found in others.items() if found}
 
 
 def table_sampling(
@@ -359,13 +417,31 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [
         "the number of pairs, seconds the time to generate them. The LR reference is the pair's"
     ]
-    lines += [f"own LR, or another scene of the same camera ({cameras})."]
+    lines += [f"own LR, another scene of the same camera ({cameras}), or the mean code"]
+    lines += [
+        "of all of them. * A Gaussian chosen by looking at the real LR: what blur alone can do."
+    ]
     if "FID" in result["rows"][0]["mean"]:
         lines += ["FID is too large for so few images, by an amount that depends on n; KID is not."]
     lines += [f"Pairs without another scene, left out there: {n - result['rows'][-1]['n']}."]
     lines += [f"Pairs that can't be read, left out everywhere: {result['skipped']}."]
-    if name in PAPER:
-        lines += ["", f"RealDGen (paper), on the whole {name} benchmark: {PAPER[name]}."]
+    if name in PAPER_2:
+        lines += ["", f"RealDGen (paper), on the whole {name} benchmark: {PAPER_2[name]}."]
+    return "\n".join(lines) + "\n"
+
+
+def latex(text: str) -> str:
+    """The Markdown tables in a text as LaTeX."""
+    lines = []
+    for line, after in itertools.pairwise([*text.splitlines(), ""]):
+        cells = [re.sub(r"([%_&#])", r"\\\1", cell.strip()) for cell in line.split("|")[1:-1]]
+        if set(line) <= set("| -:"):
+            continue
+        if cells and set(after) <= set("| -:") and "---" in after:
+            lines += [rf"\begin{{tabular}}{{l{'r' * (len(cells) - 1)}}}"]
+        if cells:
+            lines += [" & ".join(cells).replace("±", r"$\pm$") + r" \\"]
+            lines += [] if after.startswith("|") else [r"\end{tabular}", ""]
     return "\n".join(lines) + "\n"
 
 
@@ -379,6 +455,273 @@ def git_commit() -> str:
         return ""
 
 
+# ---- downstream: SR networks trained on what each method makes (Tables 1, 3, 4, 5 and 7) --------
+
+# Label in the tables and, where it is one, the recipe of degrade.py.
+DATA = {
+    "bicubic": ("bicubic", "bicubic"),
+    "bsrgan": ("BSRGAN", "bsrgan"),
+    "realesrgan": ("Real-ESRGAN", "realesrgan"),
+    "syndiff": ("SynDiff", ""),
+    "realdgen": ("RealDGen", ""),
+    "paired": ("real pairs (oracle)", ""),
+}
+SR_COLUMNS = ("PSNR Y", "SSIM Y", "LPIPS", "DISTS", "FID")
+# Table 1 of the paper, all crops: RealSR PSNR, SSIM, DRealSR PSNR, SSIM of networks trained with
+# L1; RealSR LPIPS, FID, DRealSR LPIPS, FID of those trained with a perceptual loss.
+PAPER_1 = """
+swinir realesrgan 24.395 .7760 26.944 .8308 .3037 69.965 .3219 39.175
+swinir bsrgan 25.852 .7808 27.985 .8308 .2945 79.833 .3023 38.541
+swinir syndiff 25.589 .7687 28.301 .8309 .3835 103.179 .3801 54.588
+swinir realdgen 26.094 .7822 28.721 .8341 .2536 69.736 .2660 38.257
+rrdb realesrgan 24.579 .7614 27.131 .8193 .3480 82.056 .3551 39.310
+rrdb bsrgan 25.406 .7685 27.523 .8017 .3041 77.412 .3127 36.528
+rrdb syndiff 25.488 .7691 28.078 .8257 .4004 98.798 .4017 56.573
+rrdb realdgen 26.238 .7747 28.727 .8340 .2972 76.973 .3077 36.259
+hat realesrgan 24.893 .7726 27.339 .8215 .3066 79.209 .3219 41.862
+hat bsrgan 25.997 .7816 28.135 .8273 .2852 80.192 .2835 41.723
+hat syndiff 25.790 .7584 28.506 .8286 .3332 93.763 .3465 50.808
+hat realdgen 26.140 .7832 28.802 .8345 .2457 67.573 .2587 41.319
+swinir-l realesrgan 24.367 .7723 27.018 .8244 .3108 79.491 .3234 42.986
+swinir-l bsrgan 25.651 .7800 27.813 .8301 .3013 84.195 .2978 43.246
+swinir-l syndiff 25.281 .7516 28.170 .8244 .3793 98.646 .3748 52.464
+swinir-l realdgen 26.025 .7810 28.869 .8328 .2795 75.779 .2862 42.542
+"""
+
+
+def paper_value(network: str, data: str, perceptual: bool, name: str, metric: str) -> str:
+    """What the paper's Table 1 has in this place, in brackets; empty where it has nothing."""
+    columns = ("LPIPS", "FID") if perceptual else ("PSNR Y", "SSIM Y")
+    for line in PAPER_1.split("\n"):
+        if line.startswith(f"{network} {data} ") and metric in columns:
+            place = 4 * perceptual + 2 * (name == "DRealSR") + columns.index(metric)
+            if name in ("RealSR", "DRealSR"):
+                return f" [{line.split()[2 + place]}]"
+    return ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network, and the data it is trained on: one line of a table."""
+
+    label: str
+    network: str
+    data: str  # a key of DATA
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of generate.py
+    perceptual: bool = False
+    without: str = ""  # name of a set whose references are left out
+
+
+def halves(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """Every other pair of each camera: those that give references, and those that are tested."""
+    found: tuple[list[Pair], list[Pair]] = ([], [])
+    count: Counter[str] = Counter()
+    for pair in pairs:
+        camera = camera_of(pair.name)
+        found[count[camera] % 2].append(pair)
+        count[camera] += 1
+    return found
+
+
+def downstream_rows(table: str, names: list[str], cfg: "Config") -> list[Row]:
+    """The rows of a table; names are those of the sets of pairs."""
+    light = cfg.sr[-1] if table != "1" else ""  # one network is enough for an ablation
+    if table == "1":
+        kinds = [False, True] if cfg.perceptual_weight > 0 else [False]
+        return [
+            Row(DATA[data][0], network, data, {}, perceptual)
+            for perceptual in kinds
+            for network in cfg.sr
+            for data in cfg.data
+        ]
+    if table == "3":
+        ts = [Row(f"T={t}", light, "realdgen", {"t_start": t}) for t in cfg.t_starts]
+        return [*ts, Row("T chosen by the filter", light, "realdgen", {"auto_t": True})]
+    if table == "4":
+        ablations = (("E_deg", cfg.without_degradation), ("E_cont", cfg.without_content))
+        rows = [
+            Row(f"without {name}", light, "realdgen", {"checkpoint": path})
+            for name, path in ablations
+            if path
+        ]
+        return [*rows, Row("RealDGen", light, "realdgen")]
+    if table == "5":
+        kept = [Row(DATA[data][0], light, data) for data in cfg.data if data != "paired"]
+        apart = [
+            Row(f"RealDGen, no reference of {name}", light, "realdgen", without=name)
+            for name in names
+            if len(names) > 1
+        ]
+        return kept + apart
+    return [  # Table 7
+        Row("without filter", light, "realdgen", {"candidates": 1}),
+        Row("with filter", light, "realdgen"),
+    ]
+
+
+def write_references(sets: dict[str, list[Pair]], out: Path) -> None:
+    """The pairs that are not tested, as files: references/SET/CAMERA/, paired/ for the oracle."""
+    for name, pairs in sets.items():
+        for pair in halves(pairs)[0]:
+            file = f"{pair.name.replace('/', '_')}.png"
+            lr = load_lr(pair.lr, pair.shrink)
+            targets = {
+                out / "references" / name / (camera_of(pair.name) or "camera") / file: lr,
+                out / "paired" / "hr" / f"{name}_{file}": load_hr(pair),
+                out / "paired" / "lr" / f"{name}_{file}": lr,
+            }
+            for path, image in targets.items():
+                if not path.is_file():
+                    common.save_image(path, image)
+
+
+def training_source(row: Row, names: list[str], cfg: "Config", rt: common.Runtime) -> dict:
+    """Flags of sr.py for a row's training pairs, which are generated if they are not there yet."""
+    out, recipe = Path(cfg.out), DATA[row.data][1]
+    if recipe:
+        return {"recipe": recipe, "hr": tuple(map(str, common.find_photos(cfg.hr, "hr", "--hr")))}
+    if row.data == "paired":
+        return {"pairs": str(out / "paired")}
+    fields = ("checkpoint", "start", "t_start", "num_steps", "eta", "solver", "candidates", "bf16")
+    settings = {key: getattr(cfg, key) for key in fields} | row.settings
+    if row.data == "syndiff":
+        settings |= generate.PRESETS["syndiff"] | {"checkpoint": cfg.syndiff}
+    folder = "_".join([row.data, *map(str, row.settings.values()), *filter(None, [row.without])])
+    target = out / "pairs" / re.sub(r"[^\w.-]", "-", folder)
+    references = cfg.lr_ref or [
+        str(out / "references" / name) for name in names if name != row.without
+    ]
+    generate.main(
+        generate.Config(
+            hr=cfg.hr,
+            lr_ref=tuple(references),
+            out=str(target),
+            seed=cfg.seed,
+            device=cfg.device,
+            **settings,
+        ),
+        rt,
+    )
+    return {"pairs": str(target)}
+
+
+def train_and_test(
+    row: Row,
+    tests: dict[str, list[Pair]],
+    metrics: list[str],
+    cfg: "Config",
+    rt: common.Runtime,
+) -> dict[str, Any]:
+    """A row's values on each set, one for each seed; what it cost."""
+    began = time.time()
+    source = training_source(row, [*tests], cfg, rt)
+    result: dict[str, Any] = {"seconds of data": time.time() - began, "seconds": [], "sets": {}}
+    steps = {"steps": cfg.sr_steps} if cfg.sr_steps else {}
+    preset = sr.PRESETS[cfg.sr_preset] | {"save_every": 500} | steps
+    weight = cfg.perceptual_weight if row.perceptual else 0.0
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        kind = ["perceptual"] if row.perceptual else []
+        data = Path(source.get("pairs", row.data)).name
+        known = "-".join([row.network, data, *kind, str(seed)])
+        settings = preset | {"sr": row.network, "perceptual_weight": weight, "seed": seed}
+        settings |= {"out": f"{cfg.out}/sr", "name": known, "device": cfg.device} | source
+        began = time.time()
+        net = sr.load_network(sr.train(sr.Config(**settings), rt)).to(rt.device)
+        result["seconds"].append(time.time() - began)
+        result["parameters"] = sum(p.numel() for p in net.parameters())
+        method = functools.partial(super_resolved, net=net, bf16=cfg.bf16)
+        for name, pairs in tests.items() if rt.is_main else ():
+            given = (f"{row.network}, {row.label}", method, pairs, metrics, 1, rt.device, True)
+            result["sets"].setdefault(name, []).append(evaluate(*given))
+    return result
+
+
+def super_resolved(lr: Tensor, batch: Sequence[Pair], net: Any, bf16: bool) -> Tensor:
+    """HR of real LR; Pillow's bicubic enlargement if there is no network."""
+    if net is None:
+        return reduced(lr, *(batch[0].scale * side for side in batch[0].size))
+    with common.Runtime(lr.device).autocast(bf16):
+        return sr.super_resolve(net, lr)
+
+
+def table_downstream(
+    table: str,
+    sets: dict[str, list[Pair]],
+    metrics: list[str],
+    cfg: "Config",
+    rt: common.Runtime,
+) -> dict[str, Any]:
+    """All rows of Table 1, 3, 4, 5 or 7, and bicubic enlargement, which needs no network."""
+    if rt.is_main:
+        write_references(sets, Path(cfg.out))
+    common.wait_for_all(rt)
+    tests = {name: halves(pairs)[1] for name, pairs in sets.items()}
+    rows = []
+    if rt.is_main:
+        method = functools.partial(super_resolved, net=None, bf16=False)
+        plain = {
+            name: [evaluate("bicubic", method, pairs, metrics, 1, rt.device, True)]
+            for name, pairs in tests.items()
+        }
+        rows = [{"network": "none", "label": "bicubic enlargement", "data": "", "sets": plain}]
+    for row in downstream_rows(table, [*sets], cfg):
+        rows.append(dataclasses.asdict(row) | train_and_test(row, tests, metrics, cfg, rt))
+    return {"table": table, "rows": rows, "tested": {name: len(p) for name, p in tests.items()}}
+
+
+def markdown_downstream(result: dict[str, Any], cfg: "Config") -> str:
+    """A table of SR networks: mean over the seeds, +- their standard deviation, [the paper]."""
+    names, table = [*result["tested"]], result["table"]
+    columns = [(name, metric) for name in names for metric in SR_COLUMNS]
+    lines = [f"## Table {table}: networks trained on each data, on real LR", ""]
+    heads = " | ".join(f"{name} {metric}" for name, metric in columns)
+    lines += [f"| network | trained on | {heads} | data s | training s |"]
+    lines += ["| --- | --- |" + " ---: |" * (len(columns) + 2)]
+    for row in result["rows"]:
+        cells = []
+        for name, metric in columns:
+            values = [run["mean"].get(metric, math.nan) for run in row["sets"][name]]
+            text = f"{np.mean(values):z.{DECIMALS.get(metric, 3)}f}"
+            text += f" ± {np.std(values):.{DECIMALS.get(metric, 3)}f}" if len(values) > 1 else ""
+            text = text if "nan" not in text else "-"
+            known = (row["network"], row["data"], row.get("perceptual", False), name, metric)
+            cells.append(text + (paper_value(*known) if table == "1" else ""))
+        label = row["label"] + (", perceptual" if row.get("perceptual") else "")
+        times = [row.get("seconds of data", 0.0), float(np.mean(row.get("seconds", [0.0])))]
+        cells += [f"{seconds:.0f}" for seconds in times]
+        lines += [f"| {row['network']} | {label} | {' | '.join(cells)} |"]
+    tested = ", ".join(f"{name} {n}" for name, n in result["tested"].items())
+    sizes = {r["network"]: f"{r['parameters'] / 1e6:.2f} M" for r in result["rows"][1:]}
+    lines += [
+        "",
+        f"Preset {cfg.sr_preset}, {cfg.sr_steps or 'its'} steps, {cfg.seeds} seeds.",
+        f"Tested on every other pair of each camera ({tested}); the LR of the others were",
+        "RealDGen's references, and the oracle was trained on them. In brackets: the paper, on",
+        "all pairs. Parameters: " + ", ".join(f"{k} {v}" for k, v in sizes.items()) + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def table_filter(
+    own: list[Pair], net: Any, metrics: list[str], cfg: "Config", device: torch.device
+) -> dict[str, Any]:
+    """Generated LR with and without the filter, other scenes as references. Table 6."""
+    successor = other_scenes([camera_of(pair.name) for pair in own], cfg.seed)
+    pairs = [dataclasses.replace(own[i], reference=own[j].lr) for i, j in successor.items()]
+    rows = []
+    for name, K in (("without filter", 1), (f"with filter, K={cfg.candidates}", cfg.candidates)):
+        method = functools.partial(realdgen, net=net, cfg=dataclasses.replace(cfg, candidates=K))
+        rows.append(evaluate(name, method, pairs, metrics, cfg.batch_size, device))
+    return {"rows": rows}
+
+
+def markdown_filter(result: dict[str, Any]) -> str:
+    """Table 6 of one folder of pairs."""
+    name = Path(result["pairs"]).resolve().name
+    lines = [f"## {name}: Table 6, generated LR against the real LR", ""]
+    return "\n".join([*lines, *method_rows(result["rows"], [*METRICS, *SET_METRICS])]) + "\n"
+
+
 # ---- the command --------------------------------------------------------------------------------
 
 
@@ -387,7 +730,20 @@ class Config:
     """Settings of the command; every field is a flag."""
 
     pairs: tuple[str, ...] = ()  # folders: HR/ and LR/ of the same names, or as published
-    table: tuple[str, ...] = ("2",)  # 2 (the paper's), sampling, factors, extractors
+    table: tuple[
+        str, ...
+    ] = ()  # 1 to 7, sampling, factors, extractors (default: with --sr 1, else 2)
+    all: bool = False  # all tables
+    sr: tuple[str, ...] = ()  # networks to train: swinir, swinir-l, rrdb, hat, fsrcnn
+    data: tuple[str, ...] = tuple(DATA)  # what they are trained on
+    sr_preset: str = ""  # of sr.py: paper, small, smoke (default: paper on a GPU, else smoke)
+    sr_steps: int = 0  # of training, in place of the preset's
+    seeds: int = 1  # trainings of each network, from --seed on
+    perceptual_weight: float = 0.0  # above 0: Table 1 also with networks trained with this LPIPS
+    lr_ref: tuple[str, ...] = ()  # RealDGen's references (default: half of the LR of --pairs)
+    syndiff: str = ""  # unconditional generator (default: runs/syndiff/last.pt)
+    without_degradation: str = ""  # Table 4: generator of diffusion.py --without degradation
+    without_content: str = ""  # Table 4: generator of diffusion.py --without content
     hr: tuple[str, ...] = ()  # HR photos of the other tables (default: data/hr, else data/sample)
     lr: tuple[str, ...] = ()  # real LR photos in a sub-folder for each device (default: data/lr)
     images: int = 64  # HR photos and devices in use
@@ -398,6 +754,7 @@ class Config:
     checkpoint: str = ""  # generator (default: runs/diffusion, else data/pretrained)
     out: str = "out/benchmark"  # folder that gets results.json and a .md for each table
     start: str = generate.Config.start  # start image: reconstruct (Rec_lr) or degrade
+    recipe: str = generate.Config.recipe  # of D, for --start degrade
     t_start: int = generate.Config.t_start  # T, from which generation starts
     num_steps: int = generate.Config.num_steps  # network evaluations of the sampler
     eta: float = generate.Config.eta  # 0 is DDIM, 1 is DDPM
@@ -411,18 +768,87 @@ class Config:
 
 PRESETS = {name: generate.PRESETS[name] for name in ("fast", "paper")}
 TABLES = {
-    "2": "table2.md",
+    **{str(number): f"table{number}.md" for number in range(1, 8)},
     "sampling": "sampling.md",
     "factors": "factors.md",
     "extractors": "extractors.md",
 }
 
 
+DOWNSTREAM = ("1", "3", "4", "5", "7")  # tables of trained networks
+
+
+def resolved(cfg: Config, rt: common.Runtime) -> Config:
+    """The settings with the defaults that depend on others and on what is there."""
+    tables = tuple(TABLES) if cfg.all else cfg.table or (("1",) if cfg.sr else ("2",))
+    pairs, data = cfg.pairs, cfg.data
+    if set(tables) & set(DOWNSTREAM):
+        here = Path(__file__).parent / "data"
+        pairs = pairs or tuple(
+            str(here / name) for name in ("RealSR", "DRealSR") if (here / name).is_dir()
+        )
+        if not pairs:
+            pairs = (stand_in(Path(cfg.out) / "sample", rt),)
+        syndiff = cfg.syndiff or "runs/syndiff/last.pt"
+        if "syndiff" in data and not Path(syndiff).is_file():
+            common.require(not cfg.syndiff, f"--syndiff {syndiff}: no such file.")
+            data = tuple(name for name in data if name != "syndiff")
+            if rt.is_main:
+                make = "`python diffusion.py --without content degradation --content-from lr"
+                print(f"no SynDiff: train its generator by {make} --out runs/syndiff`")
+        cfg = dataclasses.replace(cfg, syndiff=syndiff)
+    default = "paper" if rt.device.type == "cuda" else "smoke"
+    preset = cfg.sr_preset or default
+    few = preset == "smoke" and not cfg.sr_steps and set(cfg.sr) - {"fsrcnn"}
+    return dataclasses.replace(
+        cfg,
+        table=tables,
+        pairs=pairs,
+        data=data,
+        sr=cfg.sr or ("swinir-l",),
+        sr_preset=preset,
+        sr_steps=20 if few else cfg.sr_steps,  # a transformer's minute on a CPU
+    )
+
+
+def stand_in(folder: Path, rt: common.Runtime) -> str:
+    """Pairs for a first look where there are none: sample photos, and what D makes of them."""
+    if rt.is_main:
+        print(
+            "no --pairs, no data/RealSR, no data/DRealSR: testing on sample photos degraded by D."
+        )
+        print("That shows that all works, and nothing else: a real run needs real pairs, and hours")
+        print("on a GPU (--sr-preset paper).")
+        for i, file in enumerate(
+            common.list_images([str(Path(__file__).parent / "data/sample/hr")], "")
+        ):
+            hr = common.crop_to_multiple(common.load_image(file), generate.SCALE, file)
+            theta = degrade.sample_degradation(1, "camera", generator=common.generator(i))
+            common.save_image(folder / "HR" / f"sample_{i}.png", hr)
+            common.save_image(
+                folder / "LR" / f"sample_{i}.png", degrade.degrade(hr[None], theta)[0]
+            )
+    common.wait_for_all(rt)
+    return str(folder)
+
+
 def check(cfg: Config) -> None:
     """UserError for what is wrong with the flags alone."""
+    for flag, names, known in (
+        ("--sr", cfg.sr, sr.NETWORKS),
+        ("--data", cfg.data, tuple(DATA)),
+        ("--sr-preset", (cfg.sr_preset,) if cfg.sr_preset else (), tuple(sr.PRESETS)),
+    ):
+        for name in names:
+            common.require(name in known, f"{flag} {name}: choose among {', '.join(known)}.")
+    for flag, path in (
+        ("--without-degradation", cfg.without_degradation),
+        ("--without-content", cfg.without_content),
+    ):
+        common.require(not path or Path(path).is_file(), f"{flag} {path}: no such file.")
     for table in cfg.table:
         common.require(table in TABLES, f"--table {table}: choose among {', '.join(TABLES)}.")
-    if {"2", "sampling"} & set(cfg.table):
+    if {"2", "6", "sampling"} & set(cfg.table or () if cfg.sr else cfg.table or ("2",)) or cfg.all:
         example = "name folders of pairs, as in `python benchmark.py --pairs data/RealSR`"
         common.require(bool(cfg.pairs), f"--pairs is missing: {example}.")
     for flag, value, low in (
@@ -434,6 +860,8 @@ def check(cfg: Config) -> None:
         ("--images", cfg.images, 2),
         ("--crop", cfg.crop, 32),
         ("--repeats", cfg.repeats, 1),
+        ("--seeds", cfg.seeds, 1),
+        ("--sr-steps", cfg.sr_steps, 0),
         ("--seed", cfg.seed, 0),
     ):
         common.require(low <= value < 2**31, f"{flag} {value}: must be at least {low}.")
@@ -445,13 +873,25 @@ def check(cfg: Config) -> None:
 
 def main(cfg: Config, rt: common.Runtime) -> None:
     """Check all that can be wrong, then measure, and write whenever a table has grown."""
-    if not rt.is_main:  # a matter of minutes for one process
-        return
     began = time.time()
     check(cfg)
-    on_pairs = {"2": (table_2, markdown), "sampling": (table_sampling, markdown_sampling)}
+    cfg = resolved(cfg, rt)
     used = set(cfg.table)
-    sets = {f: find_pairs(Path(f)) for f in cfg.pairs} if used & on_pairs.keys() else {}
+    if not rt.is_main and not used & set(DOWNSTREAM):  # a matter of minutes for one process
+        return
+    on_pairs = {
+        "2": (table_2, markdown),
+        "6": (table_filter, markdown_filter),
+        "sampling": (table_sampling, markdown_sampling),
+    }
+    needed = used & {*on_pairs, *DOWNSTREAM}
+    sets = {f: find_pairs(Path(f)) for f in cfg.pairs} if needed else {}
+    names = [Path(folder).resolve().name for folder in sets]
+    common.require(len(set(names)) == len(names), "--pairs: two folders have the same name.")
+    for folder, (pairs, _) in sets.items() if used & set(DOWNSTREAM) else ():
+        common.require(bool(halves(pairs)[1]), f"--pairs {folder}: no camera has two pairs.")
+        same = pairs[0].scale == generate.SCALE
+        common.require(same, f"--pairs {folder}: its scale is not {generate.SCALE}.")
     if {"factors", "extractors"} & set(cfg.table):
         files, side = common.find_photos(cfg.hr, "hr", "--hr"), generate.SCALE * cfg.crop
         hr = probes.load_photos(files, side, cfg.images, cfg.seed).to(rt.device)
@@ -459,7 +899,7 @@ def main(cfg: Config, rt: common.Runtime) -> None:
         real = common.find_photos(cfg.lr, "lr", "--lr")
         devices = probes.device_crops(real, cfg.crop, cfg.images, cfg.seed)
         nets = probes.load_extractors(cfg.extractors, rt.device)
-    if used - {"extractors"}:
+    if used - {"extractors", *DOWNSTREAM}:
         net = generate.load_generator(cfg.checkpoint, rt.device)
     metrics = available_metrics(rt.device) if sets else []
     print(cfg)
@@ -477,11 +917,21 @@ def main(cfg: Config, rt: common.Runtime) -> None:
         results["seconds"] = time.time() - began
         for name, content in (
             (TABLES[table], text),
+            (TABLES[table].replace(".md", ".tex"), latex(text)),
             ("results.json", json.dumps(results, indent=1)),
         ):
             with common.replacing(Path(cfg.out) / name) as temporary:
                 temporary.write_text(content, encoding="utf-8")
 
+    for table in [table for table in DOWNSTREAM if table in used]:
+        by_name = {name: pairs for name, (pairs, _) in zip(names, sets.values(), strict=True)}
+        result = table_downstream(table, by_name, metrics, cfg, rt)
+        results.setdefault("downstream", []).append(result)
+        if rt.is_main:
+            print("\n" + (text := markdown_downstream(result, cfg)))
+            write(table, text)
+    if not rt.is_main:
+        return
     for table, (measure, text_of) in on_pairs.items():
         found = results["sets"] if table == "2" else results.setdefault(table, [])
         tables = []
@@ -503,8 +953,8 @@ def main(cfg: Config, rt: common.Runtime) -> None:
         results["extractors"] = found
         print("\n" + (text := probes.markdown_extractors(found)))
         write("extractors", text)
-    names = [TABLES[table] for table in TABLES if table in cfg.table]
-    print(f"written: {', '.join(names)} and results.json in {cfg.out}")
+    written = [TABLES[table] for table in TABLES if table in cfg.table]
+    print(f"written: {', '.join(written)}, .tex of each and results.json in {cfg.out}")
 
 
 if __name__ == "__main__":

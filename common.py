@@ -663,9 +663,6 @@ def fit(
 
     path.parent.mkdir(parents=True, exist_ok=True)
     log = open_log(path, cfg.tensorboard)
-    if cfg.compile:
-        for module in compiled:
-            module.compile()
     stop: list[bool] = []
     previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     per_step = rt.world_size * cfg.accumulate  # batches of all processes
@@ -686,9 +683,11 @@ def fit(
                 number, *batches = next(streams)
                 if refresh and part == 0 and step % 10 == 0:
                     refresh(*batches, generator(cfg.seed, -1 - step, device=rt.device))
-                if rt.is_main and not flops:
-                    flops = count_flops(compute, *batches, number=number)
+                if step == start and part == 0:
+                    flops = count_flops(compute, *batches, number=number) if rt.is_main else 0
                     opt.zero_grad(set_to_none=True)
+                    for module in compiled if cfg.compile else ():
+                        module.compile()  # not before: what a counter has seen stays uncompiled
                 values = compute(*batches, number=number)
                 (values["loss"] / cfg.accumulate).backward()
             average_gradients(trained, rt.world_size)

@@ -45,6 +45,7 @@ class Round:
     poisson: tuple[float, float] = (0.05, 3.0)
     gray_prob: float = 0.4
     jpeg: tuple[int, int] = (30, 95)  # 0 is none
+    jpeg_prob: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,16 @@ ROUNDS = {
               gaussian_prob=1.0, gaussian=(0.0, 0.0), jpeg=(0, 0)),
         Round(blur_prob=0.0, resize_prob=(0.0, 0.0, 1.0), gaussian=(0.0, 8.0), poisson=(0.0, 0.8),
               jpeg=(70, 100)),
+        Final(sinc_prob=0.0, sharpen_prob=0.5),
+    ),
+    # Not in the paper: as `camera`, but each of its factors up to what a bad camera does, and half
+    # of the images not compressed. Elsewhere the last resize and JPEG hide most noise; from images
+    # in which it can't be seen E_deg does not learn to see it.
+    "wide": (
+        Round(blur_sigma=(0.3, 6.5), sinc_prob=0.0, resize_prob=(0.0, 0.0, 1.0),
+              gaussian_prob=1.0, gaussian=(0.0, 0.0), jpeg=(0, 0)),
+        Round(blur_prob=0.0, resize_prob=(0.0, 0.0, 1.0), gaussian_prob=0.8, gaussian=(0.0, 25.0),
+              jpeg=(25, 95), jpeg_prob=0.5),
         Final(sinc_prob=0.0, sharpen_prob=0.5),
     ),
 }
@@ -319,12 +330,13 @@ def draw_rounds(theta: Degradation, draw: Draw, first: Round, second: Round, fin
         theta.poisson_scale[:, i] = torch.where(gaussian, 0.0, scale)
         theta.gray_noise[:, i] = draw.chance(options.gray_prob)
         theta.jpeg_quality[:, i] = draw.one_of(range(options.jpeg[0], options.jpeg[1] + 1))
+        compressed = always if options.jpeg_prob == 1 else draw.chance(options.jpeg_prob)
         steps += [
             step(f"blur {i + 1}", draw.chance(options.blur_prob)),
             step(f"resize {i + 1}", (direction < 2) | (i > 0)),
             step(f"gaussian {i + 1}", theta.gaussian_std[:, i] > 0)
             + step(f"poisson {i + 1}", theta.poisson_scale[:, i] > 0),
-            step(f"jpeg {i + 1}", theta.jpeg_quality[:, i] > 0),
+            step(f"jpeg {i + 1}", (theta.jpeg_quality[:, i] > 0) & compressed),
         ]
     theta.resize_mode[:, 2] = draw.one_of(range(3))
     theta.blur_size[:, 2] = draw.one_of(KERNEL_SIZES)
