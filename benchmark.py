@@ -199,22 +199,25 @@ def synthetic(hr: Tensor, batch: Sequence[Pair], recipe: str, seed: int) -> Tens
     return degrade.degrade(hr, degrade.Degradation.cat(theta))
 
 
-def best_blurs(pairs: Sequence[Pair]) -> tuple[dict[int, int], int]:
-    """Numbers of the Gaussians nearest to the real LR: of each pair (by index), and of them all.
+def best_blurs(pairs: Sequence[Pair]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """LR (3, h, w) by index of the pair, of the Gaussian nearest to the real LR: for all, for each.
 
-    They look at the answer, so no method can be asked to reach them: what blur alone can do.
+    They are chosen by looking at the answer, so no method can be asked to reach them: this is what
+    blur alone can do.
     """
-    rows = {}
+    banks, values = {}, {}
     for pair in pairs:
-        bank = common.to_uint8(probes.reductions(load_hr(pair))) / 255  # (21, 3, h, w)
-        rows[pair.index] = psnr(bank, load_lr(pair.lr, pair.shrink).expand_as(bank)).clamp(max=100)
-    best = {index: int(row.argmax()) for index, row in rows.items()}
-    return best, int(torch.stack([*rows.values()]).mean(0).argmax())
+        bank = common.to_uint8(probes.reductions(load_hr(pair)))  # (21, 3, h, w)
+        lr = load_lr(pair.lr, pair.shrink).expand(len(bank), -1, -1, -1)
+        banks[pair.index], values[pair.index] = bank, psnr(bank / 255, lr).clamp(max=100)
+    best = int(torch.stack([*values.values()]).mean(0).argmax())
+    of_all = {index: bank[best] / 255 for index, bank in banks.items()}
+    return of_all, {i: bank[values[i].argmax()] / 255 for i, bank in banks.items()}
 
 
-def blurred(hr: Tensor, batch: Sequence[Pair], number: Callable[[Pair], int]) -> Tensor:
-    """The HR images, each blurred with the Gaussian of this number and reduced."""
-    return torch.stack([probes.reductions(x)[number(p)] for x, p in zip(hr, batch, strict=True)])
+def known(hr: Tensor, batch: Sequence[Pair], lr: dict[int, Tensor]) -> Tensor:
+    """Images that have been made before."""
+    return torch.stack([lr[pair.index] for pair in batch]).to(hr.device)
 
 
 def realdgen(
@@ -313,7 +316,6 @@ def table_2(
     rec_lr = functools.partial(realdgen, net=net, cfg=alone)
     diffusion = functools.partial(realdgen, net=net, cfg=cfg)
     mean = functools.partial(rec_lr, codes=mean_codes(own, net, cfg.bf16))
-    best, of_set = best_blurs(own) if own[0].scale == generate.SCALE else ({}, 0)
     rows: list[tuple[str, Method, list[Pair]]] = [
         ("bicubic", bicubic, own),
         ("Real-ESRGAN", functools.partial(synthetic, recipe="realesrgan", seed=cfg.seed), own),
@@ -324,9 +326,8 @@ def table_2(
         ("RealDGen, own LR", diffusion, own),
         ("RealDGen, other scene", diffusion, other),
     ]
-    if best:
-        one = functools.partial(blurred, number=lambda _: of_set)
-        each = functools.partial(blurred, number=lambda pair: best[pair.index])
+    if own[0].scale == generate.SCALE:
+        one, each = (functools.partial(known, lr=lr) for lr in best_blurs(own))
         rows[3:3] = [("best blur of the set*", one, own), ("best blur of each pair*", each, own)]
     return {
         "cameras": dict(Counter(cameras)),
@@ -888,6 +889,9 @@ def main(cfg: Config, rt: common.Runtime) -> None:
     sets = {f: find_pairs(Path(f)) for f in cfg.pairs} if needed else {}
     names = [Path(folder).resolve().name for folder in sets]
     common.require(len(set(names)) == len(names), "--pairs: two folders have the same name.")
+    if used & set(DOWNSTREAM):
+        common.find_photos(cfg.hr, "hr", "--hr")
+        common.list_images(cfg.lr_ref, "--lr-ref") if cfg.lr_ref else None
     for folder, (pairs, _) in sets.items() if used & set(DOWNSTREAM) else ():
         common.require(bool(halves(pairs)[1]), f"--pairs {folder}: no camera has two pairs.")
         same = pairs[0].scale == generate.SCALE

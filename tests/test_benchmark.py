@@ -216,6 +216,8 @@ def copying_generator(monkeypatch):
 
     monkeypatch.setattr(generate, "load_generator", lambda checkpoint, device: None)
     monkeypatch.setattr(generate, "generate", answer)
+    own = lambda pairs, net, bf16: {p.index: benchmark.load_lr(p.lr, p.shrink) for p in pairs}  # noqa: E731
+    monkeypatch.setattr(benchmark, "mean_codes", own)
     return calls
 
 
@@ -230,7 +232,7 @@ def run_table(tmp_path, folder, **options):
     )
     benchmark.main(cfg, common.Runtime(torch.device("cpu")))
     results = json.loads((tmp_path / "out/results.json").read_text())
-    table = {"2": "table2.md"}.get(cfg.table[0], f"{cfg.table[0]}.md")
+    table = f"{cfg.table[0]}.md" if cfg.table else "table2.md"
     return results, (tmp_path / "out" / table).read_text()
 
 
@@ -245,8 +247,11 @@ def test_the_table_has_each_method_and_every_value(tmp_path, monkeypatch, copyin
         "bicubic": 5,
         "Real-ESRGAN": 5,
         "BSRGAN": 5,
+        "best blur of the set*": 5,
+        "best blur of each pair*": 5,
         "RealDGen T=0, own LR": 5,
         "RealDGen T=0, other scene": 4,
+        "RealDGen T=0, all other scenes": 4,
         "RealDGen, own LR": 5,
         "RealDGen, other scene": 4,
     }
@@ -260,6 +265,9 @@ def test_the_table_has_each_method_and_every_value(tmp_path, monkeypatch, copyin
         assert other["images"]["Canon_1"]["PSNR RGB"] == pytest.approx(expected, abs=1e-4)
     values = [image["SSIM Y"] for image in rows["bicubic"]["images"].values()]
     assert rows["bicubic"]["mean"]["SSIM Y"] == pytest.approx(np.mean(values))
+    means = [rows[name]["mean"]["PSNR RGB"] for name in (*counts,)[:5]]
+    # Blurs chosen by looking at the answer. (No blur: antialiased by the same filter as Pillow's.)
+    assert means[4] >= means[3] > means[0] - 0.1
     # T = 0 is Rec_lr alone, whatever diffusion starts from.
     starts = {call["t_start"]: call["start"] for call in copying_generator}
     assert starts == {0: "reconstruct", 9: "degrade"}
@@ -363,6 +371,119 @@ def test_bicubic_row_of_the_shared_pairs_is_reproduced_without_our_code(shared, 
 # ---- the command line ---------------------------------------------------------------------------
 
 
+def test_the_mean_code_is_that_of_the_other_scenes_of_the_camera(tmp_path, monkeypatch):
+    pairs, _ = benchmark.find_pairs(write_pairs(tmp_path / "set", ["a1", "a2", "a3", "b1"]))
+    monkeypatch.setattr(generate, "code_of", lambda net, lr: lr.mean((1, 2))[None])
+    codes = benchmark.mean_codes(pairs, torch.nn.Linear(1, 1), False)
+    means = [common.load_image(pair.lr).mean((1, 2)) for pair in pairs]
+    assert set(codes) == {0, 1, 2}  # there is no other b
+    torch.testing.assert_close(codes[1], (means[0] + means[2]) / 2)
+
+
+# ---- downstream ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def downstream(tmp_path, monkeypatch):
+    """Table 1 in miniature, whose RealDGen writes bicubic pairs; its results, and its settings."""
+    calls = []
+
+    def main(cfg, rt):
+        calls.append(cfg)
+        for file in common.list_images(list(cfg.hr), "--hr"):
+            hr = common.load_image(file)
+            h, w = (side // 4 for side in hr.shape[1:])
+            common.save_image(Path(cfg.out) / "hr" / f"{file.stem}.png", hr)
+            lr = benchmark.reduced(hr[None], h, w)[0]
+            common.save_image(Path(cfg.out) / "lr" / f"{file.stem}.png", lr)
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    monkeypatch.setattr(generate, "main", main)
+    write_pairs(tmp_path / "RealSR")
+    write(tmp_path / "photos" / "x.png", photo(3, 192))
+    cfg = benchmark.Config(
+        pairs=(str(tmp_path / "RealSR"),),
+        hr=(str(tmp_path / "photos"),),
+        out=str(tmp_path / "out"),
+        device="cpu",
+        sr=("fsrcnn",),
+        sr_preset="smoke",
+        sr_steps=3,
+        seeds=2,
+        data=("bicubic", "realdgen", "paired"),
+    )
+    benchmark.main(cfg, common.Runtime(torch.device("cpu")))
+    return tmp_path / "out", json.loads((tmp_path / "out/results.json").read_text()), calls
+
+
+def test_networks_are_tested_on_pairs_that_gave_no_reference(downstream):
+    out, results, calls = downstream
+    references = {file.stem for file in (out / "references").rglob("*.png")}
+    assert references == {"Canon_1", "Nikon_1", "Sony_1"}
+    assert [cfg.lr_ref for cfg in calls] == [(str(out / "references" / "RealSR"),)]
+    for kind in ("hr", "lr"):
+        names = {file.stem for file in (out / "paired" / kind).iterdir()}
+        assert names == {f"RealSR_{name}" for name in references}
+    rows = results["downstream"][0]["rows"]
+    assert [row["label"] for row in rows] == [
+        "bicubic enlargement",
+        "bicubic",
+        "RealDGen",
+        "real pairs (oracle)",
+    ]
+    for row in rows:
+        runs = row["sets"]["RealSR"]
+        assert len(runs) == (2 if row["data"] else 1)
+        assert all(set(run["images"]) == {"Canon_2", "Nikon_2"} for run in runs)
+    # The enlargement is Pillow's, and it is compared with the HR image.
+    lr, hr = (Image.open(out.parent / f"RealSR/{kind}/Canon_2.png") for kind in ("LR", "HR"))
+    large = np.asarray(lr.resize(hr.size, Image.Resampling.BICUBIC), float)
+    expected = -10 * np.log10(((large - np.asarray(hr, float)) ** 2).mean() / 255**2)
+    value = rows[0]["sets"]["RealSR"][0]["images"]["Canon_2"]["PSNR RGB"]
+    assert value == pytest.approx(expected, abs=0.01)
+
+
+def test_the_downstream_table_has_spread_cost_and_latex(downstream):
+    out, results, _ = downstream
+    text = (out / "table1.md").read_text()
+    runs = results["downstream"][0]["rows"][2]["sets"]["RealSR"]
+    values = [run["mean"]["PSNR Y"] for run in runs]
+    assert values[0] != values[1]  # seeds differ
+    assert f"{np.mean(values):.2f} ± {np.std(values):.2f}" in text
+    assert "Tested on every other pair of each camera (RealSR 2)" in text and "0.02 M" in text
+    tex = (out / "table1.tex").read_text()
+    assert (
+        tex.count(r"\begin{tabular}{llrrrrrrr}".replace("ll", "l"))
+        == tex.count(r"\end{tabular}")
+        == 1
+    )
+    assert r"$\pm$" in tex and tex.count(r"\\") == 5
+    assert (out / "sr").is_dir() and len(list((out / "sr").glob("*.safetensors"))) == 6
+
+
+def test_the_papers_values_stand_in_their_places():
+    assert benchmark.paper_value("hat", "bsrgan", False, "DRealSR", "PSNR Y") == " [28.135]"
+    assert benchmark.paper_value("swinir", "realdgen", True, "RealSR", "FID") == " [69.736]"
+    assert benchmark.paper_value("swinir-l", "syndiff", True, "DRealSR", "LPIPS") == " [.3748]"
+    for nothing in (
+        ("fsrcnn", "bsrgan", False, "RealSR", "PSNR Y"),
+        ("hat", "bsrgan", True, "RealSR", "PSNR Y"),
+        ("hat", "bsrgan", False, "mine", "PSNR Y"),
+    ):
+        assert benchmark.paper_value(*nothing) == ""
+
+
+def test_every_table_has_its_rows():
+    cfg = benchmark.Config(sr=("hat", "fsrcnn"), t_starts=(200, 300), without_content="c.pt")
+    rows = {t: benchmark.downstream_rows(t, ["A", "B"], cfg) for t in benchmark.DOWNSTREAM}
+    assert len(rows["1"]) == 2 * len(benchmark.DATA)
+    assert [r.settings for r in rows["3"]] == [{"t_start": 200}, {"t_start": 300}, {"auto_t": True}]
+    assert [r.settings for r in rows["4"]] == [{"checkpoint": "c.pt"}, {}]
+    assert [r.without for r in rows["5"]][-2:] == ["A", "B"]
+    assert [r.settings for r in rows["7"]] == [{"candidates": 1}, {}]
+    assert {r.network for t in "3457" for r in rows[t]} == {"fsrcnn"}
+
+
 def test_the_presets_of_generation_serve_here_too():
     for preset in benchmark.PRESETS.values():
         benchmark.Config(**preset)
@@ -437,8 +558,18 @@ def nothing(folder):
         (tiny, "--pairs set", "under 32 x 32"),
         (same_stem_twice, "--pairs set", "LR/Canon_1.png: set/LR/Canon_1.bmp has the same name"),
         (all_corrupt, "--pairs set", "none of its pairs can be read"),
-        (nothing, "--pairs set --table 1", "choose among 2, sampling, factors, extractors"),
+        (nothing, "--pairs set --table 9", "choose among 1, 2, 3, 4, 5, 6, 7, sampling, fac"),
         (nothing, "--table 2 factors", "--pairs is missing"),
+        (nothing, "--table 1 6", "--pairs is missing"),
+        (nothing, "--sr srcnn", "--sr srcnn: choose among swinir, swinir-l, rrdb, hat, fsrcnn"),
+        (nothing, "--sr fsrcnn --data real", "--data real: choose among bicubic, bsrgan"),
+        (nothing, "--sr fsrcnn --sr-preset tiny", "--sr-preset tiny: choose among paper, small"),
+        (nothing, "--sr fsrcnn --seeds 0", "must be at least 1"),
+        (nothing, "--sr fsrcnn --pairs set --hr nowhere", "--hr nowhere: no such file or folder"),
+        (nothing, "--sr fsrcnn --pairs set --lr-ref nowhere", "--lr-ref nowhere: no such file or"),
+        (nothing, "--sr fsrcnn --pairs set set", "two folders have the same name"),
+        (nothing, "--sr fsrcnn --syndiff no.pt", "--syndiff no.pt: no such file"),
+        (nothing, "--table 4 --without-content no.pt", "--without-content no.pt: no such file"),
         (nothing, "--table factors --hr nowhere", "--hr nowhere: no such file or folder"),
         (nothing, "--table factors --hr set/LR --crop 32", "0 are photos of 128 x 128"),
         (nothing, "--table factors --crop 60", "must be a multiple of 8"),
