@@ -784,12 +784,6 @@ def resolved(cfg: Config, rt: common.Runtime) -> Config:
     tables = tuple(TABLES) if cfg.all else cfg.table or (("1",) if cfg.sr else ("2",))
     pairs, data = cfg.pairs, cfg.data
     if set(tables) & set(DOWNSTREAM):
-        here = Path(__file__).parent / "data"
-        pairs = pairs or tuple(
-            str(here / name) for name in ("RealSR", "DRealSR") if (here / name).is_dir()
-        )
-        if not pairs:
-            pairs = (stand_in(Path(cfg.out) / "sample", rt),)
         syndiff = cfg.syndiff or "runs/syndiff/last.pt"
         if "syndiff" in data and not Path(syndiff).is_file():
             common.require(not cfg.syndiff, f"--syndiff {syndiff}: no such file.")
@@ -797,6 +791,12 @@ def resolved(cfg: Config, rt: common.Runtime) -> Config:
             if rt.is_main:
                 make = "`python diffusion.py --without content degradation --content-from lr"
                 print(f"no SynDiff: train its generator by {make} --out runs/syndiff`")
+        here = Path(__file__).parent / "data"
+        pairs = pairs or tuple(
+            str(here / name) for name in ("RealSR", "DRealSR") if (here / name).is_dir()
+        )
+        if not pairs:
+            pairs = (stand_in(Path(cfg.out) / "sample", rt),)
         cfg = dataclasses.replace(cfg, syndiff=syndiff)
     default = "paper" if rt.device.type == "cuda" else "smoke"
     preset = cfg.sr_preset or default
