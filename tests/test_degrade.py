@@ -959,11 +959,12 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     subprocess.run([*command, "--out", whole], check=True, capture_output=True)
     process = subprocess.Popen([*command, "--out", broken], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not (broken / "pairs.jsonl").is_file() and time.monotonic() < deadline:
+    table = broken / "pairs.jsonl"
+    while not (table.is_file() and table.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
     process.wait()
-    finished = [json.loads(line) for line in (broken / "pairs.jsonl").read_text().splitlines()]
+    finished = [json.loads(line) for line in table.read_text().splitlines()]
     assert 0 < len(finished) < 40
     for pair in finished:
         assert (broken / pair["lr"]).read_bytes() == (whole / pair["lr"]).read_bytes()
