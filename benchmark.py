@@ -1,4 +1,4 @@
-"""The results: how close is generated LR to the LR that a real camera took? (Section 3.2, Table 2.)
+"""The results: how close is generated LR to the LR that a real camera took? (Section 3.)
 
 In: folders of aligned pairs which were never trained on: HR/ and LR/ with the same file names, or
 RealSR, DRealSR or RealVSR as published (data/README.md).
@@ -6,11 +6,15 @@ Out: a table on the screen and in out/benchmark/table2.md; every single value in
 RealDGen answers twice: with the pair's own LR as reference, as in the paper, and with another
 photo of the same camera, as in use, where nobody has the LR image that is to be generated.
 
+Tables 1, 3, 4, 5 and 7 ask what the pairs are worth: SR networks are trained on the data of each
+method (sr.py), all else equal, and tested on real pairs that gave no reference.
+
 Two tables more look inside, and need HR photos only: does generated LR follow its reference,
 one factor at a time (factors), and does E_deg see what E_cont must not see (extractors).
 
     python benchmark.py --pairs data/RealSR data/DRealSR
     python benchmark.py --pairs data/RealSR --table 2 --candidates 1 --seed 1
+    python benchmark.py --pairs data/RealSR --sr swinir-l fsrcnn --seeds 3
     python benchmark.py --table factors extractors --hr data/hr --lr data/lr
 """
 
@@ -779,9 +783,14 @@ TABLES = {
 DOWNSTREAM = ("1", "3", "4", "5", "7")  # tables of trained networks
 
 
+def tables_of(cfg: Config) -> tuple[str, ...]:
+    """The tables that are asked for: without a word of them 1 where networks are named, else 2."""
+    return tuple(TABLES) if cfg.all else cfg.table or (("1",) if cfg.sr else ("2",))
+
+
 def resolved(cfg: Config, rt: common.Runtime) -> Config:
     """The settings with the defaults that depend on others and on what is there."""
-    tables = tuple(TABLES) if cfg.all else cfg.table or (("1",) if cfg.sr else ("2",))
+    tables = tables_of(cfg)
     pairs, data = cfg.pairs, cfg.data
     if set(tables) & set(DOWNSTREAM):
         syndiff = cfg.syndiff or "runs/syndiff/last.pt"
@@ -849,7 +858,7 @@ def check(cfg: Config) -> None:
         common.require(not path or Path(path).is_file(), f"{flag} {path}: no such file.")
     for table in cfg.table:
         common.require(table in TABLES, f"--table {table}: choose among {', '.join(TABLES)}.")
-    if {"2", "6", "sampling"} & set(cfg.table or () if cfg.sr else cfg.table or ("2",)) or cfg.all:
+    if {"2", "6", "sampling"} & set(tables_of(cfg)):
         example = "name folders of pairs, as in `python benchmark.py --pairs data/RealSR`"
         common.require(bool(cfg.pairs), f"--pairs is missing: {example}.")
     for flag, value, low in (
