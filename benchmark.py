@@ -250,6 +250,7 @@ def realdgen(
         bf16=cfg.bf16,
         solver=cfg.solver,
         recipe=cfg.recipe,
+        grain=cfg.grain,
     )
     return lr[torch.arange(len(lr)), scores["kept"].cpu()]
 
@@ -587,7 +588,8 @@ def training_source(row: Row, names: list[str], cfg: "Config", rt: common.Runtim
         return {"recipe": recipe, "hr": tuple(map(str, common.find_photos(cfg.hr, "hr", "--hr")))}
     if row.data == "paired":
         return {"pairs": str(out / "paired")}
-    fields = ("checkpoint", "start", "t_start", "num_steps", "eta", "solver", "candidates", "bf16")
+    fields = ("checkpoint", "start", "t_start", "num_steps", "eta", "solver", "candidates", "bf16",
+              "grain")  # fmt: skip
     settings = {key: getattr(cfg, key) for key in fields} | row.settings
     if row.data == "syndiff":
         settings |= generate.PRESETS["syndiff"] | {"checkpoint": cfg.syndiff}
@@ -762,6 +764,7 @@ class Config:
     recipe: str = generate.Config.recipe  # of D, for --start degrade
     t_start: int = generate.Config.t_start  # T, from which generation starts
     num_steps: int = generate.Config.num_steps  # network evaluations of the sampler
+    grain: bool = generate.Config.grain  # noise and JPEG as E_deg reads them in the reference
     eta: float = generate.Config.eta  # 0 is DDIM, 1 is DDPM
     solver: str = generate.Config.solver  # ddim or dpm
     candidates: int = generate.Config.candidates  # K, of which the best is kept
@@ -913,7 +916,7 @@ def main(cfg: Config, rt: common.Runtime) -> None:
         devices = probes.device_crops(real, cfg.crop, cfg.images, cfg.seed)
         nets = probes.load_extractors(cfg.extractors, rt.device)
     if used - {"extractors", *DOWNSTREAM}:
-        net = generate.load_generator(cfg.checkpoint, rt.device)
+        net = generate.load_generator(cfg.checkpoint, rt.device, cfg.grain)
     metrics = available_metrics(rt.device) if sets else []
     print(cfg)
     gpu = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else ""
@@ -955,7 +958,7 @@ def main(cfg: Config, rt: common.Runtime) -> None:
             print("\n" + tables[-1])
             write(table, "\n".join(tables))
     if "factors" in cfg.table:
-        sampler = (cfg.num_steps, cfg.start, cfg.eta, cfg.bf16)
+        sampler = (cfg.num_steps, cfg.start, cfg.eta, cfg.bf16, cfg.grain)
         results["factors"] = probes.table_factors(
             hr, net, cfg.t_starts, cfg.repeats, *sampler, cfg.seed
         )

@@ -197,10 +197,12 @@ class Degradation:
         """What theta means for the LR image: (B, 5), each about in [0, 1].
 
         Blur width (log LR pixels), resolution lost by resizing (log), ringing, noise, JPEG loss.
+        Noise and JPEG that all came before a resize can't be told from the image: NaN.
         """
         grid = self.scale.float()  # pixels per LR pixel at the current step
         lost, blur_variance, noise_variance = grid, torch.zeros_like(grid), torch.zeros_like(grid)
         ringing, quality = torch.zeros_like(grid), torch.full_like(grid, 100.0)
+        hidden = torch.zeros_like(torch.stack([grid, grid]), dtype=torch.bool)  # noise, JPEG
         for codes in self.order.unbind(1):
             here = {name: codes == i for i, name in enumerate(OPERATIONS)}
             for i in range(3):
@@ -220,9 +222,13 @@ class Degradation:
                     here[f"gaussian {i + 1}"], self.poisson_scale[:, i] * 0.04
                 )
                 noisy = here[f"gaussian {i + 1}"] | here[f"poisson {i + 1}"]
-                noise_variance = noise_variance + (std / grid.clamp(min=1)).square() * noisy
-                loss = self.jpeg_quality[:, i].where(here[f"jpeg {i + 1}"], 100)
+                seen = grid == 1
+                noise_variance = noise_variance + std.square() * (noisy & seen)
+                loss = self.jpeg_quality[:, i].where(here[f"jpeg {i + 1}"] & seen, 100)
                 quality = torch.minimum(quality, loss)
+                hidden |= torch.stack([noisy, here[f"jpeg {i + 1}"]]) & ~seen
+        noise_variance[hidden[0] & (noise_variance == 0)] = math.nan
+        quality[hidden[1] & (quality == 100)] = math.nan
         return torch.stack(
             [
                 (blur_variance + 0.01).log() / 4.6 + 1,
@@ -233,6 +239,12 @@ class Degradation:
             ],
             dim=1,
         )
+
+
+def noise_and_quality(physical: Tensor) -> tuple[Tensor, Tensor]:
+    """Noise, a std on [0, 1], and JPEG quality 1..100 (B,) of Degradation.physical's (B, 5)."""
+    noise = (3.5 * physical[:, 3]).exp().sub(1).div(255).clamp(min=0)
+    return noise, (100 * (1 - physical[:, 4])).round().clamp(1, 100).long()
 
 
 # ---- drawing theta ----------------------------------------------------------------------------

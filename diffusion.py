@@ -106,6 +106,16 @@ def randn_rows(shape: Sequence[int], generators: Sequence[torch.Generator]) -> T
     return torch.stack([torch.randn(*shape, generator=g, device=g.device) for g in generators])
 
 
+def steps_of_noise(t_start: int, num_steps: int) -> list[int]:
+    """The steps that a sampler stops at: num_steps + 1 of them, from t_start down to 0.
+
+    Quadratic (arXiv:2010.02502, D.3): the last step must be small, because it keeps no more grain
+    of the image than there is noise less than that. All steps if there are as many.
+    """
+    k = range(num_steps, -1, -1)
+    return [max(i, round(t_start * (i / num_steps) ** 2)) for i in k]
+
+
 def sample(
     net: Callable[[Tensor, Tensor, Tensor], Tensor],
     start: Tensor,
@@ -128,8 +138,7 @@ def sample(
     if t_start == 0:
         return start.clamp(0, 1)
     B, shape = len(start), start.shape[1:]
-    num_steps = min(num_steps, t_start)
-    ts = [round(t_start * (num_steps - i) / num_steps) for i in range(num_steps + 1)]
+    ts = steps_of_noise(t_start, min(num_steps, t_start))
     x = to_signed(start)
     x = q_sample(x, torch.full((B,), t_start, device=x.device), randn_rows(shape, generators))
     last: tuple[Tensor, Tensor] | None = None  # t and x_0 of the step before
@@ -427,7 +436,7 @@ PRESETS: dict[str, dict] = {
         "crop": 48,
         "learning_rate": 5e-4,
         "answer": True,
-        "recipes": ("realesrgan", "light", "camera", "camera"),
+        "recipes": ("realesrgan", "light", "camera", "wide"),
         "t_power": 2.0,
         "widths": (32, 64, 128),
         "attention": (2,),

@@ -234,53 +234,53 @@ class PlainBlock(nn.Module):
         return x + self.conv2(F.relu(self.conv1(x)))
 
 
+def dct_statistics(lr: Tensor) -> Tensor:
+    """How large the coefficients are that JPEG would quantise, (B, 384), of LR (B, 3, h, w).
+
+    For each of Y, Cb, Cr and each of the 64 frequencies of blocks of 8 x 8 pixels: the mean
+    logarithm of the size and the logarithm of the root mean square, both in levels of 255 and
+    brought to about [-1, 1]. Blur shows as their decline with frequency, noise as the floor they
+    end on, compression as coefficients that are nothing at all.
+    """
+    with torch.autocast(lr.device.type, enabled=False):
+        to_ycc = lr.new_tensor(YCC, dtype=torch.float32)
+        ycc = 255 * torch.einsum("oc,bchw->bohw", to_ycc, lr.float())
+        rows = degrade.dct_matrix().to(ycc) / (8192 * math.sqrt(8))  # orthonormal
+        basis = torch.einsum("uy,vx->uvyx", rows, rows).reshape(64, 1, 8, 8)
+        size = F.conv2d(ycc.flatten(0, 1)[:, None], basis, stride=8).abs()  # (3B, 64, h/8, w/8)
+        typical = (size + 0.5).log().mean((2, 3)).view(len(lr), -1)
+        spread = (size.square().mean((2, 3)) + 0.25).log().view(len(lr), -1) / 2
+        return (torch.cat([typical, spread], dim=1) - 1.5) / 1.5
+
+
+YCC = ((0.299, 0.587, 0.114), (-0.1687, -0.3313, 0.5), (0.5, -0.4187, -0.0813))
+
+
 class DegradationExtractor(nn.Module):
     """E_deg (Fig. 7): a convolution, residual blocks, pooling, a mapping of four layers.
 
-    Deviations: with `pool_std` the standard deviation of each channel is pooled beside its mean,
-    because noise and compression are spreads. With `jpeg_grid`, so is how much the mean depends on
-    the place in the 8 x 8 blocks of JPEG, which convolutions cannot know.
+    Deviation: with `statistics`, those of `dct_statistics` are pooled, too. What a camera leaves
+    in an image is mostly a matter of spreads at each frequency, and in the blocks of JPEG, which
+    convolutions and means hardly see.
     """
 
-    def __init__(
-        self, channels: int, blocks: int, dim: int, pool_std: bool, jpeg_grid: bool
-    ) -> None:
+    def __init__(self, channels: int, blocks: int, dim: int, statistics: bool) -> None:
         super().__init__()
-        self.pool_std, self.jpeg_grid = pool_std, jpeg_grid
+        self.statistics = statistics
         self.first = nn.Conv2d(3, channels, 3, padding=1)
         self.body = nn.Sequential(*(PlainBlock(channels) for _ in range(blocks)))
-        pooled = channels * (1 + pool_std + jpeg_grid)
-        widths = [pooled, *(max(channels, dim // d) for d in (4, 2, 1)), dim]
         layers: list[nn.Module] = []
-        for c_in, c_out in zip(widths, widths[1:], strict=False):
-            layers += [nn.Conv2d(c_in, c_out, 1), nn.LeakyReLU(0.1)]
+        for i in range(4):
+            c_in = dim if i else channels + 384 * statistics
+            layers += [nn.Conv2d(c_in, dim, 1), nn.LeakyReLU(0.1)]
         self.mapping = nn.Sequential(*layers[:-1])
 
     def forward(self, lr: Tensor) -> Tensor:
-        """F_deg (B, D) of LR images (B, 3, h, w) in [0, 1]."""
-        h = self.body(self.first(lr - 0.5)).float()
-        variance = h.var((2, 3), correction=0, keepdim=True) + 1e-6
-        pooled = [h.mean((2, 3), keepdim=True)]
-        if self.pool_std:
-            pooled.append(variance.sqrt())
-        if self.jpeg_grid:
-            pooled.append((between_places(h) / variance + 1e-4).sqrt())
-        return self.mapping(torch.cat(pooled, dim=1)).flatten(1)
-
-
-def between_places(x: Tensor) -> Tensor:
-    """Variance between the 64 places in a block of 8 x 8 pixels: (B, C, h, w) -> (B, C, 1, 1).
-
-    What the variance among n blocks leads one to expect of 64 means (its nth part) is taken off,
-    so that the size of the image does not show. Zero for images with sides under 16 pixels.
-    """
-    rows, columns = (side // 8 for side in x.shape[2:])
-    if min(rows, columns) < 2:
-        return x.new_zeros(*x.shape[:2], 1, 1)
-    blocks = x[:, :, : 8 * rows, : 8 * columns].unflatten(3, (columns, 8)).unflatten(2, (rows, 8))
-    variance, mean = torch.var_mean(blocks, (2, 4), correction=1)  # (B, C, 8, 8) each
-    expected = variance.mean((2, 3), keepdim=True) / (rows * columns)
-    return (mean.var((2, 3), keepdim=True) - expected).clamp(min=0)
+        """F_deg (B, D) of LR images (B, 3, h, w) in [0, 1], 8 x 8 pixels or more."""
+        pooled = self.body(self.first(lr - 0.5)).float().mean((2, 3))
+        if self.statistics:
+            pooled = torch.cat([pooled, dct_statistics(lr)], dim=1)
+        return self.mapping(pooled[:, :, None, None]).flatten(1)
 
 
 def place_in_block(height: int, width: int, device: torch.device) -> Tensor:
@@ -322,6 +322,15 @@ class ModulationBlock(nn.Module):
         return self.last(x)
 
 
+def filtered(image: Tensor, kernels: Tensor) -> Tensor:
+    """Image b (3, h, w) filtered with kernels[b] (k, k), k odd; the border is continued."""
+    B, C, h, w = image.shape
+    weight = kernels.to(image)[:, None].repeat_interleave(C, dim=0)
+    padded = F.pad(image, [kernels.shape[-1] // 2] * 4, mode="replicate")
+    rows = padded.reshape(1, B * C, *padded.shape[2:])
+    return F.conv2d(rows, weight, groups=B * C).view(B, C, h, w)
+
+
 def resized(image: Tensor, height: int, width: int) -> Tensor:
     """Resize (B, 3, H, W) bicubically with antialiasing, as Pillow does but without rounding."""
     return F.interpolate(image.float(), (height, width), mode="bicubic", antialias=True)
@@ -348,19 +357,23 @@ def load_vqvae(vqvae: VQVAE, path: str) -> None:
 
 
 class Extractors(nn.Module):
-    """The networks of stage 1: E_cont, E_deg, Rec_lr, and the head that only trains E_deg."""
+    """The networks of stage 1: E_cont, E_deg, Rec_lr, and the head that names what E_deg sees."""
 
     def __init__(self, cfg: "Config") -> None:
         super().__init__()
         self.quantize_content, self.skip = cfg.quantize_content, cfg.skip
+        self.head_trained = cfg.head_weight > 0
         self.vqvae = VQVAE(
             cfg.vq_channels, cfg.vq_multipliers, cfg.vq_blocks, cfg.vq_z, cfg.vq_codes
         )
         self.e_deg = DegradationExtractor(
-            cfg.deg_channels, cfg.deg_blocks, cfg.deg_dim, cfg.pool_std, cfg.jpeg_grid
+            cfg.deg_channels, cfg.deg_blocks, cfg.deg_dim, cfg.statistics
         )
         c_in = cfg.vq_z + 3 * cfg.skip
         self.rec_lr = ModulationBlock(c_in, cfg.deg_dim, cfg.mod_channels, 3, cfg.jpeg_grid)
+        self.kernel = nn.Linear(cfg.deg_dim, cfg.kernel**2) if cfg.skip and cfg.kernel else None
+        if self.kernel is not None:
+            nn.init.zeros_(self.kernel.weight), nn.init.zeros_(self.kernel.bias)
         self.head = nn.Linear(cfg.deg_dim, 5)
 
     def content(self, image: Tensor) -> Tensor:
@@ -373,11 +386,22 @@ class Extractors(nn.Module):
 
         Deviation: with `skip`, Rec_lr also sees the bicubic reduction of the HR image and adds its
         output to it. Stage 1 has true pairs, so this gives nothing away, and no detail is lost.
+        With a `kernel`, the reduction is first filtered with one that F_deg names: most of what a
+        lens and a camera's sharpening do is linear. Its sum is 1, so that no colour drifts.
         """
         if not self.skip:
             return self.rec_lr(degradation, content)
         reduced = resized(hr, *content.shape[2:])
+        if self.kernel is not None:
+            change = 0.1 * self.kernel(degradation).float()
+            change = change - change.mean(1, keepdim=True)
+            side = math.isqrt(change.shape[1])
+            reduced = reduced + filtered(reduced, change.view(-1, side, side))
         return reduced + self.rec_lr(degradation, torch.cat([content, reduced], dim=1))
+
+    def named(self, degradation: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise (B,), a std on [0, 1], and JPEG quality (B,), 1..100, as the head reads them."""
+        return degrade.noise_and_quality(self.head(degradation).float())
 
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -475,7 +499,8 @@ def degradation_loss(
     # Not in the paper: theta is known here, so a linear head names it. Without it the code has
     # little to start from.
     physical = theta.physical().to(hr.device).repeat(n + 1, 1)
-    named = F.mse_loss(net.head(code.flatten(0, 1)).float(), physical)
+    read = net.head(code.flatten(0, 1)).float()  # of what a later resize hides, nothing is asked
+    named = F.mse_loss(read, physical.where(physical.isfinite(), read.detach()))
     loss = cfg.contrastive_weight * contrastive + reconstruction + cfg.head_weight * named
     return {
         "loss": loss,
@@ -545,8 +570,9 @@ class Config:
     deg_channels: int = 64
     deg_blocks: int = 16
     deg_dim: int = 2048
-    pool_std: bool = True  # E_deg pools standard deviations, too; the paper: means only
-    jpeg_grid: bool = False  # E_deg, Rec_lr and M know JPEG's blocks of 8 x 8; the paper: no
+    statistics: bool = True  # E_deg pools sizes of DCT coefficients, too; the paper: no
+    kernel: int = 9  # Rec_lr filters the reduction, side in LR pixels; 0, the paper: no
+    jpeg_grid: bool = False  # Rec_lr and M know JPEG's blocks of 8 x 8; the paper: no
     mod_channels: int = 64
     num_samples: int = 3  # n: positives and negatives per anchor
     margin: float = 0.01
@@ -577,16 +603,19 @@ PRESETS: dict[str, dict] = {
         "vq_crop": 96,
         "vqvae_learning_rate": 2e-3,
         "content_learning_rate": 3e-4,
-        "degradation_learning_rate": 5e-4,
+        "degradation_learning_rate": 1e-3,
         "vq_channels": 16,
         "vq_z": 4,
         "vq_codes": 1024,
-        "deg_blocks": 5,
+        "deg_channels": 24,
+        "deg_blocks": 4,
+        "mod_channels": 48,
         "jpeg_grid": True,
         "deg_dim": 256,
         "batch_size": 16,
         "num_samples": 1,
-        "recipes": ("realesrgan", "light", "camera", "camera"),
+        "recipes": ("realesrgan", "light", "camera", "wide"),
+        "head_weight": 1.0,
         "ema_decay": 0.995,
         "compile": False,
         "save_every": 100,
@@ -658,7 +687,7 @@ def train(cfg: Config, rt: common.Runtime) -> None:
             "last",
             degradation,
             data,
-            [net.e_deg, net.rec_lr, net.head],
+            [net.e_deg, net.rec_lr, net.head, *([net.kernel] if net.kernel else [])],
             cfg.degradation_learning_rate,
             lambda path: swap_grid(net, few[:4], cfg, path),
             None,

@@ -29,16 +29,22 @@ from data.shards import TarShards
 
 SCALE = 4  # HR size / LR size: the VQ-VAE's factor, and so the grid on which content and LR meet
 STARTS = ("reconstruct", "degrade")
+UNCOMPRESSED = 95  # JPEG quality from which E_deg can't tell it from none
 # What a pair depends on besides its photos: a run with other values needs another folder.
 SETTINGS = ("start", "t_start", "auto_t", "num_steps", "eta", "solver", "candidates", "max_error",
             "pairing", "jitter", "seed", "keep", "format", "average", "recipe",
-            "t_min")  # fmt: skip
+            "t_min", "grain")  # fmt: skip
 
 # ---- the method -------------------------------------------------------------------------------
 
 
-def load_generator(checkpoint: str, device: torch.device) -> diffusion.DecoupledDDPM:
-    """The trained model, ready to generate; "" looks in runs/diffusion, then in data/pretrained."""
+def load_generator(
+    checkpoint: str, device: torch.device, grain: bool = False
+) -> diffusion.DecoupledDDPM:
+    """The trained model, ready to generate; "" looks in runs/diffusion, then in data/pretrained.
+
+    UserError if it can't be used; with `grain` also if E_deg's head was not trained.
+    """
     path = common.find_checkpoint(checkpoint, "diffusion", "python diffusion.py")
     state = common.load_checkpoint(path)
     common.require(
@@ -46,6 +52,10 @@ def load_generator(checkpoint: str, device: torch.device) -> diffusion.Decoupled
         f"{path}: not a checkpoint of diffusion.py (give that one).",
     )
     net = diffusion.build(state["config"], state["config"]["extractors"])
+    common.require(
+        net.extractors.head_trained or not grain,
+        f"{path}: the head that reads noise and JPEG was not trained: give --no-grain.",
+    )
     net.load_state_dict(state["ema"])
     net.eval().requires_grad_(False)
     return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -110,6 +120,22 @@ def start_image(hr: Tensor, answer: Tensor, start: str, seed: int, recipe: str) 
     return degrade.degrade(hr, theta)
 
 
+def grained(
+    net: diffusion.DecoupledDDPM, lr: Tensor, code: Tensor, draws: Sequence[torch.Generator]
+) -> Tensor:
+    """Candidates (K, 3, h, w) with the noise they lack and the JPEG that E_deg sees in code (1, D).
+
+    Not in the paper: Rec_lr's answer is an average over all noise, a short chain adds little, and a
+    network hardly learns to round in blocks of 8 x 8. What has been compressed alike before is
+    hardly changed.
+    """
+    wanted, quality = net.extractors.named(code)
+    there, _ = net.extractors.named(net.extractors.e_deg(lr))
+    missing = (wanted.square() - there.square()).clamp(min=0).sqrt()[:, None, None, None]
+    lr = (lr + missing * diffusion.randn_rows(lr.shape[1:], draws)).clamp(0, 1)
+    return degrade.jpeg(lr, quality.expand(len(lr))) if quality < UNCOMPRESSED else lr
+
+
 def errors(
     net: diffusion.DecoupledDDPM, lr: Tensor, code: Tensor, content: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -154,6 +180,7 @@ def generate(
     bf16: bool = True,
     solver: str = "ddim",
     recipe: str = "realesrgan",
+    grain: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """LR images with the content of hr and the degradation of lr_ref. Algorithm 2, A.6.
 
@@ -169,7 +196,9 @@ def generate(
     with common.Runtime(hr.device).autocast(bf16):
         # One image at a time, its candidates together: no result depends on the other images.
         made = [
-            generate_one(net, image[None], ref, ts, num_steps, start, eta, seed, solver, recipe)
+            generate_one(
+                net, image[None], ref, ts, num_steps, start, eta, seed, solver, recipe, grain
+            )
             for image, ref, seed in zip(hr, lr_ref, seeds, strict=True)
         ]
     lr, content, degradation = (torch.stack(parts) for parts in zip(*made, strict=True))
@@ -190,6 +219,7 @@ def generate_one(
     seed: int,
     solver: str,
     recipe: str,
+    grain: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One candidate for each of ts: (K, 3, H/4, W/4), and both of their errors (K,)."""
     h, w = (side // SCALE for side in hr.shape[2:])
@@ -214,8 +244,11 @@ def generate_one(
         starts, conditions = (v.expand(len(ks), -1, -1, -1) for v in (x, c))
         lr = diffusion.sample(eps_pred, starts, conditions, t, num_steps, draws, eta, solver)
         made |= dict(zip(ks, lr, strict=True))
-    lr = torch.stack([made[k] for k in range(len(ts))])
-    lr = lr[..., :h, :w]
+    lr = torch.stack([made[k] for k in range(len(ts))])[..., :h, :w]
+    if grain:
+        lr = grained(
+            net, lr, code, [common.generator(seed, k, 1, device=hr.device) for k in range(len(ts))]
+        )
     return lr, *errors(net, lr, code, content[..., :h, :w])
 
 
@@ -236,6 +269,7 @@ class Config:
     t_min: int = -1  # draw T of each image from here to t_start (SynDiff); -1: always t_start
     auto_t: bool = False  # candidates start from a quarter, half, once and twice t_start in turn
     num_steps: int = 5  # network evaluations
+    grain: bool = True  # noise and JPEG as E_deg reads them in the reference; the paper: no
     eta: float = 0.0  # 0 is DDIM; 1 with as many evaluations as steps is DDPM (the paper)
     solver: str = "ddim"  # ddim or dpm (DPM-Solver++ of second order)
     candidates: int = 4  # K, of which the filter keeps the best
@@ -254,7 +288,7 @@ class Config:
 
 PRESETS: dict[str, dict] = {
     "fast": {},
-    "paper": {"start": "degrade", "t_start": 300, "num_steps": 300, "eta": 1.0},
+    "paper": {"start": "degrade", "t_start": 300, "num_steps": 300, "eta": 1.0, "grain": False},
     # arXiv:2303.06994, with weights of diffusion.py --without content degradation.
     "syndiff": {
         "start": "degrade",
@@ -262,6 +296,7 @@ PRESETS: dict[str, dict] = {
         "t_min": 0,
         "t_start": 250,
         "num_steps": 12,
+        "grain": False,
         "candidates": 1,
     },
 }
@@ -517,7 +552,7 @@ def make_pair(
     hr = job.hr[None].to(device)
     lr, scores = generate(
         net, hr, [code], ts, cfg.num_steps, cfg.candidates, cfg.start, cfg.eta, [seed], cfg.bf16,
-        cfg.solver, cfg.recipe,
+        cfg.solver, cfg.recipe, cfg.grain,
     )  # fmt: skip
     kept = int(scores["kept"][0])
     record = {
@@ -582,7 +617,7 @@ def main(cfg: Config, rt: common.Runtime) -> None:
     check(cfg)
     files, out = common.find_photos(cfg.hr, "hr", "--hr"), Path(cfg.out)
     records = read_records(out, settings_of(cfg))
-    net = load_generator(cfg.checkpoint, rt.device)
+    net = load_generator(cfg.checkpoint, rt.device, cfg.grain)
     t = cfg.t_start
     ts = [max(1, round(t * f)) for f in (0.25, 0.5, 1, 2)] if cfg.auto_t and t > 0 else [t]
     common.require(max(ts) <= net.t_max, f"--t-start {t}: the weights know {net.t_max} steps.")

@@ -220,6 +220,7 @@ def table_factors(
     start: str,
     eta: float,
     bf16: bool,
+    grain: bool,
     seed: int,
 ) -> dict[str, Any]:
     """All rows: the truth, then the network from each T, with K = 1; T = 0 is Rec_lr alone.
@@ -230,7 +231,7 @@ def table_factors(
     def network(t_start: int) -> Answer:
         first = start if t_start else "reconstruct"
         return lambda hr, lr_ref, theta, seeds: generate.generate(
-            net, hr, lr_ref, t_start, num_steps, 1, first, eta, seeds, bf16
+            net, hr, lr_ref, t_start, num_steps, 1, first, eta, seeds, bf16, grain=grain
         )[0][:, 0]
 
     banks = [reductions(x) for x in hr]

@@ -831,7 +831,22 @@ def test_physical_quantities_follow_blur_noise_and_compression():
     assert (theta.physical() == degrade.bicubic(1, 4).physical()).all()
     for recipe in degrade.RECIPES:
         drawn = degrade.sample_degradation(500, recipe, generator=common.generator(14)).physical()
-        assert drawn.isfinite().all() and drawn.min() > -0.5 and drawn.max() < 2
+        assert drawn[:, :3].isfinite().all() and drawn.isfinite().any(0).all()
+        assert drawn.nan_to_num().min() > -0.5 and drawn.nan_to_num().max() < 2
+
+
+def test_noise_and_jpeg_that_a_resize_hides_are_not_named():
+    unknown = {
+        ("gaussian 1", "jpeg 1", "resize 3"): [True, True],
+        ("resize 3", "gaussian 1", "jpeg 1"): [False, False],
+        ("jpeg 1", "resize 3", "gaussian 1"): [False, True],
+        ("gaussian 1", "resize 3", "poisson 2", "jpeg 1"): [False, False],
+        ("resize 3",): [False, False],
+    }
+    for operations, expected in unknown.items():
+        theta = only(1, *operations, scale=4)
+        theta.gaussian_std[:], theta.poisson_scale[:], theta.jpeg_quality[:] = 0.05, 1.0, 50
+        assert theta.physical()[0, 3:].isnan().tolist() == expected, operations
 
 
 def test_physical_blur_is_measured_in_lr_pixels_wherever_it_happens():
@@ -1034,3 +1049,15 @@ def test_a_folder_without_images_is_one_sentence(tmp_path, monkeypatch, capsys):
         launch(monkeypatch, "--hr", tmp_path / "empty", "--out", tmp_path / "out")
     assert stopped.value.code == 2 and not (tmp_path / "out").exists()
     assert "no images" in capsys.readouterr().err
+
+
+def test_noise_and_quality_are_read_back_from_what_theta_means():
+    theta = degrade.bicubic(5, 4)
+    theta.order[:, 1:3] = torch.tensor(
+        [degrade.OPERATIONS.index(n) for n in ("gaussian 2", "jpeg 2")]
+    )
+    theta.gaussian_std[:, 1] = torch.tensor([0.0, 1.0, 5.0, 10.0, 25.0]) / 255
+    theta.jpeg_quality[:, 1] = torch.tensor([1, 30, 75, 95, 100])
+    noise, quality = degrade.noise_and_quality(theta.physical())
+    torch.testing.assert_close(noise, theta.gaussian_std[:, 1], atol=1e-6, rtol=1e-4)
+    assert quality.tolist() == theta.jpeg_quality[:, 1].tolist()

@@ -1,10 +1,13 @@
 """diffusion.py: the noise schedule and its steps in closed form, the U-Net, the training."""
 
+import itertools
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
@@ -134,6 +137,17 @@ def test_p_sample_equals_ddim_step_with_eta_1():
     t = torch.tensor([1, 2, 50, 400])
     ddim = diffusion.ddim_step(x_t, t, t - 1, eps, 1.0, noise)
     torch.testing.assert_close(diffusion.p_sample(x_t, t, eps, noise), ddim, atol=1e-3, rtol=0)
+
+
+@given(st.integers(1, 1000), st.integers(1, 1000))
+def test_steps_of_noise_fall_from_t_start_to_0(t_start, num_steps):
+    n = min(t_start, num_steps)
+    ts = diffusion.steps_of_noise(t_start, n)
+    assert (ts[0], ts[-1], len(ts)) == (t_start, 0, n + 1)
+    falls = [now - after for now, after in itertools.pairwise(ts)]
+    assert min(falls) >= 1
+    assert all(now >= after - 1 for now, after in itertools.pairwise(falls))  # up to rounding
+    assert diffusion.steps_of_noise(t_start, t_start) == list(range(t_start, -1, -1))
 
 
 def test_ddim_step_with_eta_0_moves_along_the_same_noise():

@@ -7,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from scipy import ndimage
+from scipy.fft import dctn
 from torch import Tensor, nn
 
 import common
@@ -423,45 +425,76 @@ def test_senseless_settings_end_in_one_sentence(tmp_path, changes):
     assert not (tmp_path / "out").exists()
 
 
-def test_pooled_spread_sees_noise_that_the_mean_of_linear_features_does_not():
+def test_dct_statistics_agree_with_scipy():
+    lr = drawn_batch(2, 24, 33)  # the last column is in no whole block
+    found = 1.5 * extractors.dct_statistics(lr) + 1.5
+    r, g, b = (255 * lr.double()[..., :32]).unbind(1)
+    y = 0.299 * r + 0.587 * g + 0.114 * b
+    for channel, plane in enumerate((y, 0.564 * (b - y), 0.713 * (r - y))):  # BT.601
+        blocks = plane.unflatten(2, (4, 8)).unflatten(1, (3, 8)).transpose(2, 3)  # (B, 3, 4, 8, 8)
+        size = np.abs(dctn(blocks.numpy(), axes=(3, 4), norm="ortho"))
+        expected = np.log(size + 0.5).mean((1, 2)), np.log((size**2).mean((1, 2)) + 0.25) / 2
+        for part, values in enumerate(expected):
+            ours = found[:, 192 * part + 64 * channel :][:, :64]
+            np.testing.assert_allclose(ours.view(2, 8, 8), values, atol=0.02)
+
+
+def test_dct_statistics_show_each_factor_where_it_belongs():
+    sharp = common.to_uint8(torch.rand(1, 3, 64, 64, generator=common.generator(0))) / 255
+    image = torch.nn.functional.avg_pool2d(sharp, 3, 1, 1)
+
+    def shown(lr: Tensor) -> Tensor:
+        """Typical size of Y's coefficients (8, 8) by frequency."""
+        return extractors.dct_statistics(common.to_uint8(lr) / 255)[0, :64].view(8, 8)
+
+    plain = shown(image)
+    noise = 0.04 * torch.randn(image.shape, generator=common.generator(1))
+    blurred = torch.nn.functional.avg_pool2d(image, 3, 1, 1)
+    assert shown(image + noise)[7, 7] > plain[7, 7] + 0.3
+    assert shown(blurred)[3, 3] < plain[3, 3] - 0.1
+    qualities = [30, 60, 90]
+    jpegs = [shown(degrade.jpeg(image, torch.tensor([q]))).mean() for q in qualities]
+    assert jpegs[0] < jpegs[1] < jpegs[2] < plain.mean()
+
+
+def test_without_statistics_e_deg_sees_means_only():
+    """Features linear in the pixels: their mean can't tell noise of mean 0 from none."""
     flat = torch.full((1, 3, 32, 32), 0.5)
     noise = 0.1 * (torch.rand(1, 3, 32, 32, generator=common.generator(0)) > 0.5).float()
     noisy = flat + noise - noise.mean((2, 3), keepdim=True)
-    for pool_std in (False, True):
+    for statistics in (False, True):
         torch.manual_seed(0)
-        net = extractors.DegradationExtractor(8, 1, 16, pool_std, False)
+        net = extractors.DegradationExtractor(8, 1, 16, statistics)
         for p in net.body.parameters():
             torch.nn.init.zeros_(p)  # no block: features are linear in the pixels
         centre = net.first.weight.data[..., 1:2, 1:2].clone()
         net.first.weight.data.zero_()[..., 1:2, 1:2] = centre
-        same = torch.allclose(net(flat), net(noisy), atol=1e-5)
-        assert same != pool_std
+        assert torch.allclose(net(flat), net(noisy), atol=1e-5) != statistics
 
 
-def test_between_places_is_what_the_place_in_a_block_explains():
-    noise = torch.randn(64, 2, 48, 40, generator=common.generator(0))
-    assert extractors.between_places(noise).mean() < 0.01  # of variance 1: chance is taken off
-    pattern = torch.randn(1, 1, 8, 8, generator=common.generator(1))
-    tiled = 2 + pattern.repeat(1, 1, 6, 5)
-    found = extractors.between_places(tiled)
-    torch.testing.assert_close(found, pattern.var((2, 3), keepdim=True))
-    both = tiled + noise
-    expected = found + noise.unflatten(3, (5, 8)).unflatten(2, (6, 8)).mean((2, 4)).var()
-    torch.testing.assert_close(
-        extractors.between_places(both).mean(), expected.mean() - 1 / 30, rtol=0.1, atol=0
-    )
-    shifted = extractors.between_places(both.roll((3, 5), (2, 3)))  # a photo cut at any place
-    torch.testing.assert_close(shifted, extractors.between_places(both), rtol=0.1, atol=0.01)
-    assert not extractors.between_places(torch.rand(1, 1, 15, 40)).any()
+def test_filtered_agrees_with_scipy_for_every_image():
+    image = drawn_batch(2, 12, 9)
+    kernels = torch.randn(2, 5, 5, generator=common.generator(0))
+    found = extractors.filtered(image, kernels)
+    for b in range(2):
+        for c in range(3):
+            expected = ndimage.correlate(image[b, c].numpy(), kernels[b].numpy(), mode="nearest")
+            np.testing.assert_allclose(found[b, c], expected, atol=1e-5)
 
 
-def test_jpeg_shows_between_places():
-    image = drawn_batch(1, 64, 64).repeat(3, 1, 1, 1)
-    noise = 0.05 * torch.randn(image.shape, generator=common.generator(0))
-    compressed = degrade.jpeg((image + noise).clamp(0, 1), torch.tensor([20, 60, 95]))
-    steps = compressed.diff(dim=3).abs()
-    found = extractors.between_places(steps).mean((1, 2, 3))
-    assert found[0] > found[1] > found[2]
+def test_the_kernel_changes_sharpness_and_no_colour():
+    net = built()
+    assert net.kernel is not None
+    for p in net.rec_lr.last.parameters():
+        torch.nn.init.zeros_(p)  # the kernel alone
+    code, flat = torch.randn(1, TINY.deg_dim), torch.rand(1, 3, 1, 1).expand(1, 3, 64, 64)
+    with torch.no_grad():
+        net.kernel.weight.mul_(50)
+        made = net.reconstruct(code, flat, net.content(flat))
+        torch.testing.assert_close(made, flat[..., ::4, ::4])
+        hr = drawn_batch(1, 64, 64)
+        made = net.reconstruct(code, hr, net.content(hr))
+        assert (made - extractors.resized(hr, 16, 16)).abs().max() > 0.01
 
 
 def test_modulation_knows_the_place_in_a_block():

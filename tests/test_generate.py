@@ -88,7 +88,7 @@ def test_any_size_gives_a_quarter_of_it(net):
 
 def test_no_noise_steps_give_rec_lr_s_answer(net):
     hr, refs = uniform(2, 3, 40, 48), [uniform(3, 16, 20), uniform(3, 30, 18, seed=1)]
-    lr, scores = generate.generate(net, hr, refs, 0, 10, 4, seeds=(0, 1), bf16=False)
+    lr, scores = generate.generate(net, hr, refs, 0, 10, 4, seeds=(0, 1), bf16=False, grain=False)
     codes = torch.cat([net.extractors.e_deg(ref[None]) for ref in refs])
     expected = net.extractors.reconstruct(codes, hr, net.extractors.content(hr)).clamp(0, 1)
     assert lr.shape == (2, 1, 3, 10, 12) and scores["kept"].tolist() == [0, 0]
@@ -158,6 +158,54 @@ def test_candidates_take_turns_at_several_t(net):
     for k, t in enumerate((5, 40, 5)):
         alone = generate.generate(net, hr, [ref], t, 2, 3, seeds=(7,))[0][0, k]
         torch.testing.assert_close(several[k], alone, atol=1e-5, rtol=0)
+
+
+def reads(net, lr_ref: Tensor, of_reference: tuple, of_others: tuple):
+    """A head that reads noise (levels) and JPEG quality like this in a reference, and in others."""
+    code = generate.code_of(net, lr_ref)
+
+    def named(found: Tensor) -> tuple[Tensor, Tensor]:
+        noise, quality = of_reference if torch.equal(found, code) else of_others
+        return torch.full((len(found),), noise / 255), torch.full((len(found),), quality)
+
+    return named
+
+
+def test_grain_is_the_noise_that_an_image_lacks(net, monkeypatch):
+    hr, lr_ref = uniform(1, 3, 256, 256) / 2 + 0.25, [uniform(3, 40, 40)]
+    plain = generate.generate(net, hr, lr_ref, 0, 1, 1, grain=False)[0]
+    for wanted, there, added in ((10, 0, 10), (5, 3, 4), (5, 6, 0)):
+        head = reads(net, lr_ref[0], (wanted, 100), (there, 100))
+        monkeypatch.setattr(net.extractors, "named", head)
+        noisy, again = (generate.generate(net, hr, lr_ref, 0, 1, 1)[0] for _ in range(2))
+        inside = (plain > 0.2) & (plain < 0.8)  # where nothing is clipped
+        std = (255 * (noisy - plain)[inside]).std().item()
+        assert std == pytest.approx(added, rel=0.05, abs=1e-3)
+        assert torch.equal(noisy, again)
+        other = generate.generate(net, hr, lr_ref, 0, 1, 1, seeds=[1])[0]
+        assert torch.equal(noisy, other) == (added == 0)
+
+
+def test_a_head_that_was_not_trained_reads_no_grain(net, tmp_path):
+    config = asdict(STAGE_2) | {"extractors": asdict(STAGE_1) | {"head_weight": 0.0}}
+    state = {"ema": net.state_dict(), "config": config}
+    torch.save(state, tmp_path / "last.pt")
+    generate.load_generator(str(tmp_path / "last.pt"), torch.device("cpu"))
+    with pytest.raises(common.UserError, match="--no-grain"):
+        generate.load_generator(str(tmp_path / "last.pt"), torch.device("cpu"), grain=True)
+
+
+def test_grain_ends_with_the_compression_that_the_head_reads(net, monkeypatch):
+    hr, lr_ref = uniform(1, 3, 128, 128), [uniform(3, 40, 40)]
+    for t_start in (0, 20):
+        plain = generate.generate(net, hr, lr_ref, t_start, 2, 2, grain=False)[0]
+        for quality, changed in ((40, True), (100, False)):
+            head = reads(net, lr_ref[0], (0, quality), (0, 100))
+            monkeypatch.setattr(net.extractors, "named", head)
+            made = generate.generate(net, hr, lr_ref, t_start, 2, 2)[0]
+            assert torch.equal(made, plain) != changed
+            jpeg = degrade.jpeg(plain[0], torch.full((len(plain[0]),), quality))
+            assert torch.equal(made[0], jpeg) == changed
 
 
 # ---- tiles ------------------------------------------------------------------------------------
