@@ -11,6 +11,7 @@ method (sr.py), all else equal, and tested on real pairs that gave no reference.
 
 Two tables more look inside, and need HR photos only: does generated LR follow its reference,
 one factor at a time (factors), and does E_deg see what E_cont must not see (extractors).
+And three ask what it takes over from its reference (transfer, leakage, diversity: transfer.py).
 
     python benchmark.py --pairs data/RealSR data/DRealSR
     python benchmark.py --pairs data/RealSR --table 2 --candidates 1 --seed 1
@@ -30,7 +31,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ import extractors
 import generate
 import probes
 import sr
+import transfer
 from metrics import (  # noqa: F401  (all are names of benchmark, too)
     METRICS,
     SET_METRICS,
@@ -395,6 +397,16 @@ def markdown_sampling(result: dict[str, Any]) -> str:
     return "\n".join(lines + method_rows(result["rows"], METRICS)) + "\n"
 
 
+def all_scenes(
+    names: Iterable[str], sets: Iterable[tuple[list[Pair], int]]
+) -> Iterator[tuple[str, str, str, Tensor, Tensor]]:
+    """Set, camera, name, HR and LR of each pair, as transfer.py takes them."""
+    for name, (pairs, _) in zip(names, sets, strict=True):
+        for pair in pairs:
+            lr = load_lr(pair.lr, pair.shrink)
+            yield name, camera_of(pair.name), pair.name, load_hr(pair), lr
+
+
 DECIMALS = {"PSNR RGB": 2, "PSNR Y": 2, "FID": 2, "KID": 4}  # of the others 3
 
 
@@ -739,7 +751,7 @@ class Config:
     pairs: tuple[str, ...] = ()  # folders: HR/ and LR/ of the same names, or as published
     table: tuple[
         str, ...
-    ] = ()  # 1 to 7, sampling, factors, extractors (default: with --sr 1, else 2)
+    ] = ()  # 1 to 7, sampling, factors, extractors, transfer, leakage, diversity (default: 1 or 2)
     all: bool = False  # all tables
     sr: tuple[str, ...] = ()  # networks to train: swinir, swinir-l, rrdb, hat, fsrcnn
     data: tuple[str, ...] = tuple(DATA)  # what they are trained on
@@ -757,6 +769,7 @@ class Config:
     crop: int = 96  # side of the LR images of the other tables, pixels
     t_starts: tuple[int, ...] = (0, 15, 120)  # rows of the table factors
     repeats: int = 2  # noises for each of its contents
+    samples: int = 8  # of a content in the tables leakage and diversity
     extractors: str = ""  # stage-1 weights (default: runs/extractors, else data/pretrained)
     checkpoint: str = ""  # generator (default: runs/diffusion, else data/pretrained)
     out: str = "out/benchmark"  # folder that gets results.json and a .md for each table
@@ -780,6 +793,7 @@ TABLES = {
     "sampling": "sampling.md",
     "factors": "factors.md",
     "extractors": "extractors.md",
+    **{name: f"{name}.md" for name in transfer.TABLES},
 }
 
 
@@ -861,7 +875,7 @@ def check(cfg: Config) -> None:
         common.require(not path or Path(path).is_file(), f"{flag} {path}: no such file.")
     for table in cfg.table:
         common.require(table in TABLES, f"--table {table}: choose among {', '.join(TABLES)}.")
-    if {"2", "6", "sampling"} & set(tables_of(cfg)):
+    if {"2", "6", "sampling", *transfer.TABLES} & set(tables_of(cfg)):
         example = "name folders of pairs, as in `python benchmark.py --pairs data/RealSR`"
         common.require(bool(cfg.pairs), f"--pairs is missing: {example}.")
     for flag, value, low in (
@@ -873,6 +887,7 @@ def check(cfg: Config) -> None:
         ("--images", cfg.images, 2),
         ("--crop", cfg.crop, 32),
         ("--repeats", cfg.repeats, 1),
+        ("--samples", cfg.samples, 2),
         ("--seeds", cfg.seeds, 1),
         ("--sr-steps", cfg.sr_steps, 0),
         ("--seed", cfg.seed, 0),
@@ -897,17 +912,19 @@ def main(cfg: Config, rt: common.Runtime) -> None:
         "6": (table_filter, markdown_filter),
         "sampling": (table_sampling, markdown_sampling),
     }
-    needed = used & {*on_pairs, *DOWNSTREAM}
+    needed = used & {*on_pairs, *DOWNSTREAM, *transfer.TABLES}
     sets = {f: find_pairs(Path(f)) for f in cfg.pairs} if needed else {}
     names = [Path(folder).resolve().name for folder in sets]
     common.require(len(set(names)) == len(names), "--pairs: two folders have the same name.")
     if used & set(DOWNSTREAM):
         common.find_photos(cfg.hr, "hr", "--hr")
         common.list_images(cfg.lr_ref, "--lr-ref") if cfg.lr_ref else None
-    for folder, (pairs, _) in sets.items() if used & set(DOWNSTREAM) else ():
+    for folder, (pairs, _) in sets.items() if used & {*DOWNSTREAM, *transfer.TABLES} else ():
         common.require(bool(halves(pairs)[1]), f"--pairs {folder}: no camera has two pairs.")
         same = pairs[0].scale == generate.SCALE
         common.require(same, f"--pairs {folder}: its scale is not {generate.SCALE}.")
+    if used & set(transfer.TABLES):
+        scenes, few = transfer.gather(all_scenes(names, sets.values()), cfg.crop)
     if {"factors", "extractors"} & set(cfg.table):
         files, side = common.find_photos(cfg.hr, "hr", "--hr"), generate.SCALE * cfg.crop
         hr = probes.load_photos(files, side, cfg.images, cfg.seed).to(rt.device)
@@ -969,6 +986,13 @@ def main(cfg: Config, rt: common.Runtime) -> None:
         results["extractors"] = found
         print("\n" + (text := probes.markdown_extractors(found)))
         write("extractors", text)
+    kept = ("start", "recipe", "t_start", "num_steps", "eta", "solver", "candidates", "bf16")
+    for table in [table for table in transfer.TABLES if table in used]:
+        settings = generate.Config(seed=cfg.seed, **{key: getattr(cfg, key) for key in kept})
+        given = (scenes, few, net, settings, cfg.images, cfg.samples, rt.device)
+        results[table], text = transfer.measure(table, *given)
+        print("\n" + text)
+        write(table, text)
     written = [TABLES[table] for table in TABLES if table in cfg.table]
     print(f"written: {', '.join(written)}, .tex of each and results.json in {cfg.out}")
 
