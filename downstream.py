@@ -7,19 +7,23 @@ All else is equal: network, steps and seeds of sr.py, and generate.py makes Real
     python benchmark.py --pairs data/RealSR --sr swinir-l fsrcnn --seeds 3
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import re
+import resource
+import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 import common
 import degrade
@@ -40,6 +44,8 @@ DATA = {
     "realdgen": ("RealDGen", ""),
     "paired": ("real pairs (oracle)", ""),
 }
+DOWNSTREAM = ("1", "3", "4", "5", "7")  # tables of trained networks
+MEMORY = {"cuda": "most that torch had allocated", "cpu": "peak RSS of the whole process"}
 SR_COLUMNS = ("PSNR Y", "SSIM Y", "LPIPS", "DISTS", "FID")
 # Table 1 of the paper, all crops: RealSR PSNR, SSIM, DRealSR PSNR, SSIM of networks trained with
 # L1; RealSR LPIPS, FID, DRealSR LPIPS, FID of those trained with a perceptual loss.
@@ -179,6 +185,69 @@ def training_source(row: Row, names: list[str], cfg: Settings, rt: common.Runtim
     return {"pairs": str(target)}
 
 
+@contextlib.contextmanager
+def measured(device: torch.device) -> Iterator[dict[str, float]]:
+    """What a block costs, once it has ended: seconds, and the peak of memory in bytes.
+
+    On a GPU this is what torch had allocated; on a CPU the resident memory of the whole process,
+    since the block began where the system can forget an earlier peak (Linux), else since its start.
+    """
+    cost: dict[str, float] = {}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+    began = time.time()
+    yield cost
+    cost["seconds"] = time.time() - began
+    if device.type == "cuda":
+        cost["memory"] = torch.cuda.max_memory_allocated(device)
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        cost["memory"] = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def training_data(row: Row, names: list[str], cfg: Settings, rt: common.Runtime) -> tuple:
+    """Flags of sr.py for a row's training pairs, and what it cost to generate them, if any were."""
+    with measured(rt.device) as cost:
+        source = training_source(row, names, cfg, rt)
+    folder = source.get("pairs", "")
+    if not folder or row.data == "paired":  # a recipe is drawn while training
+        return source, {}
+    checkpoint = cfg.syndiff if row.data == "syndiff" else row.settings.get("checkpoint")
+    net = generate.load_generator(checkpoint or cfg.checkpoint, torch.device("cpu"))
+    count = {"parameters": parameters_of(net), "pairs": len(list(Path(folder, "lr").iterdir()))}
+    return source, cost | count
+
+
+def parameters_of(net: nn.Module) -> int:
+    """The number of a network's parameters."""
+    return sum(p.numel() for p in net.parameters())
+
+
+def train_network(
+    network: str,
+    source: dict[str, Any],
+    name: str,
+    seed: int,
+    cfg: Settings,
+    rt: common.Runtime,
+    perceptual_weight: float = 0.0,
+) -> tuple[nn.Module, dict[str, float]]:
+    """A network of sr.py, trained with the preset of the tables, and what that cost.
+
+    source: flags of sr.py that name the training pairs; name: of the files in out/sr.
+    """
+    steps = {"steps": cfg.sr_steps} if cfg.sr_steps else {}
+    settings = sr.PRESETS[cfg.sr_preset] | {"save_every": 500} | steps
+    settings |= {"sr": network, "perceptual_weight": perceptual_weight, "seed": seed}
+    settings |= {"out": f"{cfg.out}/sr", "name": name, "device": cfg.device} | source
+    with measured(rt.device) as cost:
+        net = sr.load_network(sr.train(sr.Config(**settings), rt)).to(rt.device)
+    return net, cost | {"parameters": parameters_of(net)}
+
+
 def train_and_test(
     row: Row,
     tests: dict[str, list[Pair]],
@@ -187,26 +256,19 @@ def train_and_test(
     rt: common.Runtime,
 ) -> dict[str, Any]:
     """A row's values on each set, one for each seed; what it cost."""
-    began = time.time()
-    source = training_source(row, [*tests], cfg, rt)
-    result: dict[str, Any] = {"seconds of data": time.time() - began, "seconds": [], "sets": {}}
-    steps = {"steps": cfg.sr_steps} if cfg.sr_steps else {}
-    preset = sr.PRESETS[cfg.sr_preset] | {"save_every": 500} | steps
+    source, generation = training_data(row, [*tests], cfg, rt)
+    result: dict[str, Any] = {"generation": generation, "training": [], "sets": {}}
     weight = cfg.perceptual_weight if row.perceptual else 0.0
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         kind = ["perceptual"] if row.perceptual else []
         data = Path(source.get("pairs", row.data)).name
-        known = "-".join([row.network, data, *kind, str(seed)])
-        settings = preset | {"sr": row.network, "perceptual_weight": weight, "seed": seed}
-        settings |= {"out": f"{cfg.out}/sr", "name": known, "device": cfg.device} | source
-        began = time.time()
-        net = sr.load_network(sr.train(sr.Config(**settings), rt)).to(rt.device)
-        result["seconds"].append(time.time() - began)
-        result["parameters"] = sum(p.numel() for p in net.parameters())
+        name = "-".join([row.network, data, *kind, str(seed)])
+        net, cost = train_network(row.network, source, name, seed, cfg, rt, weight)
+        result["training"].append(cost)
         method = functools.partial(super_resolved, net=net, bf16=cfg.bf16)
-        for name, pairs in tests.items() if rt.is_main else ():
+        for test, pairs in tests.items() if rt.is_main else ():
             given = (f"{row.network}, {row.label}", method, pairs, metrics, 1, rt.device, True)
-            result["sets"].setdefault(name, []).append(evaluate(*given))
+            result["sets"].setdefault(test, []).append(evaluate(*given))
     return result
 
 
@@ -240,7 +302,36 @@ def table_downstream(
         rows = [{"network": "none", "label": "bicubic enlargement", "data": "", "sets": plain}]
     for row in downstream_rows(table, [*sets], cfg):
         rows.append(dataclasses.asdict(row) | train_and_test(row, tests, metrics, cfg, rt))
-    return {"table": table, "rows": rows, "tested": {name: len(p) for name, p in tests.items()}}
+    tested = {name: len(pairs) for name, pairs in tests.items()}
+    return {"table": table, "rows": rows, "tested": tested, "memory": MEMORY[rt.device.type]}
+
+
+def label_of(row: dict[str, Any]) -> str:
+    """What a row is called: its data and, where it is not L1, its loss."""
+    return row["label"] + (", perceptual" if row.get("perceptual") else "")
+
+
+def cost_cells(costs: Sequence[dict[str, float]], keys: Sequence[str]) -> list[str]:
+    """The mean of several costs as cells of a table; dashes where there are none."""
+    units = {"parameters": (1e6, ".2f", " M"), "memory": (2**20, ".0f", " MiB")}
+    cells = []
+    for key in keys if costs else ():
+        unit, digits, name = units.get(key, (1, ".0f", ""))
+        cells.append(f"{np.mean([cost[key] for cost in costs]) / unit:{digits}}{name}")
+    return cells or ["-"] * len(keys)
+
+
+def cost_rows(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines of a table of what each network, and the generation of its pairs, cost."""
+    heads = ("parameters", "training s", "memory", "generator", "pairs", "generation s", "memory")
+    lines = [f"| network | trained on | {' | '.join(heads)} |"]
+    lines += ["| --- | --- |" + " ---: |" * len(heads)]
+    for row in rows:
+        made = [row["generation"]] if row["generation"] else []
+        cells = cost_cells(row["training"], ("parameters", "seconds", "memory"))
+        cells += cost_cells(made, ("parameters", "pairs", "seconds", "memory"))
+        lines += [f"| {row['network']} | {label_of(row)} | {' | '.join(cells)} |"]
+    return lines
 
 
 def markdown_downstream(result: dict[str, Any], cfg: Settings) -> str:
@@ -249,8 +340,8 @@ def markdown_downstream(result: dict[str, Any], cfg: Settings) -> str:
     columns = [(name, metric) for name in names for metric in SR_COLUMNS]
     lines = [f"## Table {table}: networks trained on each data, on real LR", ""]
     heads = " | ".join(f"{name} {metric}" for name, metric in columns)
-    lines += [f"| network | trained on | {heads} | data s | training s |"]
-    lines += ["| --- | --- |" + " ---: |" * (len(columns) + 2)]
+    lines += [f"| network | trained on | {heads} |"]
+    lines += ["| --- | --- |" + " ---: |" * len(columns)]
     for row in result["rows"]:
         cells = []
         for name, metric in columns:
@@ -260,23 +351,21 @@ def markdown_downstream(result: dict[str, Any], cfg: Settings) -> str:
             text = text if "nan" not in text else "-"
             known = (row["network"], row["data"], row.get("perceptual", False), name, metric)
             cells.append(text + (paper_value(*known) if table == "1" else ""))
-        label = row["label"] + (", perceptual" if row.get("perceptual") else "")
-        times = [row.get("seconds of data", 0.0), float(np.mean(row.get("seconds", [0.0])))]
-        cells += [f"{seconds:.0f}" for seconds in times]
-        lines += [f"| {row['network']} | {label} | {' | '.join(cells)} |"]
+        lines += [f"| {row['network']} | {label_of(row)} | {' | '.join(cells)} |"]
     tested = ", ".join(f"{name} {n}" for name, n in result["tested"].items())
-    sizes = {r["network"]: f"{r['parameters'] / 1e6:.2f} M" for r in result["rows"][1:]}
     lines += [
         "",
         f"Preset {cfg.sr_preset}, {cfg.sr_steps or 'its'} steps, {cfg.seeds} seeds.",
         f"Tested on every other pair of each camera ({tested}); the LR of the others were",
         "RealDGen's references, and the oracle was trained on them. In brackets: the paper, on",
-        "all pairs. Parameters: " + ", ".join(f"{k} {v}" for k, v in sizes.items()) + ".",
+        "all pairs.",
+        "",
+        *cost_rows(result["rows"][1:]),
+        "",
+        f"Memory: {result['memory']}. Of several seeds the mean. A recipe of D is drawn",
+        "while training. What an earlier run had made took no time in this one.",
     ]
     return "\n".join(lines) + "\n"
-
-
-DOWNSTREAM = ("1", "3", "4", "5", "7")  # tables of trained networks
 
 
 def stand_in(folder: Path, rt: common.Runtime) -> str:
