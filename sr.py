@@ -24,6 +24,7 @@ import common
 import degrade
 import extractors
 import generate
+from pairs import find_files
 
 # ---- networks: lr (B, 3, h, w) in [0, 1] -> hr (B, 3, scale h, scale w) --------------------------
 
@@ -156,36 +157,23 @@ def size_of(file: Path) -> tuple[int, int] | None:
 def find_pairs(folder: str, scale: int, rt: common.Runtime) -> dict[Path, Path]:
     """HR file of each LR file of a folder; UserError where they do not belong together.
 
-    The names below hr/ and lr/ (or HR/ and LR/) are the same but for the suffix. Pairs without an
-    image's header are left out, counted and named.
+    Pairs without an image's header are left out, counted and named.
     """
-    here, files = f"--pairs {folder}", {}
-    common.require(Path(folder).is_dir(), f"{here}: no such folder.")
-    for kind in ("hr", "lr"):
-        below = Path(folder) / kind
-        below = below if below.is_dir() else Path(folder) / kind.upper()
-        common.require(below.is_dir(), f"{here}: there is no folder {kind}/ in it.")
-        found = common.list_images([str(below)], "--pairs")
-        files[kind] = {f.relative_to(below).with_suffix("").as_posix(): f for f in found}
-        unique = len(found) == len(files[kind])
-        common.require(unique, f"{here}: {kind}/ has files that differ in their suffix only.")
-    alone = sorted(files["hr"].keys() ^ files["lr"].keys())
-    names = f"{len(alone)} names are only in one of hr/ and lr/, such as {', '.join(alone[:2])}"
-    common.require(not alone, f"{here}: {names}.")
-    pairs, bad = {}, []
-    for name, lr in files["lr"].items():
-        large, small = size_of(files["hr"][name]), size_of(lr)
+    files, _ = find_files(Path(folder), published=False)  # published are only the halves to test on
+    found, bad = {}, []
+    for name, (hr, lr) in files.items():
+        large, small = size_of(hr), size_of(lr)
         if large is None or small is None:
             bad.append(name)
             continue
         sizes = f"{name} has {large[0]} x {large[1]} and {small[0]} x {small[1]} pixels"
         fits = large == (scale * small[0], scale * small[1])
-        common.require(fits, f"{here}: {sizes}, which is not --scale {scale}.")
-        pairs[lr] = files["hr"][name]
+        common.require(fits, f"--pairs {folder}: {sizes}, which is not --scale {scale}.")
+        found[lr] = hr
     if bad and rt.is_main:
-        print(f"skipped {len(bad)} of {len(files['lr'])} pairs: unreadable (the first: {bad[0]})")
-    common.require(bool(pairs), f"{here}: none of its pairs can be read.")
-    return pairs
+        print(f"skipped {len(bad)} of {len(files)} pairs: unreadable (the first: {bad[0]})")
+    common.require(bool(found), f"--pairs {folder}: none of its pairs can be read.")
+    return found
 
 
 class PairCrops(common.PhotoCrops):

@@ -332,7 +332,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *flags: object) -> int:
         ("--pairs nowhere", "nowhere"),
         ("--hr nowhere", "nowhere"),
         ("--pairs pairs --recipe bicubic", "--recipe"),
-        ("--pairs pairs/hr", "no folder hr/"),
+        ("--pairs pairs/hr", "no images as HR/ and LR/"),
         ("--pairs pairs --scale 2", "not --scale 2"),
         ("--pairs pairs --crop 33", "33 x 33"),
         ("--pairs names", "b"),

@@ -1,0 +1,146 @@
+"""SR networks trained on each method's data: what they are tested on, and what the tables say."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_benchmark import photo, write, write_pairs
+
+import benchmark
+import common
+import downstream
+import generate
+import pairs
+import sr
+
+
+@pytest.fixture
+def table_1(tmp_path, monkeypatch):
+    """Table 1 in miniature, whose RealDGen writes bicubic pairs; its results, and its settings."""
+    calls = []
+
+    def main(cfg, rt):
+        calls.append(cfg)
+        for file in common.list_images(list(cfg.hr), "--hr"):
+            hr = common.load_image(file)
+            h, w = (side // 4 for side in hr.shape[1:])
+            common.save_image(Path(cfg.out) / "hr" / f"{file.stem}.png", hr)
+            lr = pairs.reduced(hr[None], h, w)[0]
+            common.save_image(Path(cfg.out) / "lr" / f"{file.stem}.png", lr)
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    monkeypatch.setattr(generate, "main", main)
+    write_pairs(tmp_path / "RealSR")
+    write(tmp_path / "photos" / "x.png", photo(3, 192))
+    cfg = benchmark.Config(
+        pairs=(str(tmp_path / "RealSR"),),
+        hr=(str(tmp_path / "photos"),),
+        out=str(tmp_path / "out"),
+        device="cpu",
+        sr=("fsrcnn",),
+        sr_preset="smoke",
+        sr_steps=3,
+        seeds=2,
+        data=("bicubic", "realdgen", "paired"),
+    )
+    benchmark.main(cfg, common.Runtime(torch.device("cpu")))
+    return tmp_path / "out", json.loads((tmp_path / "out/results.json").read_text()), calls
+
+
+def test_networks_are_tested_on_pairs_that_gave_no_reference(table_1):
+    out, results, calls = table_1
+    references = {file.stem for file in (out / "references").rglob("*.png")}
+    assert references == {"Canon_1", "Nikon_1", "Sony_1"}
+    assert [cfg.lr_ref for cfg in calls] == [(str(out / "references" / "RealSR"),)]
+    for kind in ("hr", "lr"):
+        names = {file.stem for file in (out / "paired" / kind).iterdir()}
+        assert names == {f"RealSR_{name}" for name in references}
+    rows = results["downstream"][0]["rows"]
+    assert [row["label"] for row in rows] == [
+        "bicubic enlargement",
+        "bicubic",
+        "RealDGen",
+        "real pairs (oracle)",
+    ]
+    for row in rows:
+        runs = row["sets"]["RealSR"]
+        assert len(runs) == (2 if row["data"] else 1)
+        assert all(set(run["images"]) == {"Canon_2", "Nikon_2"} for run in runs)
+    # The enlargement is Pillow's, and it is compared with the HR image.
+    lr, hr = (Image.open(out.parent / f"RealSR/{kind}/Canon_2.png") for kind in ("LR", "HR"))
+    large = np.asarray(lr.resize(hr.size, Image.Resampling.BICUBIC), float)
+    expected = -10 * np.log10(((large - np.asarray(hr, float)) ** 2).mean() / 255**2)
+    value = rows[0]["sets"]["RealSR"][0]["images"]["Canon_2"]["PSNR RGB"]
+    assert value == pytest.approx(expected, abs=0.01)
+
+
+def test_the_downstream_table_has_spread_cost_and_latex(table_1):
+    out, results, _ = table_1
+    text = (out / "table1.md").read_text()
+    runs = results["downstream"][0]["rows"][2]["sets"]["RealSR"]
+    values = [run["mean"]["PSNR Y"] for run in runs]
+    assert values[0] != values[1]  # seeds differ
+    assert f"{np.mean(values):.2f} ± {np.std(values):.2f}" in text
+    assert "Tested on every other pair of each camera (RealSR 2)" in text
+    tex = (out / "table1.tex").read_text()
+    assert tex.count(r"\begin{tabular}{lrrrrrr}") == tex.count(r"\begin{tabular}{lrrrrrrrr}") == 1
+    assert tex.count(r"\end{tabular}") == 2
+    assert r"$\pm$" in tex and tex.count(r"\\") == 5 + 4
+    assert (out / "sr").is_dir() and len(list((out / "sr").glob("*.safetensors"))) == 6
+
+
+def test_every_training_and_every_generation_has_its_cost(table_1):
+    out, results, _ = table_1
+    for row in results["downstream"][0]["rows"][1:]:
+        assert len(row["training"]) == 2  # seeds
+        for cost in row["training"]:
+            assert cost["parameters"] == sum(
+                p.numel() for p in sr.sr_network("fsrcnn").parameters()
+            )
+            assert cost["seconds"] > 0 and cost["memory"] > 2**26  # torch alone takes more
+        assert bool(row["generation"]) == (row["data"] == "realdgen")
+    made = results["downstream"][0]["rows"][2]["generation"]
+    net = generate.load_generator("", torch.device("cpu"))
+    assert made["parameters"] == sum(p.numel() for p in net.parameters()) and made["pairs"] == 1
+    lines = (out / "table1.md").read_text().splitlines()
+    cost = [line.split("|") for line in lines if "MiB" in line]
+    assert [cells[2].strip() for cells in cost] == ["bicubic", "RealDGen", "real pairs (oracle)"]
+    assert [cells[6].strip() == "-" for cells in cost] == [True, False, True]
+    assert any("peak RSS of the whole process" in line for line in lines)
+
+
+def test_the_cost_of_a_block_is_its_own_memory_and_time():
+    with downstream.measured(torch.device("cpu")) as small:
+        pass
+    with downstream.measured(torch.device("cpu")) as large:
+        torch.zeros(2**26).add_(1)  # 256 MiB
+    assert large["seconds"] > small["seconds"] >= 0 and large["memory"] >= small["memory"]
+    if os.access("/proc/self/clear_refs", os.W_OK):  # elsewhere an earlier peak may be higher
+        assert large["memory"] > small["memory"] + 2**27
+
+
+def test_the_papers_values_stand_in_their_places():
+    assert downstream.paper_value("hat", "bsrgan", False, "DRealSR", "PSNR Y") == " [28.135]"
+    assert downstream.paper_value("swinir", "realdgen", True, "RealSR", "FID") == " [69.736]"
+    assert downstream.paper_value("swinir-l", "syndiff", True, "DRealSR", "LPIPS") == " [.3748]"
+    for nothing in (
+        ("fsrcnn", "bsrgan", False, "RealSR", "PSNR Y"),
+        ("hat", "bsrgan", True, "RealSR", "PSNR Y"),
+        ("hat", "bsrgan", False, "mine", "PSNR Y"),
+    ):
+        assert downstream.paper_value(*nothing) == ""
+
+
+def test_every_table_has_its_rows():
+    cfg = benchmark.Config(sr=("hat", "fsrcnn"), t_starts=(200, 300), without_content="c.pt")
+    rows = {t: downstream.downstream_rows(t, ["A", "B"], cfg) for t in downstream.DOWNSTREAM}
+    assert len(rows["1"]) == 2 * len(downstream.DATA)
+    assert [r.settings for r in rows["3"]] == [{"t_start": 200}, {"t_start": 300}, {"auto_t": True}]
+    assert [r.settings for r in rows["4"]] == [{"checkpoint": "c.pt"}, {}]
+    assert [r.without for r in rows["5"]][-2:] == ["A", "B"]
+    assert [r.settings for r in rows["7"]] == [{"candidates": 1}, {}]
+    assert {r.network for t in "3457" for r in rows[t]} == {"fsrcnn"}
