@@ -162,19 +162,20 @@ def table_2(
     cameras = [camera_of(pair.name) for pair in own]
     successor = other_scenes(cameras, cfg.seed)
     other = [dataclasses.replace(own[i], reference=own[j].lr) for i, j in successor.items()]
-    alone = dataclasses.replace(cfg, t_start=0, start="reconstruct")
+    alone = dataclasses.replace(cfg, t_start=0, start="reconstruct", grain=False)
     rec_lr = functools.partial(realdgen, net=net, cfg=alone)
     diffusion = functools.partial(realdgen, net=net, cfg=cfg)
-    mean = functools.partial(rec_lr, codes=mean_codes(own, net, cfg.bf16))
+    codes = mean_codes(own, net, cfg.bf16)
     rows: list[tuple[str, Method, list[Pair]]] = [
         ("bicubic", bicubic, own),
         ("Real-ESRGAN", functools.partial(synthetic, recipe="realesrgan", seed=cfg.seed), own),
         ("BSRGAN", functools.partial(synthetic, recipe="bsrgan", seed=cfg.seed), own),
         ("RealDGen T=0, own LR", rec_lr, own),
         ("RealDGen T=0, other scene", rec_lr, other),
-        ("RealDGen T=0, all other scenes", mean, other),
+        ("RealDGen T=0, all other scenes", functools.partial(rec_lr, codes=codes), other),
         ("RealDGen, own LR", diffusion, own),
         ("RealDGen, other scene", diffusion, other),
+        ("RealDGen, all other scenes", functools.partial(diffusion, codes=codes), other),
     ]
     if own[0].scale == generate.SCALE:
         one, each = (functools.partial(known, lr=lr) for lr in best_blurs(own))
@@ -212,31 +213,43 @@ def table_sampling(
         dataclasses.replace(own[i], reference=own[j].lr)
         for i, j in other_scenes(cameras, cfg.seed).items()
     ][: cfg.images]
-    T, metrics = cfg.t_start, [m for m in metrics if m in METRICS]  # too few for sets
-    rows: list[tuple[str, dict[str, Any]]] = [("Rec_lr alone", {"t_start": 0})]
-    for solver in ("ddim", "dpm"):
-        for n in (1, 2, 5, 10) if solver == "ddim" else (2, 5, 10):
-            rows.append((f"{solver}, {n} evaluations", {"solver": solver, "num_steps": n}))
-    rows += [
-        (f"ddpm, all {T} steps", {"eta": 1.0, "num_steps": T}),
-        ("ddim, 5 evaluations, start degrade", {"start": "degrade", "num_steps": 5}),
-        (
-            f"ddim, 5 evaluations, K={cfg.candidates}",
-            {"candidates": cfg.candidates, "num_steps": 5},
-        ),
+    metrics = [m for m in metrics if m in METRICS]  # too few for sets
+    full = {"t_start": FULL, "num_steps": FULL, "eta": 1.0}  # the paper's chain
+    rows: list[tuple[str, dict[str, Any]]] = [
+        ("Rec_lr alone (T=0)", {"t_start": 0, "grain": False}),
+        ("Rec_lr with grain (T=0)", {"t_start": 0}),
     ]
+    for T in [t for t in cfg.t_starts if t > 0]:
+        for solver, num_steps in (("ddim", (1, 2, 5, 10)), ("dpm", (5, 10))):
+            rows += [
+                (f"T={T}, {solver}, {n}", {"t_start": T, "solver": solver, "num_steps": n})
+                for n in num_steps
+            ]
+        rows += [(f"T={T}, ddpm, {T}", {"t_start": T, "eta": 1.0, "num_steps": T})]
+    rows += [
+        (
+            f"the default, K={K}",
+            {"t_start": cfg.t_start, "num_steps": cfg.num_steps, "candidates": K},
+        )
+        for K in (1, 4)
+    ]
+    rows += [(f"T={FULL}, ddpm, {FULL}, start {start}", full | {"start": start})
+             for start in generate.STARTS]  # fmt: skip
     plain = dataclasses.replace(cfg, candidates=1, eta=0.0, solver="ddim", start="reconstruct")
     results = []
     for name, changes in rows:
         method = functools.partial(realdgen, net=net, cfg=dataclasses.replace(plain, **changes))
         results.append(evaluate(name, method, pairs, metrics, cfg.batch_size, device))
-    return {"t_start": T, "rows": results}
+    return {"rows": results}
+
+
+FULL = 300  # steps of the paper's chain
 
 
 def markdown_sampling(result: dict[str, Any]) -> str:
     """The table of settings of one folder of pairs."""
     name = Path(result["pairs"]).resolve().name
-    lines = [f"## {name}: settings of the sampler from T={result['t_start']}, K=1 unless said", ""]
+    lines = [f"## {name}: start, solver and number of network evaluations; K=1 unless said", ""]
     return "\n".join(lines + method_rows(result["rows"], METRICS)) + "\n"
 
 
@@ -253,12 +266,13 @@ def all_scenes(
 def method_rows(rows: Sequence[dict[str, Any]], columns: Iterable[str]) -> list[str]:
     """Lines of a table with a row for each method; a dash where a metric can't be had."""
     columns = list(columns)
-    lines = [f"| method | {' | '.join(columns)} | n | seconds |"]
+    lines = [f"| method | {' | '.join(columns)} | n | images/s |"]
     lines += ["| --- |" + " ---: |" * (len(columns) + 2)]
     for row in rows:
         cells = [f"{row['mean'].get(m, math.nan):z.{DECIMALS.get(m, 3)}f}" for m in columns]
         text = " | ".join(cells).replace("nan", "-")
-        lines += [f"| {row['method']} | {text} | {row['n']} | {row['seconds']:.1f} |"]
+        rate = row["n"] / max(row["seconds"], 1e-9)
+        lines += [f"| {row['method']} | {text} | {row['n']} | {rate:.3g} |"]
     return lines
 
 
@@ -270,14 +284,10 @@ def markdown(result: dict[str, Any]) -> str:
     cameras = ", ".join(f"{camera or 'unnamed'} {k}" for camera, k in result["cameras"].items())
     lines += [
         "",
-        "bicubic is Pillow's, of the 8-bit HR image; T=0 is Rec_lr without diffusion; n is",
-    ]
-    lines += [
-        "the number of pairs, seconds the time to generate them. The LR reference is the pair's"
-    ]
-    lines += [f"own LR, another scene of the same camera ({cameras}), or the mean code"]
-    lines += [
-        "of all of them. * A Gaussian chosen by looking at the real LR: what blur alone can do."
+        "bicubic is Pillow's, of the 8-bit HR image; T=0 is Rec_lr without diffusion and grain; n",
+        "is the number of pairs. The LR reference is the pair's own LR, another scene of the same",
+        f"camera ({cameras}), or the mean code of all of them.",
+        "* A Gaussian chosen by looking at the real LR: what blur alone can do.",
     ]
     if "FID" in result["rows"][0]["mean"]:
         lines += ["FID is too large for so few images, by an amount that depends on n; KID is not."]

@@ -117,7 +117,7 @@ def methods(net: Any, cfg: generate.Config) -> dict[str, Method]:
             lr, scores = generate.generate(
                 net, hr, lr_ref, t_start, cfg.num_steps, cfg.candidates,
                 cfg.start if t_start else "reconstruct", cfg.eta, seeds, cfg.bf16, cfg.solver,
-                cfg.recipe,
+                cfg.recipe, cfg.grain,
             )  # fmt: skip
             return lr[torch.arange(len(lr)), scores["kept"].cpu()]
 

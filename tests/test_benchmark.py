@@ -214,7 +214,7 @@ def copying_generator(monkeypatch):
         candidates = torch.stack([torch.zeros_like(lr)] * (candidates - 1) + [lr], dim=1)
         return candidates, {"kept": torch.full((len(hr),), candidates.shape[1] - 1)}
 
-    monkeypatch.setattr(generate, "load_generator", lambda checkpoint, device: None)
+    monkeypatch.setattr(generate, "load_generator", lambda checkpoint, device, grain: None)
     monkeypatch.setattr(generate, "generate", answer)
     own = lambda pairs, net, bf16: {p.index: benchmark.load_lr(p.lr, p.shrink) for p in pairs}  # noqa: E731
     monkeypatch.setattr(benchmark, "mean_codes", own)
@@ -254,6 +254,7 @@ def test_the_table_has_each_method_and_every_value(tmp_path, monkeypatch, copyin
         "RealDGen T=0, all other scenes": 4,
         "RealDGen, own LR": 5,
         "RealDGen, other scene": 4,
+        "RealDGen, all other scenes": 4,
     }
     # The kept candidate is the reference: the own LR is the answer itself, another scene is not.
     for t in (" T=0", ""):
@@ -314,16 +315,16 @@ def test_set_metrics_see_every_image_once_and_in_pairs(tmp_path, monkeypatch, co
 def test_sampling_compares_settings_on_the_same_pairs(tmp_path, monkeypatch, copying_generator):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
     folder = write_pairs(tmp_path / "RealSR")
-    results, text = run_table(tmp_path, folder, table=("sampling",), images=3)
+    results, text = run_table(tmp_path, folder, table=("sampling",), images=3, t_starts=(0, 7))
     rows = results["sampling"][0]["rows"]
-    assert len(rows) == 11 and all(row["n"] == 3 for row in rows) and results["sets"] == []
+    assert len(rows) == 13 and all(row["n"] == 3 for row in rows) and results["sets"] == []
     used = {(c["t_start"], c["num_steps"], c["eta"], c["solver"], c["candidates"], c["start"])
             for c in copying_generator}  # fmt: skip
-    T, K = 9, 2
-    assert {(0, 5, 0.0, "ddim", 1, "reconstruct"), (T, 10, 0.0, "dpm", 1, "reconstruct"),
-            (T, T, 1.0, "ddim", 1, "reconstruct"), (T, 5, 0.0, "ddim", 1, "degrade"),
-            (T, 5, 0.0, "ddim", K, "reconstruct")} <= used  # fmt: skip
-    assert "dpm, 5 evaluations" in text and f"from T={T}" in text
+    assert {(7, 10, 0.0, "dpm", 1, "reconstruct"), (7, 7, 1.0, "ddim", 1, "reconstruct"),
+            (9, 5, 0.0, "ddim", 4, "reconstruct"),
+            (300, 300, 1.0, "ddim", 1, "degrade")} <= used  # fmt: skip
+    assert [c["grain"] for c in copying_generator if c["t_start"] == 0] == [False, True]
+    assert "T=7, dpm, 5" in text and "images/s" in text
 
 
 def test_scale_2_reaches_the_generator_at_4_times_the_lr_size(
