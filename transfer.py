@@ -474,9 +474,10 @@ def markdown_leakage(result: dict[str, Any]) -> str:
         "",
         "Outputs of one content with several references of one camera, minus their mean, regressed",
         "on the reference, minus the mean reference: on its pixels without what is smooth, and on",
-        "its mean RGB. z: against permuted references; beyond 3 it is no accident. Real-ESRGAN has",
-        "a new draw for each reference and can't leak. In the last rows of each set a share is",
-        f"blended in, which must be found. Contents, references of each camera: {'; '.join(sets)}.",
+        "its mean RGB. z: against permuted references; beyond 3 it is no accident; n references",
+        "of each of C cameras give no more than (n - 1) sqrt(C). Real-ESRGAN has a new draw for",
+        "each reference and can't leak. In the last rows of each set a share is blended in, which",
+        f"must be found. Contents, references of each camera: {'; '.join(sets)}.",
     ]
     return "\n".join(lines) + left_out(result)
 
