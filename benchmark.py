@@ -9,12 +9,14 @@ Tables 1, 3, 4, 5 and 7 ask what the pairs are worth: SR networks are trained on
 method (sr.py), all else equal, and tested on real pairs that gave no reference.
 
 Two tables more look inside, and need HR photos only: does generated LR follow its reference,
-one factor at a time (factors), and does E_deg see what E_cont must not see (extractors).
+one factor at a time (factors), and does E_deg see what E_cont must not see (extractors). Figure 1
+of the paper (figure1) needs no more than HR photos, either.
 
     python benchmark.py --pairs data/RealSR data/DRealSR
     python benchmark.py --pairs data/RealSR --table 2 --candidates 1 --seed 1
     python benchmark.py --pairs data/RealSR --sr swinir-l fsrcnn --seeds 3
     python benchmark.py --table factors extractors --hr data/hr --lr data/lr
+    python benchmark.py --table figure1 --hr data/hr --pairs data/RealSR
 """
 
 import dataclasses
@@ -50,6 +52,7 @@ from downstream import (
     stand_in,
     table_downstream,
 )
+from figure1 import markdown_figure1, table_figure1
 from metrics import (  # noqa: F401  (all are names of benchmark, too)
     METRICS,
     SET_METRICS,
@@ -333,7 +336,7 @@ class Config:
     pairs: tuple[str, ...] = ()  # folders: HR/ and LR/ of the same names, or as published
     table: tuple[
         str, ...
-    ] = ()  # 1 to 7, sampling, factors, extractors (default: with --sr 1, else 2)
+    ] = ()  # 1 to 7, sampling, factors, extractors, figure1 (default: with --sr 1, else 2)
     all: bool = False  # all tables
     sr: tuple[str, ...] = ()  # networks to train: swinir, swinir-l, rrdb, hat, fsrcnn
     data: tuple[str, ...] = tuple(DATA)  # what they are trained on
@@ -351,6 +354,8 @@ class Config:
     crop: int = 96  # side of the LR images of the other tables, pixels
     t_starts: tuple[int, ...] = (0, 15, 120)  # rows of the table factors
     repeats: int = 2  # noises for each of its contents
+    blurs: tuple[float, ...] = (0.3, 0.7, 1.1)  # figure1: of the training sets, LR pixels
+    noises: tuple[float, ...] = (0.0, 6.0, 12.0)  # figure1: of the training sets, levels of 255
     extractors: str = ""  # stage-1 weights (default: runs/extractors, else data/pretrained)
     checkpoint: str = ""  # generator (default: runs/diffusion, else data/pretrained)
     out: str = "out/benchmark"  # folder that gets results.json and a .md for each table
@@ -373,6 +378,7 @@ TABLES = {
     "sampling": "sampling.md",
     "factors": "factors.md",
     "extractors": "extractors.md",
+    "figure1": "figure1.md",
 }
 
 
@@ -436,6 +442,8 @@ def check(cfg: Config) -> None:
     for flag, value, low in (
         ("--t-start", cfg.t_start, 0),
         ("--t-starts", min(cfg.t_starts), 0),
+        ("--blurs", min(cfg.blurs), 0),
+        ("--noises", min(cfg.noises), 0),
         ("--num-steps", cfg.num_steps, 1),
         ("--candidates", cfg.candidates, 1),
         ("--batch-size", cfg.batch_size, 1),
@@ -457,31 +465,32 @@ def main(cfg: Config, rt: common.Runtime) -> None:
     """Check all that can be wrong, then measure, and write whenever a table has grown."""
     began = time.time()
     check(cfg)
-    cfg = resolved(cfg, rt)
+    asked, cfg = cfg, resolved(cfg, rt)
     used = set(cfg.table)
-    if not rt.is_main and not used & set(DOWNSTREAM):  # a matter of minutes for one process
+    if not rt.is_main and not used & {*DOWNSTREAM, "figure1"}:  # minutes for one process
         return
     on_pairs = {
         "2": (table_2, markdown),
         "6": (table_filter, markdown_filter),
         "sampling": (table_sampling, markdown_sampling),
     }
-    needed = used & {*on_pairs, *DOWNSTREAM}
+    needed = used & {*on_pairs, *DOWNSTREAM, "figure1"}
     sets = {f: find_pairs(Path(f)) for f in cfg.pairs} if needed else {}
     names = [Path(folder).resolve().name for folder in sets]
     common.require(len(set(names)) == len(names), "--pairs: two folders have the same name.")
     if used & set(DOWNSTREAM):
         common.find_photos(cfg.hr, "hr", "--hr")
         common.list_images(cfg.lr_ref, "--lr-ref") if cfg.lr_ref else None
-    for folder, (pairs, _) in sets.items() if used & set(DOWNSTREAM) else ():
+    for folder, (pairs, _) in sets.items() if used & {*DOWNSTREAM, "figure1"} else ():
         common.require(bool(halves(pairs)[1]), f"--pairs {folder}: no camera has two pairs.")
         same = pairs[0].scale == generate.SCALE
         common.require(same, f"--pairs {folder}: its scale is not {generate.SCALE}.")
-    if {"factors", "extractors"} & set(cfg.table):
+    if {"factors", "extractors", "figure1"} & set(cfg.table):
         files, side = common.find_photos(cfg.hr, "hr", "--hr"), generate.SCALE * cfg.crop
         hr = probes.load_photos(files, side, cfg.images, cfg.seed).to(rt.device)
+    alone = "extractors" in used or ("figure1" in used and not sets)  # real LR without its HR
+    real = common.find_photos(cfg.lr, "lr", "--lr") if alone else []
     if "extractors" in cfg.table:
-        real = common.find_photos(cfg.lr, "lr", "--lr")
         devices = probes.device_crops(real, cfg.crop, cfg.images, cfg.seed)
         nets = probes.load_extractors(cfg.extractors, rt.device)
     if used - {"extractors", *DOWNSTREAM}:
@@ -508,13 +517,26 @@ def main(cfg: Config, rt: common.Runtime) -> None:
             with common.replacing(Path(cfg.out) / name) as temporary:
                 temporary.write_text(content, encoding="utf-8")
 
+    by_name = {name: pairs for name, (pairs, _) in zip(names, sets.values(), strict=True)}
     for table in [table for table in DOWNSTREAM if table in used]:
-        by_name = {name: pairs for name, (pairs, _) in zip(names, sets.values(), strict=True)}
         result = table_downstream(table, by_name, metrics, cfg, rt)
         results.setdefault("downstream", []).append(result)
         if rt.is_main:
             print("\n" + (text := markdown_downstream(result, cfg)))
             write(table, text)
+    if "figure1" in used:
+        methods: dict[str, Method] = {
+            "bicubic": bicubic,
+            "BSRGAN": functools.partial(synthetic, recipe="bsrgan", seed=cfg.seed),
+            "Real-ESRGAN": functools.partial(synthetic, recipe="realesrgan", seed=cfg.seed),
+            "RealDGen": functools.partial(realdgen, net=net, cfg=cfg),
+        }
+        own = dataclasses.replace(cfg, sr_steps=asked.sr_steps)
+        code = functools.partial(generate.code_of, net)
+        results["figure1"] = table_figure1(hr.cpu(), by_name, real, methods, code, own, rt)
+        if rt.is_main:
+            print("\n" + (text := markdown_figure1(results["figure1"])))
+            write("figure1", text)
     if not rt.is_main:
         return
     for table, (measure, text_of) in on_pairs.items():

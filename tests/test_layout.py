@@ -10,7 +10,17 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 STAGES = ["degrade", "extractors", "diffusion", "generate", "sr", "benchmark"]
 # Each imports those to its left only.
-ORDER = ["common", *STAGES[:4], "metrics", "pairs", "sr", "probes", "downstream", "benchmark"]
+ORDER = [
+    "common",
+    *STAGES[:4],
+    "metrics",
+    "pairs",
+    "sr",
+    "probes",
+    "downstream",
+    "figure1",
+    "benchmark",
+]
 # Each is imported inside the one function that needs it.
 HEAVY = ["torchvision", "lpips", "DISTS_pytorch", "pytorch_fid", "spandrel", "open_clip", "skimage"]
 
