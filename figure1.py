@@ -172,6 +172,9 @@ def unpaired(hr: Sequence[Pair], files: Sequence[Path], root: Path, side: int) -
     ]
 
 
+CAMERAS = 6  # of a set with more, they are not told apart
+
+
 @torch.no_grad()
 def embed(
     sets: dict[str, list[Pair]],
@@ -185,10 +188,12 @@ def embed(
     """
     labels, codes, seen = [], [], set()
     for name, pairs in sets.items():
+        few = len({camera_of(pair.name) for pair in pairs}) <= CAMERAS
         for pair in tqdm(pairs, desc=f"codes of {name}", unit="image"):
             if pair.lr not in seen:
                 seen.add(pair.lr)
-                labels.append(" ".join(filter(None, ["real", name, camera_of(pair.name)])))
+                camera = camera_of(pair.name) if few else ""
+                labels.append(" ".join(filter(None, ["real", name, camera])))
                 codes.append(code(load_lr(pair.lr, pair.shrink)))
             for method, make in methods.items():
                 lr = make(load_hr(pair)[None].to(device), [pair])[0]
@@ -232,7 +237,7 @@ MARKS = (
     ((0, -1.2), (-1.2, 1), (1.2, 1)),
     ((-1, -1), (1, -1), (1, 1), (-1, 1)),
     ((0, -1.4), (1.4, 0), (0, 1.4), (-1.4, 0)),
-    ((-1.2, -1), (1.2, 1), (1.2, -1), (-1.2, 1)),
+    ((0, 1.2), (-1.2, -1), (1.2, -1)),
 )
 CELL = (62, 40)  # pixels of a box
 
@@ -301,12 +306,12 @@ def draw_panel_a(picture: Image.Image, result: dict[str, Any]) -> None:
         column, row = blurs.index(test["place"][0]), noises.index(test["place"][1])
         at = (left + column * step[0], top + (len(noises) - 1 - row) * step[1])
         draw_map(draw, at, test, grid)
-        for place in grid:  # at the lower and the left edge of all
-            x, y = place_in(at, place, blurs, noises)
-            if row == 0:
-                write_text(draw, x, at[1] + CELL[1] * len(noises) + 3, f"{place[0]:g}", 13, "mt")
-            if column == 0:
-                write_text(draw, at[0] - 5, y, f"{place[1]:g}", 13, "rm")
+        for blur in blurs if row == 0 else ():  # numbers at the lower and the left edge of all
+            x, y = place_in(at, (blur, noises[0]), blurs, noises)
+            write_text(draw, x, y + CELL[1] // 2 + 4, f"{blur:g}", 13, "mt")
+        for noise in noises if column == 0 else ():
+            x, y = place_in(at, (blurs[0], noise), blurs, noises)
+            write_text(draw, x - CELL[0] // 2 - 6, y, f"{noise:g}", 13, "rm")
     real = [test for test in result["tests"] if test["real"]]
     for number, test in enumerate(real):
         column, row = divmod(number, len(noises))
@@ -331,7 +336,7 @@ def draw_panel_a(picture: Image.Image, result: dict[str, Any]) -> None:
 
 
 def draw_mark(draw: ImageDraw.ImageDraw, x: float, y: float, number: int, label: str) -> None:
-    """A circle for a real photo; a triangle, square, diamond or bow tie for a method."""
+    """A circle for a real photo; a triangle, square, diamond or another triangle for a method."""
     colour, r = COLOURS[number % len(COLOURS)], 5.0
     if label.startswith("real"):
         draw.ellipse((x - r, y - r, x + r, y + r), colour, WHITE)
