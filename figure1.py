@@ -383,9 +383,9 @@ def save_figure(path: Path, result: dict[str, Any]) -> None:
     left = 70 + columns * (CELL[0] * blurs + 26) + 80
     legend = -(-len(set(result["labels"])) // 2) * 24
     height = max(100 + noises * (CELL[1] * noises + 44) + 80, 650 + legend)
-    picture = Image.new("RGB", (max(left, 700) + 540, height), "white")
+    picture = Image.new("RGB", (max(left, 740) + 540, height), "white")
     draw_panel_a(picture, result)
-    draw_panel_b(picture, max(left, 700), result)
+    draw_panel_b(picture, max(left, 740), result)
     with common.replacing(path) as temporary:
         picture.save(temporary, format="PNG")
 
