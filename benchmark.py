@@ -9,13 +9,15 @@ Tables 1, 3, 4, 5 and 7 ask what the pairs are worth: SR networks are trained on
 method (sr.py), all else equal, and tested on real pairs that gave no reference.
 
 Two tables more look inside, and need HR photos only: does generated LR follow its reference,
-one factor at a time (factors), and does E_deg see what E_cont must not see (extractors).
+one factor at a time (factors), and does E_deg see what E_cont must not see (extractors). Figure 1
+of the paper (figure1) needs no more than HR photos, either.
 And three ask what it takes over from its reference (transfer, leakage, diversity: transfer.py).
 
     python benchmark.py --pairs data/RealSR data/DRealSR
     python benchmark.py --pairs data/RealSR --table 2 --candidates 1 --seed 1
     python benchmark.py --pairs data/RealSR --sr swinir-l fsrcnn --seeds 3
     python benchmark.py --table factors extractors --hr data/hr --lr data/lr
+    python benchmark.py --table figure1 --hr data/hr --pairs data/RealSR
 """
 
 import dataclasses
@@ -52,6 +54,7 @@ from downstream import (
     stand_in,
     table_downstream,
 )
+from figure1 import markdown_figure1, table_figure1
 from metrics import (  # noqa: F401  (all are names of benchmark, too)
     METRICS,
     SET_METRICS,
@@ -356,7 +359,7 @@ class Config:
     pairs: tuple[str, ...] = ()  # folders: HR/ and LR/ of the same names, or as published
     table: tuple[
         str, ...
-    ] = ()  # 1 to 7, sampling, factors, extractors, transfer, leakage, diversity (default: 1 or 2)
+    ] = ()  # 1 to 7, sampling, factors, extractors, figure1, transfer, leakage, diversity
     all: bool = False  # all tables
     sr: tuple[str, ...] = ()  # networks to train: swinir, swinir-l, rrdb, hat, fsrcnn
     data: tuple[str, ...] = tuple(DATA)  # what they are trained on
@@ -375,6 +378,8 @@ class Config:
     t_starts: tuple[int, ...] = (0, 15, 120)  # rows of the table factors
     repeats: int = 2  # noises for each of its contents
     samples: int = 8  # of a content in the tables leakage and diversity
+    blurs: tuple[float, ...] = (0.3, 0.7, 1.1)  # figure1: of the training sets, LR pixels
+    noises: tuple[float, ...] = (0.0, 6.0, 12.0)  # figure1: of the training sets, levels of 255
     extractors: str = ""  # stage-1 weights (default: runs/extractors, else data/pretrained)
     checkpoint: str = ""  # generator (default: runs/diffusion, else data/pretrained)
     out: str = "out/benchmark"  # folder that gets results.json and a .md for each table
@@ -398,6 +403,7 @@ TABLES = {
     "sampling": "sampling.md",
     "factors": "factors.md",
     "extractors": "extractors.md",
+    "figure1": "figure1.md",
     **{name: f"{name}.md" for name in transfer.TABLES},
 }
 
@@ -462,6 +468,8 @@ def check(cfg: Config) -> None:
     for flag, value, low in (
         ("--t-start", cfg.t_start, 0),
         ("--t-starts", min(cfg.t_starts), 0),
+        ("--blurs", min(cfg.blurs), 0),
+        ("--noises", min(cfg.noises), 0),
         ("--num-steps", cfg.num_steps, 1),
         ("--candidates", cfg.candidates, 1),
         ("--batch-size", cfg.batch_size, 1),
@@ -484,33 +492,35 @@ def main(cfg: Config, rt: common.Runtime) -> None:
     """Check all that can be wrong, then measure, and write whenever a table has grown."""
     began = time.time()
     check(cfg)
-    cfg = resolved(cfg, rt)
+    asked, cfg = cfg, resolved(cfg, rt)
     used = set(cfg.table)
-    if not rt.is_main and not used & set(DOWNSTREAM):  # a matter of minutes for one process
+    if not rt.is_main and not used & {*DOWNSTREAM, "figure1"}:  # minutes for one process
         return
     on_pairs = {
         "2": (table_2, markdown),
         "6": (table_filter, markdown_filter),
         "sampling": (table_sampling, markdown_sampling),
     }
-    needed = used & {*on_pairs, *DOWNSTREAM, *transfer.TABLES}
+    needed = used & {*on_pairs, *DOWNSTREAM, *transfer.TABLES, "figure1"}
     sets = {f: find_pairs(Path(f)) for f in cfg.pairs} if needed else {}
     names = [Path(folder).resolve().name for folder in sets]
     common.require(len(set(names)) == len(names), "--pairs: two folders have the same name.")
     if used & set(DOWNSTREAM):
         common.find_photos(cfg.hr, "hr", "--hr")
         common.list_images(cfg.lr_ref, "--lr-ref") if cfg.lr_ref else None
-    for folder, (pairs, _) in sets.items() if used & {*DOWNSTREAM, *transfer.TABLES} else ():
+    split = {*DOWNSTREAM, *transfer.TABLES, "figure1"}
+    for folder, (pairs, _) in sets.items() if used & split else ():
         common.require(bool(halves(pairs)[1]), f"--pairs {folder}: no camera has two pairs.")
         same = pairs[0].scale == generate.SCALE
         common.require(same, f"--pairs {folder}: its scale is not {generate.SCALE}.")
     if used & set(transfer.TABLES):
         scenes, few = transfer.gather(all_scenes(names, sets.values()), cfg.crop)
-    if {"factors", "extractors"} & set(cfg.table):
+    if {"factors", "extractors", "figure1"} & set(cfg.table):
         files, side = common.find_photos(cfg.hr, "hr", "--hr"), generate.SCALE * cfg.crop
         hr = probes.load_photos(files, side, cfg.images, cfg.seed).to(rt.device)
+    alone = "extractors" in used or ("figure1" in used and not sets)  # real LR without its HR
+    real = common.find_photos(cfg.lr, "lr", "--lr") if alone else []
     if "extractors" in cfg.table:
-        real = common.find_photos(cfg.lr, "lr", "--lr")
         devices = probes.device_crops(real, cfg.crop, cfg.images, cfg.seed)
         nets = probes.load_extractors(cfg.extractors, rt.device)
     if used - {"extractors", *DOWNSTREAM}:
@@ -537,13 +547,26 @@ def main(cfg: Config, rt: common.Runtime) -> None:
             with common.replacing(Path(cfg.out) / name) as temporary:
                 temporary.write_text(content, encoding="utf-8")
 
+    by_name = {name: pairs for name, (pairs, _) in zip(names, sets.values(), strict=True)}
     for table in [table for table in DOWNSTREAM if table in used]:
-        by_name = {name: pairs for name, (pairs, _) in zip(names, sets.values(), strict=True)}
         result = table_downstream(table, by_name, metrics, cfg, rt)
         results.setdefault("downstream", []).append(result)
         if rt.is_main:
             print("\n" + (text := markdown_downstream(result, cfg)))
             write(table, text)
+    if "figure1" in used:
+        methods: dict[str, Method] = {
+            "bicubic": bicubic,
+            "BSRGAN": functools.partial(synthetic, recipe="bsrgan", seed=cfg.seed),
+            "Real-ESRGAN": functools.partial(synthetic, recipe="realesrgan", seed=cfg.seed),
+            "RealDGen": functools.partial(realdgen, net=net, cfg=cfg),
+        }
+        own = dataclasses.replace(cfg, sr_steps=asked.sr_steps)
+        code = functools.partial(generate.code_of, net)
+        results["figure1"] = table_figure1(hr.cpu(), by_name, real, methods, code, own, rt)
+        if rt.is_main:
+            print("\n" + (text := markdown_figure1(results["figure1"])))
+            write("figure1", text)
     if not rt.is_main:
         return
     for table, (measure, text_of) in on_pairs.items():
@@ -567,7 +590,8 @@ def main(cfg: Config, rt: common.Runtime) -> None:
         results["extractors"] = found
         print("\n" + (text := probes.markdown_extractors(found)))
         write("extractors", text)
-    kept = ("start", "recipe", "t_start", "num_steps", "eta", "solver", "candidates", "bf16")
+    kept = ("start", "recipe", "t_start", "num_steps", "eta", "solver", "candidates", "bf16",
+            "grain")  # fmt: skip
     for table in [table for table in transfer.TABLES if table in used]:
         settings = generate.Config(seed=cfg.seed, **{key: getattr(cfg, key) for key in kept})
         given = (scenes, few, net, settings, cfg.images, cfg.samples, rt.device)

@@ -19,6 +19,7 @@ ORDER = [
     "probes",
     "transfer",
     "downstream",
+    "figure1",
     "benchmark",
 ]
 # Each is imported inside the one function that needs it.

@@ -97,7 +97,14 @@ def test_a_network_that_obeys_its_reference_scores_high_another_one_near_0(
 
     monkeypatch.setattr(degrade, "degrade", remember)
     monkeypatch.setattr(generate, "generate", answer)
-    options = {"num_steps": 5, "start": "reconstruct", "eta": 0.0, "bf16": True, "grain": True, "seed": 0}
+    options = {
+        "num_steps": 5,
+        "start": "reconstruct",
+        "eta": 0.0,
+        "bf16": True,
+        "grain": True,
+        "seed": 0,
+    }
     rows = probes.table_factors(scenes(4), None, (0, 9), 2, **options)["rows"]
     assert [row["factor"] for row in rows[::3]] == list(probes.FACTORS)
     assert [len(row["rank"]) for row in rows[:3]] == [4, 4, 8]  # repeats where noise is drawn
