@@ -174,7 +174,7 @@ def reads(net, lr_ref: Tensor, of_reference: tuple, of_others: tuple):
 def test_grain_is_the_noise_that_an_image_lacks(net, monkeypatch):
     hr, lr_ref = uniform(1, 3, 256, 256) / 2 + 0.25, [uniform(3, 40, 40)]
     plain = generate.generate(net, hr, lr_ref, 0, 1, 1, grain=False)[0]
-    for wanted, there, added in ((10, 0, 10), (5, 3, 4), (5, 6, 0)):
+    for wanted, there, added in ((10, 0, 10), (5, 3, 4), (5, 6, 0), (3, 0, 0)):
         head = reads(net, lr_ref[0], (wanted, 100), (there, 100))
         monkeypatch.setattr(net.extractors, "named", head)
         noisy, again = (generate.generate(net, hr, lr_ref, 0, 1, 1)[0] for _ in range(2))
@@ -399,7 +399,7 @@ def finished(checkpoint, tmp_path_factory):
 def flags(checkpoint: Path, *more: object) -> list[object]:
     """Flags for a run inside the folder: a copy of it gets the same records."""
     paths = ["--hr", "hr", "--lr-ref", "refs", "--checkpoint", checkpoint, "--out", "out"]
-    return [*paths, "--t-start", 20, "--num-steps", 2, *more]
+    return [*paths, "--t-start", 20, "--num-steps", 2, "--candidates", 4, *more]
 
 
 @pytest.fixture
