@@ -245,6 +245,8 @@ def dct_statistics(lr: Tensor) -> Tensor:
     with torch.autocast(lr.device.type, enabled=False):
         to_ycc = lr.new_tensor(YCC, dtype=torch.float32)
         ycc = 255 * torch.einsum("oc,bchw->bohw", to_ycc, lr.float())
+        short = [max(0, 8 - side) for side in lr.shape[2:]]  # an image smaller than a block
+        ycc = F.pad(ycc, (0, short[1], 0, short[0]), mode="replicate")
         rows = degrade.dct_matrix().to(ycc) / (8192 * math.sqrt(8))  # orthonormal
         basis = torch.einsum("uy,vx->uvyx", rows, rows).reshape(64, 1, 8, 8)
         size = F.conv2d(ycc.flatten(0, 1)[:, None], basis, stride=8).abs()  # (3B, 64, h/8, w/8)
@@ -276,7 +278,7 @@ class DegradationExtractor(nn.Module):
         self.mapping = nn.Sequential(*layers[:-1])
 
     def forward(self, lr: Tensor) -> Tensor:
-        """F_deg (B, D) of LR images (B, 3, h, w) in [0, 1], 8 x 8 pixels or more."""
+        """F_deg (B, D) of LR images (B, 3, h, w) in [0, 1]."""
         pooled = self.body(self.first(lr - 0.5)).float().mean((2, 3))
         if self.statistics:
             pooled = torch.cat([pooled, dct_statistics(lr)], dim=1)

@@ -171,9 +171,7 @@ def test_degradation_extractor_takes_any_size(size):
 
 def test_degradation_extractor_of_the_paper_gives_2048_numbers():
     cfg = Config()
-    net = extractors.DegradationExtractor(
-        cfg.deg_channels, cfg.deg_blocks, cfg.deg_dim, False, False
-    )
+    net = extractors.DegradationExtractor(cfg.deg_channels, cfg.deg_blocks, cfg.deg_dim, False)
     assert len(net.body) == 16
     assert sum(isinstance(layer, nn.Conv2d) for layer in net.mapping) == 4
     assert net(drawn_batch(2, 12, 12)).shape == (2, 2048)
@@ -226,8 +224,9 @@ def test_resized_matches_pillow():
 
 def test_reconstruct_with_nothing_to_add_is_the_bicubic_reduction():
     net, hr = built(), drawn_batch(2, 32, 48)
-    nn.init.zeros_(net.rec_lr.last.weight)
-    nn.init.zeros_(net.rec_lr.last.bias)
+    for layer in (net.rec_lr.last, net.kernel):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
     lr = net.reconstruct(torch.randn(2, 16), hr, net.content(hr)).detach()
     for b in range(2):
         for c in range(3):

@@ -677,7 +677,7 @@ def test_a_run_that_stores_codes_draws_as_the_runs_that_read_them(copied, checkp
 
 def test_syndiff_draws_its_strength_for_each_image(copied, checkpoint):
     shutil.rmtree(copied / "out")
-    more = ("--preset", "syndiff", "--t-start", 40, "--t-min", 10, "--num-steps", 2)
+    more = ("--preset", "syndiff", "--t-start", 40, "--t-min", 10, "--candidates", 1)
     done = run(*flags(checkpoint, *more), cwd=copied)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (copied / "out" / "pairs.jsonl").open()]

@@ -86,7 +86,7 @@ def test_a_network_that_obeys_its_reference_scores_high_another_one_near_0(
         given.update({x.numpy().tobytes(): theta[[i]] for i, x in enumerate(lr)})
         return lr
 
-    def answer(net, hr, lr_ref, t_start, num_steps, candidates, start, eta, seeds, bf16):
+    def answer(net, hr, lr_ref, t_start, num_steps, candidates, start, eta, seeds, bf16, grain):
         assert candidates == 1 and len(set(seeds)) == len(seeds) == len(levels["blur"])
         if obeys:
             theta = degrade.Degradation.cat([given[x.numpy().tobytes()] for x in lr_ref])
