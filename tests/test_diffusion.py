@@ -226,12 +226,12 @@ def test_dpm_is_of_second_order_and_ddim_of_first():
 
     def error(solver: str, num_steps: int) -> float:
         states, mean_std = recorded(solver, num_steps)[1], []
-        for t in (400, 40):
+        for t in (400, 100):
             alpha_bar = ALPHAS_CUMPROD[t]
             mean_std.append((0.1 * alpha_bar.sqrt(), (0.01 * alpha_bar + 1 - alpha_bar).sqrt()))
         (mean_start, std_start), (mean, std) = mean_std
         exact = mean + std * (states[400] - mean_start) / std_start
-        return (states[40] - exact).square().mean().sqrt().item()
+        return (states[100] - exact).square().mean().sqrt().item()
 
     ddim, dpm = ([error(solver, n) for n in (10, 20, 40)] for solver in ("ddim", "dpm"))
     for n in (0, 1):
@@ -242,9 +242,9 @@ def test_dpm_is_of_second_order_and_ddim_of_first():
 
 def test_the_first_step_of_dpm_is_ddim_s():
     (ddim, steps_ddim), (dpm, steps_dpm) = recorded("ddim", 4), recorded("dpm", 4)
-    assert list(steps_dpm) == list(steps_ddim) == [400, 300, 200, 100]
-    assert torch.equal(steps_dpm[300], steps_ddim[300])
-    assert not torch.allclose(steps_dpm[200], steps_ddim[200], atol=1e-4)
+    assert list(steps_dpm) == list(steps_ddim) == [400, 225, 100, 25]
+    assert torch.equal(steps_dpm[225], steps_ddim[225])
+    assert not torch.allclose(steps_dpm[100], steps_ddim[100], atol=1e-4)
     assert not torch.allclose(ddim, dpm, atol=1e-4)
     assert torch.equal(recorded("ddim", 1)[0], recorded("dpm", 1)[0])
 

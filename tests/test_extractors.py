@@ -333,7 +333,7 @@ def test_degradation_loss_trains_e_deg_and_rec_lr_but_not_the_content(changes):
     values = extractors.degradation_loss(net, drawn_batch(4, 64, 64), cfg, common.generator(0))
     values["loss"].backward()
     assert all(value.isfinite() for value in values.values())
-    assert with_gradient(net) == named(net, "e_deg.", "rec_lr.", "head.")
+    assert with_gradient(net) == named(net, "e_deg.", "rec_lr.", "kernel.", "head.")
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7])
@@ -390,7 +390,9 @@ def test_training_resumes_exactly_and_each_part_moves_its_own_weights(tmp_path, 
         for before, after in zip(parts, parts[1:], strict=False)
     )
     assert content and content <= named(Extractors(cfg), "vqvae.encoder.", "vqvae.quant_conv.")
-    assert degradation and degradation <= named(Extractors(cfg), "e_deg.", "rec_lr.", "head.")
+    assert degradation and degradation <= named(
+        Extractors(cfg), "e_deg.", "rec_lr.", "kernel.", "head."
+    )
 
 
 def test_vqvae_weights_can_be_given(tmp_path, photos):
