@@ -275,7 +275,8 @@ def method_rows(rows: Sequence[dict[str, Any]], columns: Iterable[str]) -> list[
         cells = [f"{row['mean'].get(m, math.nan):z.{DECIMALS.get(m, 3)}f}" for m in columns]
         text = " | ".join(cells).replace("nan", "-")
         rate = row["n"] / max(row["seconds"], 1e-9)
-        lines += [f"| {row['method']} | {text} | {row['n']} | {rate:.3g} |"]
+        speed = f"{rate:.3g}" if rate < 1000 else "-"  # made before
+        lines += [f"| {row['method']} | {text} | {row['n']} | {speed} |"]
     return lines
 
 
