@@ -234,7 +234,7 @@ def table_sampling(
             f"the default, K={K}",
             {"t_start": cfg.t_start, "num_steps": cfg.num_steps, "candidates": K},
         )
-        for K in (1, 4)
+        for K in (1, generate.CANDIDATES)
     ]
     rows += [(f"T={FULL}, ddpm, {FULL}, start {start}", full | {"start": start})
              for start in generate.STARTS]  # fmt: skip
@@ -337,7 +337,8 @@ def table_filter(
     successor = other_scenes([camera_of(pair.name) for pair in own], cfg.seed)
     pairs = [dataclasses.replace(own[i], reference=own[j].lr) for i, j in successor.items()]
     rows = []
-    for name, K in (("without filter", 1), (f"with filter, K={cfg.candidates}", cfg.candidates)):
+    for K in (1, max(cfg.candidates, generate.CANDIDATES)):
+        name = "without filter" if K == 1 else f"with filter, K={K}"
         method = functools.partial(realdgen, net=net, cfg=dataclasses.replace(cfg, candidates=K))
         rows.append(evaluate(name, method, pairs, metrics, cfg.batch_size, device))
     return {"rows": rows}

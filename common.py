@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -490,7 +490,7 @@ WEIGHTS = {  # by network: the features that LPIPS, DISTS, FID and the CLIP-Scor
 
 
 @functools.cache  # which also keeps the declarations alive
-def import_torchvision() -> torch.library.Library | None:
+def import_torchvision() -> library.Library | None:
     """Import torchvision, even where its compiled operators do not load; nothing here calls them.
 
     The PyPI wheel of torchvision is a CUDA build: beside a CPU-only torch its operators are missing
@@ -503,11 +503,11 @@ def import_torchvision() -> torch.library.Library | None:
         if "operator torchvision::" not in str(error):
             raise
     both_ways = ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d")
-    library = torch.library.Library("torchvision", "DEF")
+    declared = library.Library("torchvision", "DEF")
     for name in ("nms", "qnms", "qroi_align", *both_ways, *(f"_{n}_backward" for n in both_ways)):
-        library.define(f"{name}() -> ()")
+        declared.define(f"{name}() -> ()")
     importlib.import_module("torchvision")
-    return library
+    return declared
 
 
 def weights_file(net: str) -> Path:

@@ -105,6 +105,7 @@ def halves(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
 
 def downstream_rows(table: str, names: list[str], cfg: Settings) -> list[Row]:
     """The rows of a table; names are those of the sets of pairs."""
+    filtered = {"candidates": max(cfg.candidates, generate.CANDIDATES)}
     light = cfg.sr[-1] if table != "1" else ""  # one network is enough for an ablation
     if table == "1":
         kinds = [False, True] if cfg.perceptual_weight > 0 else [False]
@@ -116,7 +117,8 @@ def downstream_rows(table: str, names: list[str], cfg: Settings) -> list[Row]:
         ]
     if table == "3":
         ts = [Row(f"T={t}", light, "realdgen", {"t_start": t}) for t in cfg.t_starts]
-        return [*ts, Row("T chosen by the filter", light, "realdgen", {"auto_t": True})]
+        chosen = Row("T chosen by the filter", light, "realdgen", {"auto_t": True} | filtered)
+        return [*ts, chosen]
     if table == "4":
         ablations = (("E_deg", cfg.without_degradation), ("E_cont", cfg.without_content))
         rows = [
@@ -135,7 +137,7 @@ def downstream_rows(table: str, names: list[str], cfg: Settings) -> list[Row]:
         return kept + apart
     return [  # Table 7
         Row("without filter", light, "realdgen", {"candidates": 1}),
-        Row("with filter", light, "realdgen"),
+        Row("with filter", light, "realdgen", filtered),
     ]
 
 

@@ -234,6 +234,9 @@ class PlainBlock(nn.Module):
         return x + self.conv2(F.relu(self.conv1(x)))
 
 
+YCC = ((0.299, 0.587, 0.114), (-0.1687, -0.3313, 0.5), (0.5, -0.4187, -0.0813))  # of RGB, BT.601
+
+
 def dct_statistics(lr: Tensor) -> Tensor:
     """How large the coefficients are that JPEG would quantise, (B, 384), of LR (B, 3, h, w).
 
@@ -253,9 +256,6 @@ def dct_statistics(lr: Tensor) -> Tensor:
         typical = (size + 0.5).log().mean((2, 3)).view(len(lr), -1)
         spread = (size.square().mean((2, 3)) + 0.25).log().view(len(lr), -1) / 2
         return (torch.cat([typical, spread], dim=1) - 1.5) / 1.5
-
-
-YCC = ((0.299, 0.587, 0.114), (-0.1687, -0.3313, 0.5), (0.5, -0.4187, -0.0813))
 
 
 class DegradationExtractor(nn.Module):
@@ -375,7 +375,8 @@ class Extractors(nn.Module):
         self.rec_lr = ModulationBlock(c_in, cfg.deg_dim, cfg.mod_channels, 3, cfg.jpeg_grid)
         self.kernel = nn.Linear(cfg.deg_dim, cfg.kernel**2) if cfg.skip and cfg.kernel else None
         if self.kernel is not None:
-            nn.init.zeros_(self.kernel.weight), nn.init.zeros_(self.kernel.bias)
+            nn.init.zeros_(self.kernel.weight)
+            nn.init.zeros_(self.kernel.bias)
         self.head = nn.Linear(cfg.deg_dim, 5)
 
     def content(self, image: Tensor) -> Tensor:

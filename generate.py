@@ -29,6 +29,7 @@ from data.shards import TarShards
 
 SCALE = 4  # HR size / LR size: the VQ-VAE's factor, and so the grid on which content and LR meet
 STARTS = ("reconstruct", "degrade")
+CANDIDATES = 4  # K where the filter is to have a choice
 # What E_deg's head of the shipped weights reads in clean photos, sharp or blurred: up to this noise
 # (std) and down to this JPEG quality most of them read, and neither can be told from none.
 FAINT, UNCOMPRESSED = 4 / 255, 84
@@ -295,7 +296,7 @@ PRESETS: dict[str, dict] = {
         "t_start": 300,
         "num_steps": 300,
         "eta": 1.0,
-        "candidates": 4,
+        "candidates": CANDIDATES,
         "grain": False,
     },
     # arXiv:2303.06994, with weights of diffusion.py --without content degradation.
@@ -610,6 +611,10 @@ def check(cfg: Config) -> None:
         common.require(given in choices, f"{flag} {given}: choose {', '.join(choices)}.")
     common.require(
         cfg.solver == "ddim" or cfg.eta == 0, f"--eta {cfg.eta}: --solver dpm draws no noise."
+    )
+    common.require(
+        cfg.candidates > 1 or not cfg.auto_t or cfg.t_start == 0,
+        f"--auto-t: the filter chooses among candidates, give --candidates {CANDIDATES}.",
     )
     common.require(cfg.t_min < 0 or not cfg.auto_t, "--t-min and --auto-t exclude each other.")
     common.require(

@@ -139,8 +139,9 @@ def test_every_table_has_its_rows():
     cfg = benchmark.Config(sr=("hat", "fsrcnn"), t_starts=(200, 300), without_content="c.pt")
     rows = {t: downstream.downstream_rows(t, ["A", "B"], cfg) for t in downstream.DOWNSTREAM}
     assert len(rows["1"]) == 2 * len(downstream.DATA)
-    assert [r.settings for r in rows["3"]] == [{"t_start": 200}, {"t_start": 300}, {"auto_t": True}]
+    chosen = {"auto_t": True, "candidates": 4}
+    assert [r.settings for r in rows["3"]] == [{"t_start": 200}, {"t_start": 300}, chosen]
+    assert [r.settings for r in rows["7"]] == [{"candidates": 1}, {"candidates": 4}]
     assert [r.settings for r in rows["4"]] == [{"checkpoint": "c.pt"}, {}]
     assert [r.without for r in rows["5"]][-2:] == ["A", "B"]
-    assert [r.settings for r in rows["7"]] == [{"candidates": 1}, {}]
     assert {r.network for t in "3457" for r in rows[t]} == {"fsrcnn"}

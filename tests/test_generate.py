@@ -541,6 +541,7 @@ def test_all_kinds_of_images_are_handled(copied, checkpoint):
         (["--start", "foo"], ["--start", "foo"]),
         (["--t-start", "-1"], ["--t-start", "-1"]),
         (["--candidates", "0"], ["--candidates", "0"]),
+        (["--auto-t", "--candidates", "1"], ["--auto-t", "--candidates 4"]),
         (["--pairing", "foo"], ["--pairing", "foo"]),
         (["--max-error", "1"], ["--max-error"]),
         (["--solver", "foo"], ["--solver", "foo"]),
