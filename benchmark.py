@@ -367,6 +367,7 @@ class Config:
     data: tuple[str, ...] = tuple(DATA)  # what they are trained on
     sr_preset: str = ""  # of sr.py: paper, small, smoke (default: paper on a GPU, else smoke)
     sr_steps: int = 0  # of training, in place of the preset's
+    sr_start_from: tuple[str, ...] = ()  # networks of sr.py to train on from, the same for all data
     seeds: int = 1  # trainings of each network, from --seed on
     perceptual_weight: float = 0.0  # above 0: Table 1 also with networks trained with this LPIPS
     lr_ref: tuple[str, ...] = ()  # RealDGen's references (default: half of the LR of --pairs)
@@ -393,6 +394,7 @@ class Config:
     eta: float = generate.Config.eta  # 0 is DDIM, 1 is DDPM
     solver: str = generate.Config.solver  # ddim or dpm
     candidates: int = generate.Config.candidates  # K, of which the best is kept
+    average: int = generate.Config.average  # references of which the mean code is taken (training)
     batch_size: int = 8  # images at a time; no draw depends on it
     bf16: bool = generate.Config.bf16  # where the device has it
     seed: int = 0  # image i draws from (seed, i)
@@ -460,6 +462,7 @@ def check(cfg: Config) -> None:
     for flag, path in (
         ("--without-degradation", cfg.without_degradation),
         ("--without-content", cfg.without_content),
+        *(("--sr-start-from", path) for path in cfg.sr_start_from),
     ):
         common.require(not path or Path(path).is_file(), f"{flag} {path}: no such file.")
     for table in cfg.table:

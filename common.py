@@ -464,6 +464,20 @@ def find_checkpoint(given: str, stage: str, make: str) -> Path:
     )
 
 
+def load_weights(net: nn.Module, path: str, flag: str) -> dict[str, Any]:
+    """Give a network the averaged weights of a checkpoint, whose configuration is returned.
+
+    UserError if they are not of such a network.
+    """
+    require(Path(path).is_file(), f"{flag} {path}: no such file.")
+    state = load_checkpoint(path)
+    weights = state.get("ema", {})
+    shapes = ({k: v.shape for k, v in w.items()} for w in (weights, net.state_dict()))
+    require(next(shapes) == next(shapes), f"{flag} {path}: weights of another configuration.")
+    net.load_state_dict(weights)
+    return state.get("config", {})
+
+
 def count_parameters(net: nn.Module) -> str:
     """Number of parameters in millions, for people."""
     return f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters"

@@ -40,6 +40,7 @@ class Round:
     sinc_prob: float = 0.1
     resize_prob: tuple[float, float, float] = (0.2, 0.7, 0.1)  # up, down, keep
     resize: tuple[float, float] = (0.15, 1.5)  # in round 2: of the LR size
+    modes: int = 3  # of resizing: the first so many of MODES
     gaussian_prob: float = 0.5  # otherwise Poisson
     gaussian: tuple[float, float] = (1.0, 30.0)  # std in levels of 255
     poisson: tuple[float, float] = (0.05, 3.0)
@@ -83,14 +84,14 @@ ROUNDS = {
               jpeg=(70, 100)),
         Final(sinc_prob=0.0, sharpen_prob=0.5),
     ),
-    # Not in the paper: as `camera`, but each of its factors up to what a bad camera does, and half
-    # of the images not compressed. Elsewhere the last resize and JPEG hide most noise; from images
-    # in which it can't be seen E_deg does not learn to see it.
+    # Not in the paper: as `camera`, but each of its factors up to what a bad camera does, and often
+    # not there at all. Elsewhere a wide blur always comes with noise, and the last resize and JPEG
+    # hide most noise; what E_deg has not seen alone it takes for something else.
     "wide": (
-        Round(blur_sigma=(0.3, 6.5), sinc_prob=0.0, resize_prob=(0.0, 0.0, 1.0),
+        Round(blur_prob=0.8, blur_sigma=(0.3, 6.5), sinc_prob=0.0, resize_prob=(0.0, 0.0, 1.0),
               gaussian_prob=1.0, gaussian=(0.0, 0.0), jpeg=(0, 0)),
-        Round(blur_prob=0.0, resize_prob=(0.0, 0.0, 1.0), gaussian_prob=0.8, gaussian=(0.0, 25.0),
-              jpeg=(25, 95), jpeg_prob=0.5),
+        Round(blur_prob=0.0, resize_prob=(0.0, 0.0, 1.0), modes=4, gaussian=(0.0, 25.0),
+              poisson=(0.0, 0.0), jpeg=(25, 95), jpeg_prob=0.5),
         Final(sinc_prob=0.0, sharpen_prob=0.5),
     ),
 }
@@ -335,7 +336,7 @@ def draw_rounds(theta: Degradation, draw: Draw, first: Round, second: Round, fin
         up, down = draw.uniform(1.0, options.resize[1]), draw.uniform(options.resize[0], 1.0)
         factor = torch.stack([up, down, torch.ones(len(theta))]).gather(0, direction[None])[0]
         theta.resize[:, i] = factor / (1 if i == 0 else theta.scale)
-        theta.resize_mode[:, i] = draw.one_of(range(3))
+        theta.resize_mode[:, i] = draw.one_of(range(options.modes))
         gaussian = draw.chance(options.gaussian_prob)
         std, scale = draw.uniform(*options.gaussian) / 255, draw.uniform(*options.poisson)
         theta.gaussian_std[:, i] = torch.where(gaussian, std, 0.0)

@@ -397,6 +397,7 @@ class Config:
     hr: tuple[str, ...] = ()  # folders of HR photos (default: data/hr, else data/sample/hr)
     out: str = "runs/diffusion"  # folder of checkpoints and log
     checkpoint: str = ""  # stage-1 weights (default: runs/extractors, else data/pretrained)
+    start_from: str = ""  # weights of M and the U-Net to go on from, of this file
     content_from: str = "both"  # lr: real LR as printed; hr: synthetic pairs; both: half of each
     recipes: tuple[str, ...] = ("realesrgan", "light", "camera")  # of D, for synthetic pairs
     content_noise: float = 0.0  # added to the content in training, in its own std
@@ -436,7 +437,7 @@ PRESETS: dict[str, dict] = {
         "crop": 48,
         "learning_rate": 5e-4,
         "answer": True,
-        "recipes": ("realesrgan", "light", "camera", "wide"),
+        "recipes": ("realesrgan", "light", "camera", "wide", "wide"),
         "t_power": 2.0,
         "widths": (32, 64, 128),
         "attention": (2,),
@@ -476,6 +477,8 @@ def train(cfg: Config, rt: common.Runtime) -> None:
     path = common.find_checkpoint(cfg.checkpoint, "extractors", "python extractors.py")
     stage_1 = common.load_checkpoint(path)
     net = build(asdict(cfg), stage_1["config"])
+    if cfg.start_from:
+        common.load_weights(net, cfg.start_from, "--start-from")
     net.extractors.load_state_dict(stage_1["ema"])
     data = []
     if use_lr:

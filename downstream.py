@@ -164,8 +164,8 @@ def training_source(row: Row, names: list[str], cfg: Settings, rt: common.Runtim
         return {"recipe": recipe, "hr": tuple(map(str, common.find_photos(cfg.hr, "hr", "--hr")))}
     if row.data == "paired":
         return {"pairs": str(out / "paired")}
-    fields = ("checkpoint", "start", "t_start", "num_steps", "eta", "solver", "candidates", "bf16",
-              "grain")  # fmt: skip
+    fields = ("checkpoint", "start", "t_start", "num_steps", "eta", "solver", "candidates",
+              "average", "bf16", "grain")  # fmt: skip
     settings = {key: getattr(cfg, key) for key in fields} | row.settings
     if row.data == "syndiff":
         settings |= generate.PRESETS["syndiff"] | {"checkpoint": cfg.syndiff}
@@ -246,6 +246,9 @@ def train_network(
     settings = sr.PRESETS[cfg.sr_preset] | {"save_every": 500} | steps
     settings |= {"sr": network, "perceptual_weight": perceptual_weight, "seed": seed}
     settings |= {"out": f"{cfg.out}/sr", "name": name, "device": cfg.device} | source
+    for path in cfg.sr_start_from:
+        if common.load_checkpoint(path).get("config", {}).get("sr") == network:
+            settings["start_from"] = path
     with measured(rt.device) as cost:
         net = sr.load_network(sr.train(sr.Config(**settings), rt)).to(rt.device)
     return net, cost | {"parameters": parameters_of(net)}
@@ -359,6 +362,7 @@ def markdown_downstream(result: dict[str, Any], cfg: Settings) -> str:
     lines += [
         "",
         f"Preset {cfg.sr_preset}, {cfg.sr_steps or 'its'} steps, {cfg.seeds} seeds.",
+        *(f"Trained on from {path}." for path in cfg.sr_start_from),
         f"Tested on every other pair of each camera ({tested}); the LR of the others were",
         "RealDGen's references, and the oracle was trained on them. In brackets: the paper, on",
         "all pairs.",

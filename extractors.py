@@ -617,7 +617,7 @@ PRESETS: dict[str, dict] = {
         "deg_dim": 256,
         "batch_size": 16,
         "num_samples": 1,
-        "recipes": ("realesrgan", "light", "camera", "wide"),
+        "recipes": ("realesrgan", "light", "camera", "wide", "wide"),
         "head_weight": 1.0,
         "ema_decay": 0.995,
         "compile": False,

@@ -250,6 +250,7 @@ class Config:
     pairs: str = ""  # folder of pairs with the same names in hr/ and lr/
     recipe: str = ""  # without --pairs: realesrgan (default), bsrgan, bicubic, light or camera
     hr: tuple[str, ...] = ()  # folders of HR photos to degrade (else data/hr, else data/sample/hr)
+    start_from: str = ""  # weights of this network to go on from, of this file
     out: str = "runs/sr"  # folder of checkpoints and log
     name: str = ""  # of the files in it (default: network and source)
     scale: int = 4  # HR size / LR size, 2 or 4
@@ -293,7 +294,7 @@ PRESETS: dict[str, dict] = {
     },
 }
 # What may not change between the runs of one name.
-FIXED = ("sr", "pairs", "recipe", "hr", "scale", "perceptual_weight")
+FIXED = ("sr", "pairs", "recipe", "hr", "scale", "perceptual_weight", "start_from")
 
 
 def resolved(cfg: Config) -> Config:
@@ -330,6 +331,8 @@ def train(cfg: Config, rt: common.Runtime) -> Path:
     cfg = resolved(cfg)
     torch.manual_seed(cfg.seed)  # the same network, whichever was trained before it
     net = sr_network(cfg.sr, cfg.scale)
+    if cfg.start_from:
+        common.load_weights(net, cfg.start_from, "--start-from")
     if cfg.perceptual_weight > 0:
         common.perceptual_net("LPIPS", "vgg", rt.device)  # missing weights are said now
     path = Path(cfg.out) / f"{cfg.name}.pt"

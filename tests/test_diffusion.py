@@ -506,6 +506,25 @@ def data(tmp_path):
     }
 
 
+def test_training_goes_on_from_given_weights_with_the_extractors_of_stage_1(tmp_path, data):
+    """As somebody does who tunes the shipped weights to a camera, or has new extractors."""
+    frozen = {"steps": 1, "learning_rate": 0.0, "finetune_learning_rate": 0.0}
+    cfg = replace(TINY, **data, **frozen)
+    torch.manual_seed(1)
+    diffusion.train(replace(cfg, out=str(tmp_path / "a")), CPU)
+    before = common.load_checkpoint(tmp_path / "a/last.pt")
+    altered = {k: v + 1 * k.startswith("extractors.") for k, v in before["ema"].items()}
+    common.save_checkpoint(tmp_path / "a.pt", before | {"ema": altered})
+    torch.manual_seed(2)
+    start = str(tmp_path / "a.pt")
+    diffusion.train(replace(cfg, out=str(tmp_path / "b"), start_from=start), CPU)
+    after = common.load_checkpoint(tmp_path / "b/last.pt")["net"]
+    assert all(torch.equal(v, after[k]) for k, v in before["ema"].items())
+    other = replace(cfg, out=str(tmp_path / "c"), start_from=start, mod_channels=12)
+    with pytest.raises(common.UserError, match="--start-from .*another configuration"):
+        diffusion.train(other, CPU)
+
+
 @pytest.mark.parametrize("content_from", ["both", "lr"])
 def test_training_changes_the_fine_tuned_layers_and_no_other_of_stage_1(
     tmp_path, data, content_from

@@ -291,6 +291,21 @@ def test_train_returns_the_averaged_weights(tmp_path, pairs):
     assert torch.equal(net(lr), sr.load_network(path.with_suffix(".pt"))(lr))
 
 
+def test_training_goes_on_from_given_weights(tmp_path, pairs):
+    cfg = replace(TINY, pairs=pairs, steps=1, learning_rate=0.0)
+    first = sr.train(replace(cfg, out=str(tmp_path / "a")), CPU)
+    go_on = replace(cfg, out=str(tmp_path / "b"), seed=1)
+    again, other = (
+        sr.load_network(sr.train(replace(go_on, name=name, start_from=start), CPU)).state_dict()
+        for name, start in (("again", str(first)), ("other", ""))
+    )
+    expected = sr.load_network(first).state_dict()
+    assert all(torch.equal(v, again[k]) for k, v in expected.items())
+    assert any(not torch.equal(v, other[k]) for k, v in expected.items())
+    with pytest.raises(common.UserError, match="--start-from .*another configuration"):
+        sr.train(replace(go_on, sr="swinir-l", start_from=str(first)), CPU)
+
+
 def test_perceptual_training_has_its_own_name_and_an_order_does_not_matter(tmp_path, pairs):
     cfg = replace(TINY, pairs=pairs, steps=1)
     first = sr.train(replace(cfg, out=str(tmp_path / "a")), CPU)

@@ -1,0 +1,55 @@
+"""The rows "bicubic" of Table 2 and "bicubic enlargement" of Table 1 by a script of its own.
+
+It shares no code with the project: Pillow resizes, scikit-image measures.
+
+    python tests/bicubic_rows.py data/RealSR data/DRealSR
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from skimage.color import rgb2ycbcr
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+COLUMNS = ("PSNR RGB", "PSNR Y", "SSIM RGB", "SSIM Y")
+
+
+def compare(real: Image.Image, made: Image.Image) -> list[float]:
+    """COLUMNS of an image against the real one."""
+    values = []
+    for measure, options in (
+        (peak_signal_noise_ratio, {}),
+        (structural_similarity, {"gaussian_weights": True, "sigma": 1.5}),
+    ):
+        if measure is structural_similarity:
+            options = options | {"use_sample_covariance": False}
+        rgb = [np.asarray(image, np.float64) for image in (real, made)]
+        y = [rgb2ycbcr(x / 255)[..., 0] for x in rgb]
+        channels = {"channel_axis": 2} if measure is structural_similarity else {}
+        values += [
+            float(measure(*rgb, data_range=255, **options, **channels)),
+            float(measure(*y, data_range=255, **options)),
+        ]
+    return values
+
+
+def rows(folder: Path) -> dict[str, np.ndarray]:
+    """Means over the pairs of a folder (HR/ and LR/ of the same names), (4,) each."""
+    found: dict[str, list[list[float]]] = {"bicubic": [], "bicubic enlargement": []}
+    larger = {file.stem: file for file in (folder / "HR").iterdir()}
+    for file in sorted((folder / "LR").iterdir()):
+        hr, lr = (Image.open(f).convert("RGB") for f in (larger[file.stem], file))
+        found["bicubic"].append(compare(lr, hr.resize(lr.size, Image.Resampling.BICUBIC)))
+        found["bicubic enlargement"].append(
+            compare(hr, lr.resize(hr.size, Image.Resampling.BICUBIC))
+        )
+    return {name: np.mean(values, axis=0) for name, values in found.items()}
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        for name, values in rows(Path(argument)).items():
+            numbers = "  ".join(f"{c} {v:.3f}" for c, v in zip(COLUMNS, values, strict=True))
+            print(f"{Path(argument).name}, {name}: {numbers}")
