@@ -41,6 +41,7 @@ class Round:
     resize_prob: tuple[float, float, float] = (0.2, 0.7, 0.1)  # up, down, keep
     resize: tuple[float, float] = (0.15, 1.5)  # in round 2: of the LR size
     modes: int = 3  # of resizing: the first so many of MODES
+    sizes: tuple[int, ...] = (7, 9, 11, 13, 15, 17, 19, 21)  # of the kernels
     gaussian_prob: float = 0.5  # otherwise Poisson
     gaussian: tuple[float, float] = (1.0, 30.0)  # std in levels of 255
     poisson: tuple[float, float] = (0.05, 3.0)
@@ -78,7 +79,7 @@ ROUNDS = {
     # cameras have. The others hardly ever draw an LR this clean, and none is sharpened; what E_deg
     # never saw it can't tell apart.
     "camera": (
-        Round(blur_sigma=(0.3, 4.0), sinc_prob=0.0, resize_prob=(0.0, 0.0, 1.0),
+        Round(blur_sigma=(0.3, 4.0), sinc_prob=0.0, sizes=(25,), resize_prob=(0.0, 0.0, 1.0),
               gaussian_prob=1.0, gaussian=(0.0, 0.0), jpeg=(0, 0)),
         Round(blur_prob=0.0, resize_prob=(0.0, 0.0, 1.0), gaussian=(0.0, 8.0), poisson=(0.0, 0.8),
               jpeg=(70, 100)),
@@ -88,8 +89,8 @@ ROUNDS = {
     # not there at all. Elsewhere a wide blur always comes with noise, and the last resize and JPEG
     # hide most noise; what E_deg has not seen alone it takes for something else.
     "wide": (
-        Round(blur_prob=0.8, blur_sigma=(0.3, 6.5), sinc_prob=0.0, resize_prob=(0.0, 0.0, 1.0),
-              gaussian_prob=1.0, gaussian=(0.0, 0.0), jpeg=(0, 0)),
+        Round(blur_prob=0.8, blur_sigma=(0.3, 7.5), sinc_prob=0.0, sizes=(25,),
+              resize_prob=(0.0, 0.0, 1.0), gaussian_prob=1.0, gaussian=(0.0, 0.0), jpeg=(0, 0)),
         Round(blur_prob=0.0, resize_prob=(0.0, 0.0, 1.0), modes=4, gaussian=(0.0, 25.0),
               poisson=(0.0, 0.0), jpeg=(25, 95), jpeg_prob=0.5),
         Final(sinc_prob=0.0, sharpen_prob=0.5),
@@ -98,7 +99,6 @@ ROUNDS = {
 # Six kinds of kernel: two axes or one (isotropic), times three profiles.
 KINDS = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso")
 KIND_PROB = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)
-KERNEL_SIZES = (7, 9, 11, 13, 15, 17, 19, 21)
 GENERALIZED_SHAPE, PLATEAU_SHAPE = (0.5, 4.0), (1.0, 2.0)
 
 # BSRGAN: the same seven operations for every image, in random order, then a JPEG. `s` is the scale
@@ -204,11 +204,14 @@ class Degradation:
         lost, blur_variance, noise_variance = grid, torch.zeros_like(grid), torch.zeros_like(grid)
         ringing, quality = torch.zeros_like(grid), torch.full_like(grid, 100.0)
         hidden = torch.zeros_like(torch.stack([grid, grid]), dtype=torch.bool)  # noise, JPEG
+        # Of the kernels as they are: a wide one of few pixels is cut off.
+        squares = (torch.arange(KERNEL_SIZE, device=grid.device) - KERNEL_SIZE // 2).square()
+        moment = (blur_kernels(self) * (squares + squares[:, None])).sum((2, 3)) / 2  # (B, 3)
         for codes in self.order.unbind(1):
             here = {name: codes == i for i, name in enumerate(OPERATIONS)}
             for i in range(3):
                 cutoff, amount = self.sinc_cutoff[:, i], self.sharpen[:, i]
-                width = self.blur_sigma[:, i].square().mean(1) / grid.square()
+                width = moment[:, i] / grid.square()
                 width = width.where((cutoff == 0) & (amount == 0), 0.0)
                 edges = (1 - cutoff / math.pi).where(cutoff > 0, amount)
                 blur_variance = blur_variance + width.where(here[f"blur {i + 1}"], 0.0)
@@ -316,7 +319,7 @@ def draw_rounds(theta: Degradation, draw: Draw, first: Round, second: Round, fin
     always = torch.ones(len(theta), dtype=torch.bool)
     steps = []
     for i, options in enumerate((first, second)):
-        kind, size = draw.choice(KIND_PROB), draw.one_of(KERNEL_SIZES)
+        kind, size = draw.choice(KIND_PROB), draw.one_of(options.sizes)
         isotropic = kind % 2 == 0
         gaussian_shape = kind < KINDS.index("generalized_iso")
         plateau = kind >= KINDS.index("plateau_iso")
@@ -352,7 +355,7 @@ def draw_rounds(theta: Degradation, draw: Draw, first: Round, second: Round, fin
             step(f"jpeg {i + 1}", (theta.jpeg_quality[:, i] > 0) & compressed),
         ]
     theta.resize_mode[:, 2] = draw.one_of(range(3))
-    theta.blur_size[:, 2] = draw.one_of(KERNEL_SIZES)
+    theta.blur_size[:, 2] = draw.one_of(Round.sizes)
     sinc, cutoff = draw.chance(final.sinc_prob), draw.uniform(math.pi / 3, math.pi)
     sharpen = ~sinc & draw.chance(final.sharpen_prob)
     theta.sinc_cutoff[:, 2] = torch.where(sinc, cutoff, 0.0)

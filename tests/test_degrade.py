@@ -334,6 +334,17 @@ def test_the_bicubic_recipe_is_pillows_bicubic():
     assert np.abs(bytes_of(lr).astype(int) - expected.astype(int)).max() <= 1
 
 
+def test_wide_leaves_out_each_of_its_factors_at_times():
+    theta = degrade.sample_degradation(20_000, "wide", generator=common.generator(4))
+    shares = {"blur 1": 0.8, "gaussian 2": 0.5, "blur 3": 0.5, "jpeg 2": 0.5}
+    there = {name: performed(theta, name) for name in shares}
+    for name, share in shares.items():
+        assert_probability(there[name], share)
+    assert_probability(torch.stack([*there.values()]).any(0), 1 - 0.2 * 0.5**3)
+    assert (theta.blur_size[:, 0] == degrade.KERNEL_SIZE).all()
+    assert_shares(theta.resize_mode[:, 1], (0, 1, 2, 3), (1, 1, 1, 1))
+
+
 def test_the_camera_recipe_is_the_one_that_sharpens():
     theta = degrade.sample_degradation(2000, "camera", generator=common.generator(3))
     assert_probability(theta.sharpen[:, 2] > 0, 0.5)
@@ -817,6 +828,7 @@ def test_physical_quantities_follow_blur_noise_and_compression():
     steps = 9
     theta = only(steps, "blur 1", "resize 2", "gaussian 2", "blur 3", "jpeg 2", scale=4)
     theta.blur_sigma[:, 0] = torch.linspace(0.2, 3, steps)[:, None]
+    theta.blur_size[:] = degrade.KERNEL_SIZE
     theta.resize[:, 1] = 0.25
     theta.sharpen[:, 2] = torch.linspace(0.1, 1.5, steps)
     theta.gaussian_std[:, 1] = torch.linspace(0, 25 / 255, steps)
@@ -854,7 +866,12 @@ def test_physical_blur_is_measured_in_lr_pixels_wherever_it_happens():
     before, after = only(1, "blur 1", "resize 2", scale=4), only(1, "resize 2", "blur 1", scale=4)
     before.resize[:] = after.resize[:] = 0.25
     before.blur_sigma[:], after.blur_sigma[:] = 4.0, 1.0
-    torch.testing.assert_close(before.physical(), after.physical())
+    before.blur_size[:] = after.blur_size[:] = degrade.KERNEL_SIZE
+    width = [theta.physical()[0, 0].item() for theta in (before, after)]
+    assert width[0] == pytest.approx(width[1], abs=0.01)
+    assert width[1] == pytest.approx(1 + math.log(1.01) / 4.6)
+    after.blur_size[:] = 3  # what a kernel has no room for is no blur
+    assert after.physical()[0, 0] < width[1]
 
 
 @pytest.mark.gpu
