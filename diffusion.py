@@ -382,7 +382,7 @@ def swap_grid(net: DecoupledDDPM, lr: Tensor, hr: Tensor, path: Path) -> dict[st
         made = sample(net, start, net.condition(code, content, known(start)), t, 10, draws)
         side = lr.shape[2]
         rows.append([common.centre(image, side, 2 * side) for image in (reference, *made)])
-    common.save_sheet(path, ("LR", *["its degradation, another scene"] * B), rows)
+    common.save_sheet(path, ("LR", "its degradation, other scenes", *[""] * (B - 1)), rows)
     return {}
 
 

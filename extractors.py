@@ -543,7 +543,7 @@ def swap_grid(net: Extractors, hr: Tensor, cfg: "Config", path: Path) -> dict[st
         [common.centre(image, side, 2 * side) for image in (first, *row.clamp(0, 1))]
         for first, row in zip(lr, made, strict=True)
     ]
-    common.save_sheet(path, ("LR", *["its degradation, another scene"] * n), rows)
+    common.save_sheet(path, ("LR", "its degradation, other scenes", *[""] * (n - 1)), rows)
     own = made[range(n), range(n)]
     return {"held-out psnr": float(psnr((own - lr).square().mean((1, 2, 3))).mean())}
 
@@ -579,7 +579,11 @@ class Config:
     mod_channels: int = 64
     num_samples: int = 3  # n: positives and negatives per anchor
     margin: float = 0.01
-    recipes: tuple[str, ...] = ("realesrgan", "light", "camera")  # of D; the paper: realesrgan
+    recipes: tuple[str, ...] = (
+        "realesrgan",
+        "light",
+        "camera",
+    )  # of D, equal shares; paper: the first
     across: bool = True  # reconstruct other scenes from a code; the paper: no
     skip: bool = True  # Rec_lr adds to the bicubic reduction; the paper: no
     log_mse: bool = True  # L_rl is the logarithm of each image's error; the paper: no
