@@ -579,11 +579,7 @@ class Config:
     mod_channels: int = 64
     num_samples: int = 3  # n: positives and negatives per anchor
     margin: float = 0.01
-    recipes: tuple[str, ...] = (
-        "realesrgan",
-        "light",
-        "camera",
-    )  # of D, equal shares; paper: the first
+    recipes: tuple[str, ...] = ("realesrgan", "light", "camera")  # of D; the paper: realesrgan
     across: bool = True  # reconstruct other scenes from a code; the paper: no
     skip: bool = True  # Rec_lr adds to the bicubic reduction; the paper: no
     log_mse: bool = True  # L_rl is the logarithm of each image's error; the paper: no
