@@ -123,6 +123,19 @@ def test_the_cost_of_a_block_is_its_own_memory_and_time():
         assert large["memory"] > small["memory"] + 2**27
 
 
+def test_a_network_goes_on_from_the_weights_of_its_kind(tmp_path, monkeypatch):
+    files = [tmp_path / f"{name}.safetensors" for name in ("fsrcnn", "swinir-l")]
+    for file in files:
+        sr.save_network(file, sr.sr_network(file.stem), sr.Config(sr=file.stem))
+    begun = []
+    monkeypatch.setattr(sr, "train", lambda cfg, rt: begun.append(cfg.start_from) or files[0])
+    cfg = benchmark.Config(sr_preset="smoke", sr_start_from=tuple(map(str, files[1:])))
+    for network in ("fsrcnn", "swinir-l"):
+        rt = common.Runtime(torch.device("cpu"))
+        downstream.train_network(network, {"recipe": "light"}, "a", 0, cfg, rt)
+    assert begun == ["", str(files[1])]
+
+
 def test_the_papers_values_stand_in_their_places():
     assert downstream.paper_value("hat", "bsrgan", False, "DRealSR", "PSNR Y") == " [28.135]"
     assert downstream.paper_value("swinir", "realdgen", True, "RealSR", "FID") == " [69.736]"
