@@ -79,7 +79,7 @@ ROUNDS = {
     # cameras have. The others hardly ever draw an LR this clean, and none is sharpened; what E_deg
     # never saw it can't tell apart.
     "camera": (
-        Round(blur_sigma=(0.3, 4.0), sinc_prob=0.0, sizes=(25,), resize_prob=(0.0, 0.0, 1.0),
+        Round(blur_sigma=(0.3, 4.0), sinc_prob=0.0, resize_prob=(0.0, 0.0, 1.0),
               gaussian_prob=1.0, gaussian=(0.0, 0.0), jpeg=(0, 0)),
         Round(blur_prob=0.0, resize_prob=(0.0, 0.0, 1.0), gaussian=(0.0, 8.0), poisson=(0.0, 0.8),
               jpeg=(70, 100)),

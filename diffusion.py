@@ -437,7 +437,7 @@ PRESETS: dict[str, dict] = {
         "crop": 48,
         "learning_rate": 5e-4,
         "answer": True,
-        "recipes": ("realesrgan", "light", "camera", "wide", "wide"),
+        "recipes": ("realesrgan", "light", "camera", "wide"),
         "t_power": 2.0,
         "widths": (32, 64, 128),
         "attention": (2,),

@@ -333,6 +333,18 @@ def filtered(image: Tensor, kernels: Tensor) -> Tensor:
     return F.conv2d(rows, weight, groups=B * C).view(B, C, h, w)
 
 
+def softened(hr: Tensor, most: float, generator: torch.Generator) -> Tensor:
+    """Photos (B, 3, H, W) as soft as cameras take them: Gaussians of up to `most` pixels.
+
+    Not in the paper: HR photos from the web are often reduced ones, sharper than any camera's. From
+    them E_deg learns to see a blur in LR photos which their own HR photos have, too.
+    """
+    width = (most * torch.rand(len(hr), 1, generator=generator)).clamp(min=0.1)
+    taps = (-(torch.arange(-4, 5) / width).square() / 2).exp()
+    taps = (taps / taps.sum(1, keepdim=True)).to(hr.device)  # (B, 9)
+    return filtered(hr, taps[:, :, None] * taps[:, None]) if most > 0 else hr
+
+
 def resized(image: Tensor, height: int, width: int) -> Tensor:
     """Resize (B, 3, H, W) bicubically with antialiasing, as Pillow does but without rounding."""
     return F.interpolate(image.float(), (height, width), mode="bicubic", antialias=True)
@@ -478,7 +490,7 @@ def degradation_loss(
     B, n = len(hr), cfg.num_samples
     assert n < B, "the batch must be larger than the number of samples n"
     draw = common.generator(generator.initial_seed())  # on the CPU, so that no GPU is waited for
-    theta = sample_mixed(B, cfg.recipes, draw)
+    hr, theta = softened(hr, cfg.hr_blur, draw), sample_mixed(B, cfg.recipes, draw)
     image = (torch.arange(n + 1)[:, None] + torch.arange(B)) % B  # (n+1, B), b + k
     pairs = degrade.Degradation.cat([theta] * (n + 1))
     lr = degrade.degrade(hr[image.flatten().to(hr.device)], pairs, draw)  # Eq. (3)
@@ -580,6 +592,7 @@ class Config:
     num_samples: int = 3  # n: positives and negatives per anchor
     margin: float = 0.01
     recipes: tuple[str, ...] = ("realesrgan", "light", "camera")  # of D; the paper: realesrgan
+    hr_blur: float = 0.0  # HR photos are blurred by up to this width, pixels; the paper: 0
     across: bool = True  # reconstruct other scenes from a code; the paper: no
     skip: bool = True  # Rec_lr adds to the bicubic reduction; the paper: no
     log_mse: bool = True  # L_rl is the logarithm of each image's error; the paper: no
@@ -617,7 +630,8 @@ PRESETS: dict[str, dict] = {
         "deg_dim": 256,
         "batch_size": 16,
         "num_samples": 1,
-        "recipes": ("realesrgan", "light", "camera", "wide", "wide"),
+        "recipes": ("realesrgan", "light", "camera", "wide"),
+        "hr_blur": 1.5,
         "head_weight": 1.0,
         "ema_decay": 0.995,
         "compile": False,

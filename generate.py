@@ -32,7 +32,7 @@ STARTS = ("reconstruct", "degrade")
 CANDIDATES = 4  # K where the filter is to have a choice
 # What E_deg's head of the shipped weights reads in clean photos, sharp or blurred: up to this noise
 # (std) and down to this JPEG quality most of them read, and neither can be told from none.
-FAINT, UNCOMPRESSED = 3 / 255, 90
+FAINT, UNCOMPRESSED = 3 / 255, 88
 # What a pair depends on besides its photos: a run with other values needs another folder.
 SETTINGS = ("start", "t_start", "auto_t", "num_steps", "eta", "solver", "candidates", "max_error",
             "pairing", "jitter", "seed", "keep", "format", "average", "recipe",
