@@ -401,6 +401,7 @@ class Config:
     device: str = "auto"  # cpu, cuda or auto
 
 
+DEFAULT_SR = ("swinir-l",)
 PRESETS = {name: generate.PRESETS[name] for name in ("fast", "paper")}
 TABLES = {
     **{str(number): f"table{number}.md" for number in range(1, 8)},
@@ -444,7 +445,7 @@ def resolved(cfg: Config, rt: common.Runtime) -> Config:
         table=tables,
         pairs=pairs,
         data=data,
-        sr=cfg.sr or ("swinir-l",),
+        sr=cfg.sr or DEFAULT_SR,
         sr_preset=preset,
         sr_steps=20 if few else cfg.sr_steps,  # a transformer's minute on a CPU
     )
@@ -465,6 +466,10 @@ def check(cfg: Config) -> None:
         *(("--sr-start-from", path) for path in cfg.sr_start_from),
     ):
         common.require(not path or Path(path).is_file(), f"{flag} {path}: no such file.")
+    for path in cfg.sr_start_from:
+        kind, named = sr.read_network(path)["config"]["sr"], cfg.sr or DEFAULT_SR
+        wrong = f"--sr-start-from {path}: a {kind}, which --sr does not name."
+        common.require(kind in named, wrong)
     for table in cfg.table:
         common.require(table in TABLES, f"--table {table}: choose among {', '.join(TABLES)}.")
     if {"2", "6", "sampling", *transfer.TABLES} & set(tables_of(cfg)):

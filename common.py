@@ -464,18 +464,13 @@ def find_checkpoint(given: str, stage: str, make: str) -> Path:
     )
 
 
-def load_weights(net: nn.Module, path: str, flag: str) -> dict[str, Any]:
-    """Give a network the averaged weights of a checkpoint, whose configuration is returned.
-
-    UserError if they are not of such a network.
-    """
+def load_weights(net: nn.Module, path: str, flag: str) -> None:
+    """Give a network the averaged weights of a checkpoint; UserError if they do not fit it."""
     require(Path(path).is_file(), f"{flag} {path}: no such file.")
-    state = load_checkpoint(path)
-    weights = state.get("ema", {})
-    shapes = ({k: v.shape for k, v in w.items()} for w in (weights, net.state_dict()))
-    require(next(shapes) == next(shapes), f"{flag} {path}: weights of another configuration.")
+    weights = load_checkpoint(path).get("ema", {})
+    given, needed = ({k: v.shape for k, v in w.items()} for w in (weights, net.state_dict()))
+    require(given == needed, f"{flag} {path}: weights of another configuration or --preset.")
     net.load_state_dict(weights)
-    return state.get("config", {})
 
 
 def count_parameters(net: nn.Module) -> str:

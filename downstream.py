@@ -246,9 +246,8 @@ def train_network(
     settings = sr.PRESETS[cfg.sr_preset] | {"save_every": 500} | steps
     settings |= {"sr": network, "perceptual_weight": perceptual_weight, "seed": seed}
     settings |= {"out": f"{cfg.out}/sr", "name": name, "device": cfg.device} | source
-    for path in cfg.sr_start_from:
-        if common.load_checkpoint(path).get("config", {}).get("sr") == network:
-            settings["start_from"] = path
+    begun = {sr.read_network(path)["config"]["sr"]: path for path in cfg.sr_start_from}
+    settings["start_from"] = begun.get(network, "")
     with measured(rt.device) as cost:
         net = sr.load_network(sr.train(sr.Config(**settings), rt)).to(rt.device)
     return net, cost | {"parameters": parameters_of(net)}

@@ -340,9 +340,10 @@ def softened(hr: Tensor, most: float, generator: torch.Generator) -> Tensor:
     them E_deg learns to see a blur in LR photos which their own HR photos have, too.
     """
     width = (most * torch.rand(len(hr), 1, generator=generator)).clamp(min=0.1)
-    taps = (-(torch.arange(-4, 5) / width).square() / 2).exp()
-    taps = (taps / taps.sum(1, keepdim=True)).to(hr.device)  # (B, 9)
-    return filtered(hr, taps[:, :, None] * taps[:, None]) if most > 0 else hr
+    half = math.ceil(3 * most)
+    taps = (-(torch.arange(-half, half + 1) / width).square() / 2).exp()
+    taps = (taps / taps.sum(1, keepdim=True)).to(hr.device)  # (B, 2 half + 1)
+    return filtered(hr, taps[:, :, None] * taps[:, None])
 
 
 def resized(image: Tensor, height: int, width: int) -> Tensor:
@@ -490,7 +491,9 @@ def degradation_loss(
     B, n = len(hr), cfg.num_samples
     assert n < B, "the batch must be larger than the number of samples n"
     draw = common.generator(generator.initial_seed())  # on the CPU, so that no GPU is waited for
-    hr, theta = softened(hr, cfg.hr_blur, draw), sample_mixed(B, cfg.recipes, draw)
+    theta = sample_mixed(B, cfg.recipes, draw)
+    if cfg.hr_blur > 0:
+        hr = softened(hr, cfg.hr_blur, draw)
     image = (torch.arange(n + 1)[:, None] + torch.arange(B)) % B  # (n+1, B), b + k
     pairs = degrade.Degradation.cat([theta] * (n + 1))
     lr = degrade.degrade(hr[image.flatten().to(hr.device)], pairs, draw)  # Eq. (3)
@@ -652,6 +655,7 @@ def train(cfg: Config, rt: common.Runtime) -> None:
         cfg.batch_size > cfg.num_samples,
         f"--batch-size {cfg.batch_size}: must be larger than --num-samples {cfg.num_samples}.",
     )
+    common.require(0 <= cfg.hr_blur <= 4, f"--hr-blur {cfg.hr_blur}: must be in 0..4 pixels.")
     for recipe in cfg.recipes:
         common.require(
             recipe in degrade.RECIPES, f"--recipes {recipe}: no such recipe of degrade.py."

@@ -13,6 +13,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -113,12 +114,18 @@ def super_resolve(net: nn.Module, lr: Tensor, tile: int = 256) -> Tensor:
     return F.pixel_shuffle(sr, math.isqrt(sr.shape[1] // 3)).float().clamp(0, 1)
 
 
+def read_network(path: str | Path) -> dict[str, Any]:
+    """What a .pt or .safetensors of this file holds; its config names the network ("sr")."""
+    state = common.load_checkpoint(path)
+    known = "sr" in state.get("config", {})
+    common.require(known, f"{path}: not a network of sr.py (give one of runs/sr).")
+    return state
+
+
 def load_network(path: str | Path) -> nn.Module:
     """The averaged weights of a .pt or .safetensors of this file, ready to super_resolve."""
-    state = common.load_checkpoint(path)
-    config = state.get("config", {})
-    common.require("sr" in config, f"{path}: not a network of sr.py (give one of runs/sr).")
-    net = sr_network(config["sr"], config["scale"])
+    state = read_network(path)
+    net = sr_network(state["config"]["sr"], state["config"]["scale"])
     net.load_state_dict(state["ema"])
     return net.eval().requires_grad_(False)
 
@@ -339,7 +346,7 @@ def train(cfg: Config, rt: common.Runtime) -> Path:
     if path.is_file():
         before = common.from_dict(Config, common.load_checkpoint(path).get("config", {}))
         other = [key for key in FIXED if getattr(before, key) != getattr(cfg, key)]
-        names = " and ".join(other)
+        names = " and --".join(other).replace("_", "-")
         common.require(not other, f"{path} is of another --{names}: give another --name.")
     data: common.PhotoCrops
     if cfg.pairs:

@@ -5,6 +5,7 @@ It shares no code with the project: Pillow resizes, scikit-image measures.
     python tests/bicubic_rows.py data/RealSR data/DRealSR
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -18,21 +19,12 @@ COLUMNS = ("PSNR RGB", "PSNR Y", "SSIM RGB", "SSIM Y")
 
 def compare(real: Image.Image, made: Image.Image) -> list[float]:
     """COLUMNS of an image against the real one."""
-    values = []
-    for measure, options in (
-        (peak_signal_noise_ratio, {}),
-        (structural_similarity, {"gaussian_weights": True, "sigma": 1.5}),
-    ):
-        if measure is structural_similarity:
-            options = options | {"use_sample_covariance": False}
-        rgb = [np.asarray(image, np.float64) for image in (real, made)]
-        y = [rgb2ycbcr(x / 255)[..., 0] for x in rgb]
-        channels = {"channel_axis": 2} if measure is structural_similarity else {}
-        values += [
-            float(measure(*rgb, data_range=255, **options, **channels)),
-            float(measure(*y, data_range=255, **options)),
-        ]
-    return values
+    rgb = [np.asarray(image, np.float64) for image in (real, made)]
+    y = [rgb2ycbcr(x / 255)[..., 0] for x in rgb]
+    psnr = functools.partial(peak_signal_noise_ratio, data_range=255)
+    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    ssim = functools.partial(structural_similarity, data_range=255, **window)
+    return [psnr(*rgb), psnr(*y), ssim(*rgb, channel_axis=2), ssim(*y)]
 
 
 def rows(folder: Path) -> dict[str, np.ndarray]:

@@ -22,6 +22,7 @@ import downstream
 import generate
 
 ROOT = Path(benchmark.__file__).parent
+SHIPPED = ROOT / "data/pretrained/diffusion.safetensors"
 
 
 def write(path, pixels):
@@ -433,6 +434,11 @@ def published(folder):
     write(folder.parent / "RealVSR/LQ_test/001/00000.png", photo(0, 48, 32))
 
 
+def other_network(folder):
+    state = {"ema": {}, "config": {"sr": "hat", "scale": 4}}
+    common.save_checkpoint(folder.parent / "hat.pt", state)
+
+
 def nothing(folder):
     pass
 
@@ -469,6 +475,9 @@ def nothing(folder):
         (nothing, "--sr fsrcnn --pairs set --lr-ref nowhere", "--lr-ref nowhere: no such file or"),
         (nothing, "--sr fsrcnn --pairs set ./set", "two folders have the same name"),
         (nothing, "--sr fsrcnn --syndiff no.pt", "--syndiff no.pt: no such file"),
+        (nothing, "--sr fsrcnn --sr-start-from no.pt", "--sr-start-from no.pt: no such file"),
+        (nothing, f"--sr fsrcnn --sr-start-from {SHIPPED}", "not a network of sr.py"),
+        (other_network, "--sr fsrcnn --sr-start-from hat.pt", "hat.pt: a hat, which --sr does not"),
         (nothing, "--table 4 --without-content no.pt", "--without-content no.pt: no such file"),
         (nothing, "--table factors --hr nowhere", "--hr nowhere: no such file or folder"),
         (nothing, "--table factors --hr set/LR --crop 32", "0 are photos of 128 x 128"),

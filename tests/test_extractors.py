@@ -71,10 +71,9 @@ def test_softened_photos_are_scipy_s_gaussians_of_each_width():
     widths = (1.5 * torch.rand(3, 1, generator=common.generator(5))).flatten().tolist()
     assert max(widths) < 1.5 and min(widths) > 0.1
     for image, result, width in zip(hr, soft, widths, strict=True):
-        options = {"mode": "nearest", "radius": (0, 4, 4)}
+        options = {"mode": "nearest", "radius": (0, 5, 5)}
         expected = ndimage.gaussian_filter(image.numpy(), (0, width, width), **options)
         np.testing.assert_allclose(result, expected, atol=1e-5)
-    assert extractors.softened(hr, 0.0, common.generator(5)) is hr
 
 
 # ---- VQ-VAE -----------------------------------------------------------------------------------
