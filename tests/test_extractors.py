@@ -428,6 +428,7 @@ def test_vqvae_weights_can_be_given(tmp_path, photos):
         {"vq_crop": 0},
         {"num_samples": 4},
         {"recipes": ("nonsense",)},
+        {"hr_blur": -1.0},
         {"hr": ("missing",)},
     ],
 )
