@@ -636,6 +636,7 @@ def fit(
     config. A step averages the gradients of cfg.accumulate batches in each process; batch and draws
     depend on (seed, step, number of the batch) alone, so that 1 process with 2 batches does what 2
     processes with 1 do. `groups` are AdamW parameter groups; parameters outside of them are frozen.
+    The learning rate falls to 0 over the last cfg.cooldown (a share) of the steps.
     preview() may draw a picture and returns numbers to log. Every ten steps refresh(*batches,
     generator) may change weights by other means than gradients, in the first process for all.
     """
@@ -644,6 +645,7 @@ def fit(
     net.requires_grad_(False)
     for p in trained:
         p.requires_grad_(True)
+    rates = [group["lr"] for group in groups]
     opt = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     ema = {key: value.detach().clone() for key, value in net.state_dict().items()}
     start = 0
@@ -687,6 +689,9 @@ def fit(
         images_per_batch = sum(d.batch_size for d in data)
         flops = 0
         for step in range(start, steps):
+            left = (steps - step) / max(1, cfg.cooldown * steps)
+            for group, rate in zip(opt.param_groups, rates, strict=True):
+                group["lr"] = rate * min(1, left)
             opt.zero_grad(set_to_none=True)
             for part in range(cfg.accumulate):
                 number, *batches = next(streams)

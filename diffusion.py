@@ -418,6 +418,7 @@ class Config:
     mod_channels: int = 128
     cond_channels: int = 64  # channels of c
     ema_decay: float = 0.9999
+    cooldown: float = 0.0  # last share of the steps, in which the learning rate falls to 0
     grad_clip: float = 1.0
     bf16: bool = True  # where the device has it
     log_every: int = 50

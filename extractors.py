@@ -573,6 +573,7 @@ class Config:
     hr: tuple[str, ...] = ()  # folders of HR photos (default: data/hr, else data/sample/hr)
     out: str = "runs/extractors"  # folder of checkpoints and log
     vqvae: str = ""  # start from these VQ-VAE weights (vq-f4 keys) instead of training them
+    start_from: str = ""  # weights of all parts to go on from, of this file
     steps: tuple[int, ...] = (200_000, 200_000, 200_000)  # of the VQ-VAE, of E_cont, of E_deg
     batch_size: int = 8  # HR crops per process; 8 processes give the paper's 64
     crop: int = 256  # HR crop for E_deg, pixels
@@ -603,6 +604,7 @@ class Config:
     contrastive_weight: float = 0.02
     quantize_content: bool = False  # content passes the codebook
     ema_decay: float = 0.999
+    cooldown: float = 0.0  # last share of the steps, in which the learning rate falls to 0
     grad_clip: float = 1.0
     bf16: bool = True  # where the device has it
     log_every: int = 50
@@ -661,6 +663,8 @@ def train(cfg: Config, rt: common.Runtime) -> None:
             recipe in degrade.RECIPES, f"--recipes {recipe}: no such recipe of degrade.py."
         )
     net, out = Extractors(cfg), Path(cfg.out)
+    if cfg.start_from:
+        common.load_weights(net, cfg.start_from, "--start-from")
     files = common.find_photos(cfg.hr, "hr", "--hr", packed=True)
     held_out = files[::50] if len(files) >= 50 else []  # looked at, not trained on
     files = [file for file in files if file not in held_out]

@@ -268,6 +268,7 @@ class Config:
     learning_rate: float = 2e-4
     betas: tuple[float, ...] = (0.9, 0.99)  # of Adam
     ema_decay: float = 0.999
+    cooldown: float = 0.0  # last share of the steps, in which the learning rate falls to 0
     grad_clip: float = 1.0  # largest norm; BasicSR does not clip
     bf16: bool = True  # where the device has it
     log_every: int = 100

@@ -1,5 +1,6 @@
 """common.py: image files, the command line, crops, checkpoints, and the training loop on a toy."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -426,6 +427,7 @@ class Toy:
 
     seed: int = 0
     bf16: bool = False
+    cooldown: float = 0.0
     grad_clip: float = 1.0
     ema_decay: float = 0.9
     accumulate: int = 1
@@ -480,6 +482,30 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(photos, tmp_path)
     assert same(toy_fit(tmp_path, 10, name="parts.pt").state_dict(), parts.state_dict())
     other = toy_fit(tmp_path, 10, name="other.pt", seed=1)
     assert not same(other.state_dict(), parts.state_dict())
+
+
+@pytest.mark.parametrize(("cooldown", "steps_worth"), [(0.0, 10.0), (0.5, 8.0), (1.0, 5.5)])
+def test_the_learning_rate_falls_to_0_over_the_cooldown(photos, tmp_path, cooldown, steps_worth):
+    # Adam moves a weight with a constant gradient by the learning rate: 10 steps show their sum.
+    # With a cooldown of half of them: six whole ones, then .8, .6, .4 and .2.
+    def slope(net: nn.Module, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"loss": sum(p.sum() for p in net.parameters()) / 1000}
+
+    cfg, groups = Toy(cooldown=cooldown), lambda net: [{"params": [*net.parameters()], "lr": 1e-2}]
+    data, path = [crops(photos)], tmp_path / "last.pt"
+
+    def interrupted(*given, **named) -> dict[str, Tensor]:
+        if path.is_file():  # written after step 4
+            raise InterruptedError
+        return slope(*given, **named)
+
+    for loss in (interrupted, slope):
+        net = toy_net()
+        with contextlib.suppress(InterruptedError):
+            common.fit(CPU, net, loss, data, groups(net), path, cfg, 10, {})
+    assert common.load_checkpoint(path)["step"] == 10
+    moved = toy_net()[0].weight - common.load_checkpoint(path)["net"]["0.weight"]
+    torch.testing.assert_close(moved, torch.full_like(moved, 1e-2 * steps_worth), rtol=1e-3, atol=0)
 
 
 def test_the_loss_falls(photos, tmp_path):

@@ -406,6 +406,21 @@ def test_training_resumes_exactly_and_each_part_moves_its_own_weights(tmp_path, 
     )
 
 
+def test_training_goes_on_from_given_weights(tmp_path, photos):
+    """As somebody does who has other photos, or another camera in D's recipes."""
+    cfg = replace(TINY, hr=(str(photos),))
+    extractors.train(replace(cfg, steps=(1,), out=str(tmp_path / "a")), CPU)
+    torch.manual_seed(9)
+    start = str(tmp_path / "a/last.pt")
+    frozen = {"steps": (0, 0, 1), "degradation_learning_rate": 0.0, "start_from": start}
+    extractors.train(replace(cfg, **frozen, out=str(tmp_path / "b")), CPU)
+    before, after = (common.load_checkpoint(tmp_path / f"{x}/last.pt") for x in "ab")
+    assert all(torch.equal(v, after["net"][k]) for k, v in before["ema"].items())
+    for given in ({"start_from": str(tmp_path / "none.pt")}, {"deg_dim": 8, "start_from": start}):
+        with pytest.raises(common.UserError, match="--start-from"):
+            extractors.train(replace(cfg, **given, out=str(tmp_path / "c")), CPU)
+
+
 def test_vqvae_weights_can_be_given(tmp_path, photos):
     cfg = replace(TINY, hr=(str(photos),), steps=(1,))
     torch.manual_seed(0)
