@@ -640,6 +640,7 @@ def fit(
     preview() may draw a picture and returns numbers to log. Every ten steps refresh(*batches,
     generator) may change weights by other means than gradients, in the first process for all.
     """
+    require(0 <= cfg.cooldown <= 1, f"--cooldown {cfg.cooldown}: a share of the steps, in 0..1.")
     net.to(rt.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = [p for group in groups for p in group["params"]]
     net.requires_grad_(False)

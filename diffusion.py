@@ -261,11 +261,17 @@ class DecoupledDDPM(nn.Module):
     ) -> None:
         super().__init__()
         self.extractors, self.widths, self.t_max = nets, cfg.widths, cfg.t_max
-        self.without, self.answer = cfg.without, cfg.answer
+        self.without, self.answer, self.z = cfg.without, cfg.answer, z
         self.modulation = extractors.ModulationBlock(
             z + 4 * cfg.answer, dim, cfg.mod_channels, cfg.cond_channels, jpeg_grid
         )
         self.unet = UNet(cfg.cond_channels, cfg.widths, cfg.blocks, cfg.attention)
+
+    def content(self, image: Tensor) -> Tensor:
+        """F_cont (B, z, H/4, W/4) of images (B, 3, H, W); zeros, at no cost, if trained without."""
+        if "content" in self.without:
+            return image.new_zeros(len(image), self.z, image.shape[2] // 4, image.shape[3] // 4)
+        return self.extractors.content(image)
 
     def condition(self, degradation: Tensor, content: Tensor, answer: Tensor) -> Tensor:
         """c = M(F_deg, F_cont): (B, D), (B, z, h, w) -> (B, C, h, w). Eq. (7)-(8).
@@ -302,20 +308,20 @@ def known(answer: Tensor) -> Tensor:
     return torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
 
 
-def real_example(nets: extractors.Extractors, lr: Tensor) -> Example:
+def real_example(net: DecoupledDDPM, lr: Tensor) -> Example:
     """Algorithm 1 as printed: content and degradation of the very image that is to be painted.
 
     The content of an LR image is read at 4 times its size, as that of an HR image is. It has no
     HR image, for which Rec_lr would have an answer.
     """
     h, w = lr.shape[2:]
-    content = nets.content(extractors.resized(lr, 4 * h, 4 * w))
-    return lr, nets.e_deg(lr), content, lr.new_zeros(len(lr), 4, h, w)
+    content = net.content(extractors.resized(lr, 4 * h, 4 * w))
+    return lr, net.extractors.e_deg(lr), content, lr.new_zeros(len(lr), 4, h, w)
 
 
 @torch.no_grad()
 def synthetic_example(
-    nets: extractors.Extractors, hr: Tensor, recipes: Sequence[str], generator: torch.Generator
+    net: DecoupledDDPM, hr: Tensor, recipes: Sequence[str], generator: torch.Generator
 ) -> Example:
     """Not in the paper: true pairs, content from HR, degradation from another scene's LR.
 
@@ -327,8 +333,8 @@ def synthetic_example(
     both = torch.cat([hr, hr.roll(1, dims=0)])
     pair = degrade.Degradation.cat([theta, theta])
     lr, reference = degrade.degrade(both, pair, draw).chunk(2)
-    code, content = nets.e_deg(reference), nets.content(hr)
-    return lr, code, content, known(nets.reconstruct(code, hr, content))
+    code, content = net.extractors.e_deg(reference), net.content(hr)
+    return lr, code, content, known(net.extractors.reconstruct(code, hr, content))
 
 
 def ddpm_loss(
@@ -359,9 +365,9 @@ def decoupled_loss(
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """The loss of stage 2 on real LR images, on synthetic pairs made of HR images, or on both."""
-    examples = [] if lr is None else [real_example(net.extractors, lr)]
+    examples = [] if lr is None else [real_example(net, lr)]
     if hr is not None:
-        examples.append(synthetic_example(net.extractors, hr, cfg.recipes, generator))
+        examples.append(synthetic_example(net, hr, cfg.recipes, generator))
     x_0, degradation, content, answer = (torch.cat(parts) for parts in zip(*examples, strict=True))
     if cfg.content_noise > 0:  # Not in the paper: so that content can't show an LR's own noise
         noise = torch.randn(content.shape, generator=generator, device=content.device)

@@ -360,7 +360,7 @@ def test_condition_depends_on_degradation_and_content():
 
 
 def test_real_example_reads_an_lr_image_at_four_times_its_size():
-    net, lr = built().extractors, uniform(2, 3, 16, 24)
+    net, lr = built(), uniform(2, 3, 16, 24)
     x_0, degradation, content, answer = diffusion.real_example(net, lr)
     assert torch.equal(x_0, lr) and not answer.any()
     assert degradation.shape == (2, 16) and content.shape == (2, 3, 16, 24)
@@ -368,12 +368,12 @@ def test_real_example_reads_an_lr_image_at_four_times_its_size():
 
 def test_synthetic_example_takes_degradation_from_another_scene(monkeypatch):
     """Row b is D(X_b, theta_b); its code is read from D(X_{b-1}, theta_b)."""
-    net, hr, seen = built().extractors, uniform(3, 3, 64, 64), []
+    net, hr, seen = built(), uniform(3, 3, 64, 64), []
 
     def means(lr: Tensor) -> Tensor:
         return lr.mean((2, 3)).repeat(1, 6)[:, :16]
 
-    monkeypatch.setattr(net.e_deg, "forward", lambda lr: seen.append(lr) or means(lr))
+    monkeypatch.setattr(net.extractors.e_deg, "forward", lambda lr: seen.append(lr) or means(lr))
     real = diffusion.degrade.degrade
 
     def spy(image: Tensor, theta: object, generator: torch.Generator) -> Tensor:
@@ -388,8 +388,8 @@ def test_synthetic_example_takes_degradation_from_another_scene(monkeypatch):
     assert torch.equal(image, torch.cat([hr, hr.roll(1, 0)]))
     assert torch.equal(theta.blur_sigma[:3], theta.blur_sigma[3:])
     assert torch.equal(degradation, means(reference)) and not torch.equal(reference, lr)
-    torch.testing.assert_close(content, net.content(hr))
-    rec_lr = net.reconstruct(degradation, hr, content).clamp(0, 1)
+    torch.testing.assert_close(content, net.extractors.content(hr))
+    rec_lr = net.extractors.reconstruct(degradation, hr, content).clamp(0, 1)
     torch.testing.assert_close(answer[:, :3], 2 * rec_lr - 1)
     assert (answer[:, 3] == 1).all()
     assert lr.shape == (3, 3, 16, 16) and 0 <= lr.min() and lr.max() <= 1
@@ -441,6 +441,19 @@ def test_without_a_part_the_condition_ignores_it():
         assert (same_code, same_content) == ("degradation" in without, "content" in without)
         # The answer would tell of both.
         assert torch.equal(net.condition(code, content, answer + 1), c) == bool(without)
+
+
+def test_without_content_nothing_is_asked_of_e_cont(monkeypatch):
+    """It would be most of the time of SynDiff's training."""
+    net, ablated = built(), built(without=("content",))
+    lr, hr = uniform(2, 3, 16, 24), uniform(2, 3, 64, 96)
+    for x in (ablated, net):
+        monkeypatch.setattr(x.extractors.vqvae.encoder, "forward", None)
+    for share in (lr, None), (None, hr):
+        loss = diffusion.decoupled_loss(ablated, *share, TINY, common.generator(0))["loss"]
+        assert loss.isfinite()
+        with pytest.raises(TypeError):
+            diffusion.decoupled_loss(net, *share, TINY, common.generator(0))
 
 
 def test_an_ablation_is_stored_and_comes_back(tmp_path, data):

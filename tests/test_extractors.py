@@ -444,6 +444,7 @@ def test_vqvae_weights_can_be_given(tmp_path, photos):
         {"num_samples": 4},
         {"recipes": ("nonsense",)},
         {"hr_blur": -1.0},
+        {"cooldown": 1.5},
         {"hr": ("missing",)},
     ],
 )
