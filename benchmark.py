@@ -49,6 +49,7 @@ import transfer
 from downstream import (
     DATA,
     DOWNSTREAM,
+    SAMPLER,
     halves,
     markdown_downstream,
     stand_in,
@@ -212,10 +213,10 @@ def table_sampling(
 ) -> dict[str, Any]:
     """What start image, solver, number of evaluations and candidates are worth, other scenes."""
     cameras = [camera_of(pair.name) for pair in own]
-    pairs = [
-        dataclasses.replace(own[i], reference=own[j].lr)
-        for i, j in other_scenes(cameras, cfg.seed).items()
-    ][: cfg.images]
+    other = sorted(other_scenes(cameras, cfg.seed).items())
+    every = max(1, len(other) // cfg.images)  # from all cameras
+    pairs = [dataclasses.replace(own[i], reference=own[j].lr) for i, j in other[::every]]
+    pairs = pairs[: cfg.images]
     metrics = [m for m in metrics if m in METRICS]  # too few for sets
     full = {"t_start": FULL, "num_steps": FULL, "eta": 1.0}  # the paper's chain
     rows: list[tuple[str, dict[str, Any]]] = [
@@ -306,7 +307,9 @@ def latex(text: str) -> str:
     """The Markdown tables in a text as LaTeX."""
     lines = []
     for line, after in itertools.pairwise([*text.splitlines(), ""]):
-        cells = [re.sub(r"([%_&#])", r"\\\1", cell.strip()) for cell in line.split("|")[1:-1]]
+        row = line.split("|")[1:-1] if line.startswith("|") else []
+        cells = [re.sub(r"([%_&#])", r"\\\1", cell.strip()) for cell in row]
+        cells = [re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", cell) for cell in cells]
         if set(line) <= set("| -:"):
             continue
         if cells and set(after) <= set("| -:") and "---" in after:
@@ -359,9 +362,7 @@ class Config:
     """Settings of the command; every field is a flag."""
 
     pairs: tuple[str, ...] = ()  # folders: HR/ and LR/ of the same names, or as published
-    table: tuple[
-        str, ...
-    ] = ()  # 1 to 7, sampling, factors, extractors, figure1, transfer, leakage, diversity
+    table: tuple[str, ...] = ()  # 1 to 7, sampling, factors, extractors, figure1, transfer, ...
     all: bool = False  # all tables
     sr: tuple[str, ...] = ()  # networks to train: swinir, swinir-l, rrdb, hat, fsrcnn
     data: tuple[str, ...] = tuple(DATA)  # what they are trained on
@@ -439,13 +440,14 @@ def resolved(cfg: Config, rt: common.Runtime) -> Config:
         cfg = dataclasses.replace(cfg, syndiff=syndiff)
     default = "paper" if rt.device.type == "cuda" else "smoke"
     preset = cfg.sr_preset or default
-    few = preset == "smoke" and not cfg.sr_steps and set(cfg.sr) - {"fsrcnn"}
+    networks = cfg.sr or DEFAULT_SR
+    few = preset == "smoke" and not cfg.sr_steps and set(networks) - {"fsrcnn"}
     return dataclasses.replace(
         cfg,
         table=tables,
         pairs=pairs,
         data=data,
-        sr=cfg.sr or DEFAULT_SR,
+        sr=networks,
         sr_preset=preset,
         sr_steps=20 if few else cfg.sr_steps,  # a transformer's minute on a CPU
     )
@@ -493,9 +495,30 @@ def check(cfg: Config) -> None:
     ):
         common.require(low <= value < 2**31, f"{flag} {value}: must be at least {low}.")
     common.require(cfg.crop % 8 == 0, f"--crop {cfg.crop}: must be a multiple of 8.")
-    common.require(cfg.start in generate.STARTS, f"--start {cfg.start}: not a start image.")
+    sampler = {key: getattr(cfg, key) for key in SAMPLER}
+    generate.check(generate.Config(**sampler, auto_t=False))
+    weight = cfg.perceptual_weight
+    common.require(weight >= 0, f"--perceptual-weight {weight}: must be at least 0.")
     given = cfg.extractors
     common.require(not given or Path(given).is_file(), f"--extractors {given}: no such file.")
+
+
+def check_weights(cfg: Config) -> None:
+    """UserError for generators that the tables would ask for in vain, after hours perhaps."""
+    used, cpu = set(cfg.table), torch.device("cpu")
+    if not used - {"extractors"}:
+        return
+    ts = [cfg.t_start, *(cfg.t_starts if used & {"3", "factors", "sampling"} else ())]
+    ts += [2 * cfg.t_start] * ("3" in used) + [FULL] * bool(used & {"4", "sampling"})
+    known = generate.load_generator(cfg.checkpoint, cpu, cfg.grain).t_max
+    common.require(max(ts) <= known, f"T = {max(ts)}: the weights know {known} steps.")
+    downstream = bool(used & set(DOWNSTREAM))
+    for path in (
+        cfg.syndiff if downstream and "syndiff" in cfg.data else "",
+        *((cfg.without_degradation, cfg.without_content) if "4" in used else ()),
+    ):
+        if path:
+            generate.load_generator(path, cpu)
 
 
 def main(cfg: Config, rt: common.Runtime) -> None:
@@ -535,6 +558,9 @@ def main(cfg: Config, rt: common.Runtime) -> None:
         nets = probes.load_extractors(cfg.extractors, rt.device)
     if used - {"extractors", *DOWNSTREAM}:
         net = generate.load_generator(cfg.checkpoint, rt.device, cfg.grain)
+    check_weights(cfg)
+    if cfg.perceptual_weight > 0 and "1" in used:
+        common.perceptual_net("LPIPS", "vgg", rt.device)  # missing weights are said now
     metrics = available_metrics(rt.device) if sets else []
     print(cfg)
     gpu = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else ""
@@ -600,10 +626,8 @@ def main(cfg: Config, rt: common.Runtime) -> None:
         results["extractors"] = found
         print("\n" + (text := probes.markdown_extractors(found)))
         write("extractors", text)
-    kept = ("start", "recipe", "t_start", "num_steps", "eta", "solver", "candidates", "bf16",
-            "grain")  # fmt: skip
     for table in [table for table in transfer.TABLES if table in used]:
-        settings = generate.Config(seed=cfg.seed, **{key: getattr(cfg, key) for key in kept})
+        settings = generate.Config(seed=cfg.seed, **{key: getattr(cfg, key) for key in SAMPLER})
         given = (scenes, few, net, settings, cfg.images, cfg.samples, rt.device)
         results[table], text = transfer.measure(table, *given)
         print("\n" + text)

@@ -7,6 +7,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import datetime
 import functools
 import importlib
 import inspect
@@ -19,6 +20,7 @@ import signal
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -126,7 +128,8 @@ def runtime(device: str = "auto", seed: int = 0) -> Iterator[Runtime]:
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world_size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # to wait for others
     torch.manual_seed(seed)
     try:
         yield Runtime(chosen, int(os.environ.get("RANK", 0)), world_size)
@@ -230,7 +233,8 @@ def find_photos(given: Sequence[str], kind: str, flag: str, packed: bool = False
 def load_image(path: str | Path) -> Tensor:
     """Read an image file as float32 RGB (3, H, W) in [0, 1], upright; ValueError if it can't be.
 
-    Gray is repeated, alpha laid over white, 16 bits keep their precision, EXIF rotation applies.
+    Gray is repeated, its 16 bits keep their precision, alpha is laid over white, EXIF rotation
+    applies.
     """
     try:
         with Image.open(path) as opened:
@@ -330,8 +334,8 @@ def open_pack(path: Path) -> np.ndarray:
 class PhotoCrops(Dataset[Tensor]):
     """Random crops (3, size, size): item i depends on (seed, stream, i) alone.
 
-    Photos that can't be read or are smaller than the crop are left out, counted and named once. Of
-    files of data/pack.py, each row counts as a photo.
+    Photos that can't be read or are smaller than the crop are left out and counted. Of files of
+    data/pack.py, each row counts as a photo.
     """
 
     grid = 8  # crops begin at its multiples, so that the blocks of a photo's JPEG begin at the edge
@@ -341,7 +345,7 @@ class PhotoCrops(Dataset[Tensor]):
     ) -> None:
         self.size, self.batch_size, self.key = size, batch_size, (seed, stream)
         self.cache: dict[int, Tensor] = {}
-        self.left = 2**30  # bytes of photos that may stay in memory
+        self.left = 2**28  # bytes of photos that may stay in memory, in each loading process
         self.files: list[Path] = []
         self.bad: set[int] = set()
         self.packs = [file for file in files if file.suffix == ".npy"]
@@ -419,8 +423,8 @@ class PhotoCrops(Dataset[Tensor]):
             pin_memory=device.type == "cuda",
         )
         for batch in loader:
-            batch = batch.contiguous(memory_format=torch.channels_last)
-            yield batch.to(device, non_blocking=True)
+            batch = batch.to(device, non_blocking=True)  # as it is pinned, not rearranged
+            yield batch.contiguous(memory_format=torch.channels_last)
 
 
 # ---- weights ----------------------------------------------------------------------------------
@@ -462,6 +466,11 @@ def find_checkpoint(given: str, stage: str, make: str) -> Path:
     raise UserError(
         f"no {stage} weights in runs/{stage} or data/pretrained: make them with `{make}`."
     )
+
+
+def fingerprint(path: str | Path) -> str:
+    """Eight digits that differ between files, whatever they are called."""
+    return f"{zlib.crc32(Path(path).read_bytes()):08x}"
 
 
 def load_weights(net: nn.Module, path: str, flag: str) -> None:
@@ -592,7 +601,8 @@ def any_process(flag: bool, rt: Runtime) -> bool:
 
 def count_flops(compute: Callable[..., dict[str, Tensor]], *batches: Tensor, number: int) -> int:
     """Floating-point operations of a loss and its gradient: matrix products and convolutions."""
-    with FlopCounterMode(display=False) as counter:
+    eager = torch.compiler.set_stance("force_eager")  # what is compiled can't be counted
+    with eager, FlopCounterMode(display=False) as counter:
         compute(*batches, number=number)["loss"].backward()
     return counter.get_total_flops()
 
@@ -641,6 +651,11 @@ def fit(
     generator) may change weights by other means than gradients, in the first process for all.
     """
     require(0 <= cfg.cooldown <= 1, f"--cooldown {cfg.cooldown}: a share of the steps, in 0..1.")
+    for name in ("save_every", "log_every", "accumulate"):
+        flag, value = name.replace("_", "-"), getattr(cfg, name)
+        require(value >= 1, f"--{flag} {value}: must be at least 1.")
+    for group in groups:
+        require(group["lr"] >= 0, f"a learning rate of {group['lr']}: must be at least 0.")
     net.to(rt.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = [p for group in groups for p in group["params"]]
     net.requires_grad_(False)
@@ -652,11 +667,13 @@ def fit(
     start = 0
     if path.is_file():
         state = load_checkpoint(path)
-        require(
-            {k: v.shape for k, v in state["net"].items()}
-            == {k: v.shape for k, v in net.state_dict().items()},
-            f"{path} belongs to another configuration: give another --out or delete it.",
-        )
+        same = {k: v.shape for k, v in state["net"].items()} == {
+            k: v.shape for k, v in net.state_dict().items()
+        }
+        tuned = [len(group["params"]) for group in state["opt"]["param_groups"]]
+        same &= tuned == [len(group["params"]) for group in opt.param_groups]
+        wrong = f"{path} belongs to another configuration: give another --out or delete it."
+        require(same, wrong)
         net.load_state_dict(state["net"])
         opt.load_state_dict(state["opt"])
         ema = {key: value.to(rt.device) for key, value in state["ema"].items()}
@@ -702,7 +719,7 @@ def fit(
                     flops = count_flops(compute, *batches, number=number) if rt.is_main else 0
                     opt.zero_grad(set_to_none=True)
                     for module in compiled if cfg.compile else ():
-                        module.compile()  # not before: what a counter has seen stays uncompiled
+                        module.compile()
                 values = compute(*batches, number=number)
                 (values["loss"] / cfg.accumulate).backward()
             average_gradients(trained, rt.world_size)
@@ -728,7 +745,8 @@ def fit(
                 log(done, shown)
                 if not math.isfinite(shown["loss"]) or not norm.isfinite():
                     found = f"the loss is {shown['loss']}, its gradient {norm.item()}"
-                    raise UserError(f"{found} at step {done}; {path} is from before.")
+                    before = f"{path} is" if path.is_file() else "no checkpoint is there"
+                    raise UserError(f"{found} at step {done}; {before} from before.")
             if saving:
                 save(done)
             if stopping:

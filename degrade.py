@@ -155,7 +155,7 @@ class Degradation:
         return Degradation(*(getattr(self, f.name)[rows] for f in fields(self)))
 
     def repeat(self, times: int) -> "Degradation":
-        """Every row `times` times, in place: a, a, b, b."""
+        """Each row `times` times in a row: a, a, b, b."""
         rows = torch.arange(len(self)).repeat_interleave(times)
         return self[rows]
 
@@ -521,8 +521,11 @@ def blur(image: Tensor, kernel: Tensor) -> Tensor:
     _, H, W = image.shape
     K, s = len(kernel), 4
     h, w = -(-H // s), -(-W // s)
-    rows, columns = (mirrored(n * s, K // 2, side) for n, side in ((h, H), (w, W)))
-    padded = image.index_select(1, rows.to(image.device)).index_select(2, columns.to(image.device))
+    rows, columns = (
+        mirrored(n * s, K // 2, side).to(image.device, non_blocking=True)
+        for n, side in ((h, H), (w, W))
+    )
+    padded = image.index_select(1, rows).index_select(2, columns)
     # One convolution of stride 4 gives the 4 x 4 pixels of a cell as its channels, each with the
     # kernel in another place: two to four times as fast as a depthwise convolution.
     cell = torch.eye(s * s, device=image.device).view(s * s, 1, s, s)
@@ -550,7 +553,9 @@ def resize_weights(old: Tensor, new: Tensor, mode: str, device: torch.device) ->
     """
     M, N, largest = int(old.max()), int(new.max()), float((old / new).max())
     matrix = torch.zeros(*old.shape, N, M, device=device)
-    old, new = (n.to(device).double()[..., None, None] for n in (old, new))  # (B, 2, 1, 1)
+    old, new = (
+        n.to(device, non_blocking=True).double()[..., None, None] for n in (old, new)
+    )  # (B, 2, 1, 1)
     i = torch.arange(N, device=old.device, dtype=torch.float64)[:, None]
     centre = (i + 0.5) * old / new - 0.5  # (B, 2, N, 1), where output i looks in the input
     # The inputs of one output: `taps` at most, from `first` on.
@@ -597,7 +602,7 @@ def gaussian(
     Parameters of images may stay on the CPU here and below: a GPU is never waited for.
     """
     x, device = canvas(images), images[0].device
-    std, mix = std.to(device), mix.to(device)
+    std, mix = (part.to(device, non_blocking=True) for part in (std, mix))
     shapes = [(1 if g else 3, *i.shape[1:]) for i, g in zip(images, gray.tolist(), strict=True)]
     drawn = zip(shapes, draws, strict=True)
     eps = canvas([torch.randn(s, generator=g, device=device).expand(3, -1, -1) for s, g in drawn])
@@ -646,7 +651,7 @@ def poisson(
     """
     x, device = canvas(images), images[0].device
     shapes = [(1 if g else 3, *i.shape[1:]) for i, g in zip(images, gray.tolist(), strict=True)]
-    scale, gray = scale.to(device), gray.to(device)
+    scale, gray = (part.to(device, non_blocking=True) for part in (scale, gray))
     luma = 0.2989 * x[:, :1] + 0.5870 * x[:, 1:2] + 0.1140 * x[:, 2:]
     source = torch.where(gray[:, None, None, None], luma, x)
     source = source.clamp_(0, 1).mul_(255).round_()  # (B, 3, H, W) whole numbers
@@ -716,7 +721,9 @@ def scaled_table(base: Tensor, quality: Tensor) -> Tensor:
     """libjpeg's quantisation table (B, 8, 8) for qualities 1..100 (B,)."""
     quality = quality.clamp(min=1)
     percent = torch.where(quality < 50, 5000 // quality, 200 - 2 * quality)[:, None, None]
-    return ((base.to(quality.device) * percent + 50) // 100).clamp(1, 255).double()
+    return (
+        ((base.to(quality.device, non_blocking=True) * percent + 50) // 100).clamp(1, 255).double()
+    )
 
 
 def along_columns(matrix: Tensor, plane: Tensor) -> Tensor:
@@ -732,7 +739,7 @@ def quantised(plane: Tensor, table: Tensor) -> Tensor:
     half up. Rows come first, then columns; in the inverse the other way around.
     """
     B, H, W = plane.shape
-    M = dct_matrix().to(plane.device)
+    M = dct_matrix().to(plane.device, non_blocking=True)
     y = along_columns(M * 2.0**-11, (plane.double() - 128).mT.contiguous()).add_(0.5).floor_()
     y = along_columns(M * 2.0**-15, y.mT.contiguous()).add_(0.5).floor_()  # 8 times the coefficient
     # Halves are rounded away from zero: a nudge that is far less than 1 / (8 q) brings them there.
@@ -802,7 +809,8 @@ def jpeg_round_trip(x: Tensor, quality: Tensor, subsampling: str, size: Tensor) 
     """jpeg() for checked arguments, without a gradient."""
     B, _, H, W = x.shape
     H16, W16 = -(-H // 16) * 16, -(-W // 16) * 16
-    narrow, quality, size = size[:, 1] <= 4, quality.to(x.device), size.to(x.device)
+    narrow = size[:, 1] <= 4
+    quality, size = (part.to(x.device, non_blocking=True) for part in (quality, size))
     rgb = pick(x, clamped(0, H16, size[:, 0]), clamped(0, W16, size[:, 1]))
     planes = rgb.clamp_(0, 1).mul_(255).round_().unbind(1)  # (B, H16, W16) each
     luma = combined(planes, (19595, 38470, 7471))
@@ -884,9 +892,9 @@ def degrade(hr: Tensor, theta: Degradation, generator: torch.Generator | None = 
         seed = torch.randint(2**62, (B,), generator=generator, device=generator.device).cpu()
     images = list(hr.float().contiguous())  # channels_last would slow down every operation
     with plain_float32(hr.device):
-        kernels = blur_kernels(theta).to(hr.device)
-        for step in range(STEPS):
-            operations = theta.operations(step)
+        kernels = blur_kernels(theta).to(hr.device, non_blocking=True)
+        for i in range(STEPS):
+            operations = theta.operations(i)
             for operation in set(operations) - {""}:
                 same = [row for row in range(B) if operations[row] == operation]
                 for rows in together(same, images):
@@ -954,7 +962,7 @@ class Config:
 
     hr: tuple[str, ...] = ()  # folders or files of HR photos (else data/hr, else data/sample/hr)
     out: str = "out/degraded"  # folder that gets hr/, lr/, pairs.jsonl and preview.png
-    recipe: str = "realesrgan"  # realesrgan, bsrgan, light, camera or bicubic
+    recipe: str = "realesrgan"  # realesrgan, bsrgan, light, camera, wide or bicubic
     per_image: int = 1  # pairs to make of every photo
     scale: int = 4  # HR size / LR size
     seed: int = 0  # pair k of photo i is degraded with draws from (seed, i, k)

@@ -8,6 +8,7 @@ the U-Net denoises. M and the U-Net are trained, small parts of the extractors f
     torchrun --nproc_per_node=8 diffusion.py --lr data/lr --preset paper
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -40,9 +41,15 @@ def to_image(x: Tensor) -> Tensor:
     return ((x + 1) / 2).clamp(0, 1)
 
 
+@functools.cache
+def alphas_cumprod(device: torch.device) -> Tensor:
+    """ALPHAS_CUMPROD on a device, copied there once."""
+    return ALPHAS_CUMPROD.to(device)
+
+
 def alpha_bar(t: Tensor) -> Tensor:
     """alphas_cumprod at steps t (B,), shaped (B, 1, 1, 1)."""
-    return ALPHAS_CUMPROD.to(t.device)[t][:, None, None, None]
+    return alphas_cumprod(t.device)[t][:, None, None, None]
 
 
 def q_sample(x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -57,7 +64,10 @@ def predict_x_0(x_t: Tensor, t: Tensor, eps_pred: Tensor) -> Tensor:
 
 
 def p_sample(x_t: Tensor, t: Tensor, eps_pred: Tensor, noise: Tensor) -> Tensor:
-    """One DDPM step from t to t - 1: mean and variance of q(x_{t-1} | x_t, x_0)."""
+    """One DDPM step from t to t - 1: mean and variance of q(x_{t-1} | x_t, x_0).
+
+    The step of Algorithm 2 as printed, to compare with: sample() takes it by ddim_step, eta = 1.
+    """
     now, before = alpha_bar(t), alpha_bar(t - 1)
     beta = 1 - now / before
     x_0 = predict_x_0(x_t, t, eps_pred)
@@ -207,11 +217,11 @@ class UNet(nn.Module):
                 self.down.append(extractors.Downsample(w))
                 skips.append(w)
         self.middle = nn.ModuleList([self.stack(w, w, E, True), self.stack(w, w, E, False)])
+        below = widths[-1]
         for i, w in reversed(list(enumerate(widths))):
             for _ in range(blocks + 1):
-                last = self.up[-1] if len(self.up) else None
-                below = widths[min(i + 1, top)] if isinstance(last, extractors.Upsample) else w
                 self.up.append(self.stack(below + skips.pop(), w, E, i in attention))
+                below = w
             if i > 0:
                 self.up.append(extractors.Upsample(w))
         self.norm, self.last = (
@@ -483,6 +493,8 @@ def train(cfg: Config, rt: common.Runtime) -> None:
     common.require(share > 0, f"--batch-size {cfg.batch_size}: must be at least {use_lr + use_hr}.")
     path = common.find_checkpoint(cfg.checkpoint, "extractors", "python extractors.py")
     stage_1 = common.load_checkpoint(path)
+    is_stage_1 = {"ema", "config"} <= stage_1.keys() and "extractors" not in stage_1["config"]
+    common.require(is_stage_1, f"{path}: not a checkpoint of extractors.py (give that one).")
     net = build(asdict(cfg), stage_1["config"])
     if cfg.start_from:
         common.load_weights(net, cfg.start_from, "--start-from")
@@ -494,7 +506,7 @@ def train(cfg: Config, rt: common.Runtime) -> None:
     if use_hr:
         files = common.find_photos(cfg.hr, "hr", "--hr", packed=True)
         data.append(common.PhotoCrops(files, 4 * cfg.crop, share, cfg.seed, rt, stream=1))
-    tuned = finetuned(net.extractors) if cfg.finetune_learning_rate > 0 else []
+    tuned = finetuned(net.extractors) if use_lr and cfg.finetune_learning_rate > 0 else []
     if rt.is_main:
         print(cfg)
         print(f"stage-1 weights: {path}; photos: {', '.join(str(d.count) for d in data)}")

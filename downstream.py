@@ -10,11 +10,13 @@ All else is equal: network, steps and seeds of sr.py, and generate.py makes Real
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import re
 import resource
 import sys
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,6 +46,9 @@ DATA = {
     "realdgen": ("RealDGen", ""),
     "paired": ("real pairs (oracle)", ""),
 }
+# Flags of generate.py that benchmark.py has, too.
+SAMPLER = ("start", "recipe", "t_start", "num_steps", "eta", "solver", "candidates", "average",
+           "bf16", "grain")  # fmt: skip
 DOWNSTREAM = ("1", "3", "4", "5", "7")  # tables of trained networks
 MEMORY = {"cuda": "most that torch had allocated", "cpu": "peak RSS of the whole process"}
 SR_COLUMNS = ("PSNR Y", "SSIM Y", "LPIPS", "DISTS", "FID")
@@ -120,19 +125,22 @@ def downstream_rows(table: str, names: list[str], cfg: Settings) -> list[Row]:
         chosen = Row("T chosen by the filter", light, "realdgen", {"auto_t": True} | filtered)
         return [*ts, chosen]
     if table == "4":
+        # Rec_lr's answer and grain would bring in what an ablation is to do without.
+        plain = {"start": "degrade", "grain": False, "t_start": max(cfg.t_start, 300)}
+        plain["num_steps"] = max(cfg.num_steps, 10)
         ablations = (("E_deg", cfg.without_degradation), ("E_cont", cfg.without_content))
         rows = [
-            Row(f"without {name}", light, "realdgen", {"checkpoint": path})
+            Row(f"without {name}", light, "realdgen", plain | {"checkpoint": path})
             for name, path in ablations
             if path
         ]
-        return [*rows, Row("RealDGen", light, "realdgen")]
+        return [*rows, Row("RealDGen", light, "realdgen", plain)]
     if table == "5":
         kept = [Row(DATA[data][0], light, data) for data in cfg.data if data != "paired"]
         apart = [
             Row(f"RealDGen, no reference of {name}", light, "realdgen", without=name)
             for name in names
-            if len(names) > 1
+            if len(names) > 1 and not cfg.lr_ref
         ]
         return kept + apart
     return [  # Table 7
@@ -157,6 +165,21 @@ def write_references(sets: dict[str, list[Pair]], out: Path) -> None:
                     common.save_image(path, image)
 
 
+def key_of(sets: dict[str, list[Pair]], cfg: Settings) -> str:
+    """Eight digits for all that pairs and networks depend on, but for their own names.
+
+    What an earlier run has made is taken up where they are the same, and nowhere else.
+    """
+    generator = common.find_checkpoint(cfg.checkpoint, "diffusion", "python diffusion.py")
+    others = (cfg.syndiff, cfg.without_degradation, cfg.without_content, *cfg.sr_start_from)
+    facts = {key: getattr(cfg, key) for key in (*SAMPLER, "lr_ref", "seed", "sr_preset", "sr_steps",
+                                               "perceptual_weight")}  # fmt: skip
+    facts["sets"] = {name: [pair.name for pair in pairs] for name, pairs in sets.items()}
+    facts["hr"] = [str(file) for file in common.find_photos(cfg.hr, "hr", "--hr")]
+    facts["weights"] = [common.fingerprint(f) for f in (generator, *others) if Path(f).is_file()]
+    return f"{zlib.crc32(json.dumps(facts).encode()):08x}"
+
+
 def training_source(row: Row, names: list[str], cfg: Settings, rt: common.Runtime) -> dict:
     """Flags of sr.py for a row's training pairs, which are generated if they are not there yet."""
     out, recipe = Path(cfg.out), DATA[row.data][1]
@@ -164,9 +187,7 @@ def training_source(row: Row, names: list[str], cfg: Settings, rt: common.Runtim
         return {"recipe": recipe, "hr": tuple(map(str, common.find_photos(cfg.hr, "hr", "--hr")))}
     if row.data == "paired":
         return {"pairs": str(out / "paired")}
-    fields = ("checkpoint", "start", "t_start", "num_steps", "eta", "solver", "candidates",
-              "average", "bf16", "grain")  # fmt: skip
-    settings = {key: getattr(cfg, key) for key in fields} | row.settings
+    settings = {key: getattr(cfg, key) for key in ("checkpoint", *SAMPLER)} | row.settings
     if row.data == "syndiff":
         settings |= generate.PRESETS["syndiff"] | {"checkpoint": cfg.syndiff}
     folder = "_".join([row.data, *map(str, row.settings.values()), *filter(None, [row.without])])
@@ -293,6 +314,7 @@ def table_downstream(
     rt: common.Runtime,
 ) -> dict[str, Any]:
     """All rows of Table 1, 3, 4, 5 or 7, and bicubic enlargement, which needs no network."""
+    cfg = dataclasses.replace(cfg, out=str(Path(cfg.out) / "sets" / key_of(sets, cfg)))
     if rt.is_main:
         write_references(sets, Path(cfg.out))
     common.wait_for_all(rt)
@@ -362,9 +384,9 @@ def markdown_downstream(result: dict[str, Any], cfg: Settings) -> str:
         "",
         f"Preset {cfg.sr_preset}, {cfg.sr_steps or 'its'} steps, {cfg.seeds} seeds.",
         *(f"Trained on from {path}." for path in cfg.sr_start_from),
-        f"Tested on every other pair of each camera ({tested}); the LR of the others were",
-        "RealDGen's references, and the oracle was trained on them. In brackets: the paper, on",
-        "all pairs.",
+        f"Tested on every other pair of each camera ({tested}); the oracle was trained on the",
+        f"others, {'and --lr-ref' if cfg.lr_ref else 'whose LR'} were RealDGen's references. In",
+        "brackets: the paper, on all pairs.",
         "",
         *cost_rows(result["rows"][1:]),
         "",

@@ -26,7 +26,9 @@ import degrade
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """Group norm of 32 groups, fewer if narrow: a group of one channel loses contrast."""
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    most = max(1, min(32, channels // 4))
+    groups = next(g for g in range(most, 0, -1) if channels % g == 0)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
@@ -246,7 +248,7 @@ def dct_statistics(lr: Tensor) -> Tensor:
     end on, compression as coefficients that are nothing at all.
     """
     with torch.autocast(lr.device.type, enabled=False):
-        to_ycc = lr.new_tensor(YCC, dtype=torch.float32)
+        to_ycc = torch.tensor(YCC).to(lr.device, non_blocking=True)
         ycc = 255 * torch.einsum("oc,bchw->bohw", to_ycc, lr.float())
         short = [max(0, 8 - side) for side in lr.shape[2:]]  # an image smaller than a block
         ycc = F.pad(ycc, (0, short[1], 0, short[0]), mode="replicate")
@@ -342,7 +344,7 @@ def softened(hr: Tensor, most: float, generator: torch.Generator) -> Tensor:
     width = (most * torch.rand(len(hr), 1, generator=generator)).clamp(min=0.1)
     half = math.ceil(3 * most)
     taps = (-(torch.arange(-half, half + 1) / width).square() / 2).exp()
-    taps = (taps / taps.sum(1, keepdim=True)).to(hr.device)  # (B, 2 half + 1)
+    taps = (taps / taps.sum(1, keepdim=True)).to(hr.device, non_blocking=True)  # (B, 2 half + 1)
     return filtered(hr, taps[:, :, None] * taps[:, None])
 
 
@@ -394,8 +396,8 @@ class Extractors(nn.Module):
 
     def content(self, image: Tensor) -> Tensor:
         """F_cont = E_cont(X): (B, z, H/4, W/4) of images (B, 3, H, W) of HR size, in [0, 1]."""
-        z = self.vqvae.encode(image)
-        return self.vqvae.quantize(z)[0] if self.quantize_content else z
+        z = self.vqvae.encode(image)  # through the codebook, gradients pass straight
+        return z + (self.vqvae.quantize(z)[0] - z).detach() if self.quantize_content else z
 
     def reconstruct(self, degradation: Tensor, hr: Tensor, content: Tensor) -> Tensor:
         """Rec_lr(F_deg, F_cont): the LR image (B, 3, H/4, W/4), not clamped. Eq. (5).
@@ -436,7 +438,8 @@ def vqvae_loss(
     mse = F.mse_loss(net.vqvae.decode(latents).float(), target)
     codebook = F.mse_loss(codes, z.detach().float())
     commitment = F.mse_loss(z.float(), codes.detach())
-    used = torch.bincount(number.flatten()).count_nonzero()
+    used = hr.new_zeros(len(net.vqvae.quantize.embedding.weight))
+    used = used.index_fill_(0, number.flatten(), 1).sum()
     return {"loss": mse + codebook + 0.25 * commitment, "psnr": psnr(mse), "codes": used}
 
 
@@ -454,10 +457,7 @@ def content_loss(
     degraded = resized(lr, *hr.shape[2:])
     # Not in the paper: every fourth input stays clean, because generation reads content from HR.
     degraded[::4] = hr[::4]
-    z = net.vqvae.encode(degraded)
-    if net.quantize_content:
-        z = z + (net.vqvae.quantize(z)[0] - z).detach()
-    mse = F.mse_loss(net.vqvae.decode(z).float(), hr)  # Eq. (2)
+    mse = F.mse_loss(net.vqvae.decode(net.content(degraded)).float(), hr)  # Eq. (2)
     return {"loss": mse, "psnr": psnr(mse)}
 
 
@@ -471,7 +471,9 @@ def contrastive_loss(anchor: Tensor, positives: Tensor, negatives: Tensor, margi
 def sample_mixed(
     batch: int, recipes: Sequence[str], generator: torch.Generator
 ) -> degrade.Degradation:
-    """Parameters for a batch, an equal share from each recipe; a generator of the CPU."""
+    """Parameters for a batch, from each recipe an equal share; a generator of the CPU."""
+    first = int(torch.randint(len(recipes), (), generator=generator))  # gets what is left over
+    recipes = [*recipes[first:], *recipes[:first]]
     counts = [len(part) for part in torch.arange(batch).tensor_split(len(recipes))]
     parts = zip(counts, recipes, strict=True)
     return degrade.Degradation.cat(
@@ -496,7 +498,8 @@ def degradation_loss(
         hr = softened(hr, cfg.hr_blur, draw)
     image = (torch.arange(n + 1)[:, None] + torch.arange(B)) % B  # (n+1, B), b + k
     pairs = degrade.Degradation.cat([theta] * (n + 1))
-    lr = degrade.degrade(hr[image.flatten().to(hr.device)], pairs, draw)  # Eq. (3)
+    image = image.to(hr.device, non_blocking=True)
+    lr = degrade.degrade(hr[image.flatten()], pairs, draw)  # Eq. (3)
     code = net.e_deg(lr).float().view(n + 1, B, -1)
     negatives = torch.stack([code[k].roll(k, dims=0) for k in range(1, n + 1)])
     contrastive = contrastive_loss(code[0], code[1:], negatives, cfg.margin)
@@ -507,7 +510,7 @@ def degradation_loss(
     # of the anchor must do for its positives, so that it can carry neither content nor one noise.
     lr = lr.view(n + 1, B, *lr.shape[1:])
     ks = range(1, n + 1) if cfg.across else range(1)
-    chosen = torch.cat([image[k] for k in ks]).to(hr.device)
+    chosen = torch.cat([image[k] for k in ks])
     target = torch.cat([lr[k] for k in ks])
     lr_hat = net.reconstruct(code[0].repeat(len(ks), 1), hr[chosen], content[chosen])
     mse = (lr_hat.float() - target).square().mean((1, 2, 3))  # Eq. (6), per image
@@ -516,7 +519,7 @@ def degradation_loss(
 
     # Not in the paper: theta is known here, so a linear head names it. Without it the code has
     # little to start from.
-    physical = theta.physical().to(hr.device).repeat(n + 1, 1)
+    physical = theta.physical().to(hr.device, non_blocking=True).repeat(n + 1, 1)
     read = net.head(code.flatten(0, 1)).float()  # of what a later resize hides, nothing is asked
     named = F.mse_loss(read, physical.where(physical.isfinite(), read.detach()))
     loss = cfg.contrastive_weight * contrastive + reconstruction + cfg.head_weight * named
@@ -657,6 +660,11 @@ def train(cfg: Config, rt: common.Runtime) -> None:
         cfg.batch_size > cfg.num_samples,
         f"--batch-size {cfg.batch_size}: must be larger than --num-samples {cfg.num_samples}.",
     )
+    common.require(cfg.num_samples >= 1, f"--num-samples {cfg.num_samples}: must be at least 1.")
+    common.require(
+        cfg.kernel == 0 or (cfg.kernel > 0 and cfg.kernel % 2 == 1),
+        f"--kernel {cfg.kernel}: must be odd, or 0.",
+    )
     common.require(0 <= cfg.hr_blur <= 4, f"--hr-blur {cfg.hr_blur}: must be in 0..4 pixels.")
     for recipe in cfg.recipes:
         common.require(
@@ -667,7 +675,7 @@ def train(cfg: Config, rt: common.Runtime) -> None:
         common.load_weights(net, cfg.start_from, "--start-from")
     files = common.find_photos(cfg.hr, "hr", "--hr", packed=True)
     held_out = files[::50] if len(files) >= 50 else []  # looked at, not trained on
-    files = [file for file in files if file not in held_out]
+    files = [file for i, file in enumerate(files) if i % 50 or not held_out]
     data, vq_data = (
         [common.PhotoCrops(files, crop, cfg.batch_size, cfg.seed, rt)]
         for crop in (cfg.crop, cfg.vq_crop)
@@ -683,25 +691,17 @@ def train(cfg: Config, rt: common.Runtime) -> None:
 
     vqvae = net.vqvae
 
-    def content(net: Extractors, hr: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        return content_loss(net, hr, cfg, generator)
-
-    def degradation(net: Extractors, hr: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        return degradation_loss(net, hr, cfg, generator)
-
     def revive(hr: Tensor, generator: torch.Generator) -> None:
         with torch.no_grad(), rt.autocast(cfg.bf16):
             vqvae.quantize.restart(vqvae.encode(hr), generator)
 
-    def look(path: Path) -> dict[str, float]:
-        return vqvae_report(net, few, path)
-
+    look = functools.partial(vqvae_report, net, few)
     # name, loss, photos, trained modules, learning rate, picture, refresh
     parts: list[tuple] = [
         ("vqvae", vqvae_loss, vq_data, [vqvae], cfg.vqvae_learning_rate, look, revive),
         (
             "content",
-            content,
+            functools.partial(content_loss, cfg=cfg),
             vq_data,
             [vqvae.encoder, vqvae.quant_conv],
             cfg.content_learning_rate,
@@ -710,11 +710,11 @@ def train(cfg: Config, rt: common.Runtime) -> None:
         ),
         (
             "last",
-            degradation,
+            functools.partial(degradation_loss, cfg=cfg),
             data,
             [net.e_deg, net.rec_lr, net.head, *([net.kernel] if net.kernel else [])],
             cfg.degradation_learning_rate,
-            lambda path: swap_grid(net, few[:4], cfg, path),
+            functools.partial(swap_grid, net, few[:4], cfg),
             None,
         ),
     ]

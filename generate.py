@@ -36,7 +36,7 @@ FAINT, UNCOMPRESSED = 3 / 255, 88
 # What a pair depends on besides its photos: a run with other values needs another folder.
 SETTINGS = ("start", "t_start", "auto_t", "num_steps", "eta", "solver", "candidates", "max_error",
             "pairing", "jitter", "seed", "keep", "format", "average", "recipe",
-            "t_min", "grain")  # fmt: skip
+            "t_min", "grain", "bf16", "weights")  # fmt: skip
 
 # ---- the method -------------------------------------------------------------------------------
 
@@ -50,10 +50,8 @@ def load_generator(
     """
     path = common.find_checkpoint(checkpoint, "diffusion", "python diffusion.py")
     state = common.load_checkpoint(path)
-    common.require(
-        "extractors" in state["config"],
-        f"{path}: not a checkpoint of diffusion.py (give that one).",
-    )
+    is_stage_2 = "ema" in state and "extractors" in state.get("config", {})
+    common.require(is_stage_2, f"{path}: not a checkpoint of diffusion.py (give that one).")
     net = diffusion.build(state["config"], state["config"]["extractors"])
     common.require(
         net.extractors.head_trained or not grain,
@@ -158,12 +156,13 @@ def errors(
 def code_of(net: diffusion.DecoupledDDPM, lr_ref: Tensor) -> Tensor:
     """F_deg (1, D) of a reference (3, h, w) of any size, or of its code (D,) itself.
 
-    Of a large photo the middle is read: its code is an average over the image anyway.
+    Of a large photo the middle is read, from a corner of JPEG's blocks on: its code is an average
+    over the image anyway.
     """
     device = next(net.parameters()).device
     if lr_ref.ndim == 1:
         return lr_ref[None].to(device)
-    top, left = (max(0, n - 512) // 2 for n in lr_ref.shape[1:])
+    top, left = (max(0, n - 512) // 16 * 8 for n in lr_ref.shape[1:])
     return net.extractors.e_deg(
         lr_ref[None, :, top : top + 512, left : left + 512].to(device)
     ).float()
@@ -483,8 +482,13 @@ def pack(out: Path, shards: TarShards, records: Sequence[dict]) -> None:
         shards.add(Path(record["lr"]).stem, hr, lr, record)
     shards.close()
     for record in records:
-        for side in ("hr", "lr"):
-            (out / record[side]).unlink()
+        remove(out, record)
+
+
+def remove(out: Path, record: dict) -> None:
+    """Delete the files of a pair, if they are there."""
+    for side in ("hr", "lr"):
+        (out / record[side]).unlink(missing_ok=True)
 
 
 def save_preview(path: Path, out: Path, records: Sequence[dict]) -> None:
@@ -510,16 +514,16 @@ def finish(out: Path, settings: dict) -> None:
     table = out / "pairs.jsonl"
     text = "".join(json.dumps(record) + "\n" for record in records)
     changed = not table.is_file() or table.read_text(encoding="utf-8") != text
-    for path, lines in ((table, text), (out / "meta_info.txt", meta_info(kept))):
+    folder = settings["format"] == "folder"
+    for path, lines in ((table, text), *([(out / "meta_info.txt", meta_info(kept))] * folder)):
         if changed or not path.is_file():
             with common.replacing(path) as temporary:
                 temporary.write_text(lines, encoding="utf-8")
     for part in out.glob("pairs.*.jsonl"):
         part.unlink()
-    for record in records:
-        for side in ("hr", "lr") if record["dropped"] else ():
-            (out / record[side]).unlink(missing_ok=True)
-    if settings["format"] == "folder" and kept:
+    for record in [record for record in records if record["dropped"]]:
+        remove(out, record)
+    if folder and kept:
         if changed or not (out / "preview.png").is_file():
             save_preview(out / "preview.png", out, kept[:4])
         if changed or not (out / "report.html").is_file():
@@ -544,7 +548,12 @@ def meta_info(records: Sequence[dict]) -> str:
 
 
 def make_pair(
-    net: diffusion.DecoupledDDPM, job: Job, references: References, cfg: Config, ts: list[int]
+    net: diffusion.DecoupledDDPM,
+    job: Job,
+    references: References,
+    cfg: Config,
+    ts: list[int],
+    settings: dict,
 ) -> tuple[Job, Tensor, dict]:
     """The LR image (3, h, w) that the filter keeps for a job, and its line of pairs.jsonl."""
     first = references.draw(cfg.seed, job.index) if job.reference is None else job.reference
@@ -571,7 +580,7 @@ def make_pair(
         "source": str(job.file),
         "lr_ref": str(references.files[first]),
         "domain": references.files[first].parent.name,
-        **settings_of(cfg),
+        **settings,
     }
     dropped = False
     for key, most in zip(("content", "degradation"), cfg.max_error, strict=True):
@@ -584,8 +593,9 @@ def make_pair(
 
 def settings_of(cfg: Config) -> dict:
     """SETTINGS as they are stored with a pair."""
-    values = {key: getattr(cfg, key) for key in SETTINGS}
-    return values | {"max_error": list(cfg.max_error)}
+    values = {key: getattr(cfg, key) for key in SETTINGS if key != "weights"}
+    path = common.find_checkpoint(cfg.checkpoint, "diffusion", "python diffusion.py")
+    return values | {"max_error": list(cfg.max_error), "weights": common.fingerprint(path)}
 
 
 def check(cfg: Config) -> None:
@@ -630,11 +640,14 @@ def main(cfg: Config, rt: common.Runtime) -> None:
     """Generate what is not there yet; every process takes its share."""
     check(cfg)
     files, out = common.find_photos(cfg.hr, "hr", "--hr"), Path(cfg.out)
-    records = read_records(out, settings_of(cfg))
+    settings = settings_of(cfg)
+    records = read_records(out, settings)
+    common.wait_for_all(rt)  # so that none sees what another one writes from now on
     net = load_generator(cfg.checkpoint, rt.device, cfg.grain)
     t = cfg.t_start
     ts = [max(1, round(t * f)) for f in (0.25, 0.5, 1, 2)] if cfg.auto_t and t > 0 else [t]
-    common.require(max(ts) <= net.t_max, f"--t-start {t}: the weights know {net.t_max} steps.")
+    reach = f"--t-start {t}" + (f", doubled by --auto-t to {max(ts)}" if max(ts) > t else "")
+    common.require(max(ts) <= net.t_max, f"{reach}: the weights know {net.t_max} steps.")
     references = References(cfg, net)
     if cfg.codes:  # every run and process counts the references as the file does
         if rt.is_main and not Path(cfg.codes).is_file():
@@ -642,12 +655,11 @@ def main(cfg: Config, rt: common.Runtime) -> None:
         common.wait_for_all(rt)
         references = References(cfg, net)
     jobs = plan(files, references.files, cfg.pairing)
-    for job in jobs:
-        source = records[job.name]["source"] if job.name in records else str(job.file)
-        common.require(
-            source == str(job.file),
-            f"{out} holds a pair {job.name} made of {source}: give another --out.",
-        )
+    known = {str(file) for file in references.files}
+    for job in [job for job in jobs if job.name in records]:
+        source, lr_ref = (records[job.name][key] for key in ("source", "lr_ref"))
+        held = f"{out} holds a pair {job.name} made of {source} and {lr_ref}: give another --out."
+        common.require(source == str(job.file) and lr_ref in known, held)
     mine = [job for job in jobs if job.name not in records][rt.rank :: rt.world_size]
 
     def load(job: Job) -> Job | None:
@@ -662,7 +674,7 @@ def main(cfg: Config, rt: common.Runtime) -> None:
         # Files are read and written beside this: one image after the other on the device.
         for job in common.in_parallel(load, mine, 2):
             usable = job and (job.reference is None or references.code(job.reference) is not None)
-            yield make_pair(net, job, references, cfg, ts) if job and usable else None
+            yield make_pair(net, job, references, cfg, ts, settings) if job and usable else None
 
     def save(result: tuple[Job, Tensor, dict] | None) -> dict | None:
         if result is None:
@@ -673,9 +685,13 @@ def main(cfg: Config, rt: common.Runtime) -> None:
             common.save_image(out / record["lr"], lr)
         return record
 
-    shards = TarShards(out, rt.rank)
+    shards = TarShards(out, rt.rank, cfg.per_shard)
     # Pairs outside of tar files; what an earlier run left there is the first process's.
     loose = [r for r in records.values() if (out / r["lr"]).is_file()] if rt.is_main else []
+    packed = shards.done() if loose and cfg.format == "webdataset" else {}
+    for left in [r for r in loose if Path(r["lr"]).stem in packed]:  # packed when it was killed
+        remove(out, left)
+        loose.remove(left)
     with tqdm(total=len(mine), unit="pair", disable=not rt.is_main) as progress:
         for record in common.in_parallel(save, made(), 2):
             progress.update()
@@ -683,7 +699,8 @@ def main(cfg: Config, rt: common.Runtime) -> None:
                 continue
             out.mkdir(parents=True, exist_ok=True)
             with open(out / f"pairs.{rt.rank}.jsonl", "a", encoding="utf-8") as table:
-                table.write(json.dumps(record) + "\n")  # survives a kill; joined at the end
+                # Survives a kill, and begins a line whatever a kill has cut; joined at the end.
+                table.write("\n" + json.dumps(record) + "\n")
             loose += [] if record["dropped"] else [record]
             if cfg.format == "webdataset" and len(loose) >= cfg.per_shard:
                 pack(out, shards, loose)
@@ -692,12 +709,12 @@ def main(cfg: Config, rt: common.Runtime) -> None:
         pack(out, shards, loose)
     common.wait_for_all(rt)
     if rt.is_main:
-        records = read_records(out, settings_of(cfg))
+        records = read_records(out, settings)
         common.require(
             bool(records), "none of the HR images could be used; see the files named above."
         )
-        finish(out, settings_of(cfg))
-        records = read_records(out, settings_of(cfg))
+        finish(out, settings)
+        records = read_records(out, settings)
         dropped = sum(record["dropped"] for record in records.values())
         skipped = sum(job.name not in records for job in jobs)
         print(f"{len(records) - dropped} pairs in {out}, {dropped} dropped, "

@@ -51,7 +51,7 @@ LAYOUTS = (
     (r"(?:HR|hr)/(.+)", r"(?:LR|lr)/(.+)", (0,)),
     (r"[^/]+/Test/{0}/([^/]+)_HR", r"[^/]+/Test/{0}/([^/]+)_LR{0}", (4, 3, 2)),  # RealSR
     (r"Test_x{0}/test_HR/([^/]+)_x{0}", r"Test_x{0}/test_LR/([^/]+)_x1", (4, 3, 2)),  # DRealSR
-    (r"GT_test/([^/]+)/([^/]+)", r"LQ_test/([^/]+)/([^/]+)", (4,)),  # RealVSR
+    (r"GT_test/([^/]+)/(0+)", r"LQ_test/([^/]+)/(0+)", (4,)),  # RealVSR, the first frames
 )
 
 

@@ -223,7 +223,7 @@ def table_factors(
     grain: bool,
     seed: int,
 ) -> dict[str, Any]:
-    """All rows: the truth, then the network from each T, with K = 1; T = 0 is Rec_lr alone.
+    """All rows: the truth, then the network from each T, with K = 1; T = 0 has no diffusion.
 
     hr (N, 3, H, W) in [0, 1]: the contents; repeats: noises that each is generated with.
     """
@@ -239,7 +239,8 @@ def table_factors(
     rows = []
     for factor in FACTORS:
         for name, answer in answers.items():
-            noises = range(1 if name in ("truth", "T=0") else repeats)  # those two draw nothing
+            drawn = name != "truth" and (grain or name != "T=0")
+            noises = range(repeats if drawn else 1)
             parts = [follow(hr, banks, answer, factor, seed, noise) for noise in noises]
             values = {key: [v for part in parts for v in part[key]] for key in parts[0]}
             rows.append({"factor": factor, "answer": name, **values})
@@ -265,7 +266,8 @@ def markdown_factors(result: dict[str, Any]) -> str:
         "(LR pixels; levels of 255; amount; 100 - quality). Spearman's correlation of level and",
         "measured value, for each content and noise: mean and lowest; the mean measured values",
         "(JPEG: blockiness, 1 is none). Fine detail: median |Laplacian| relative to the true D(X,",
-        "theta). truth is D(X, theta) itself; T=0 is Rec_lr without diffusion.",
+        "theta). truth is D(X, theta) itself; T=0 is Rec_lr without diffusion, with grain unless",
+        "--no-grain.",
     ]
     return "\n".join(lines) + "\n"
 

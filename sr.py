@@ -255,7 +255,9 @@ class Config:
 
     sr: str = "swinir-l"  # network: swinir, swinir-l, rrdb, hat or fsrcnn
     pairs: str = ""  # folder of pairs with the same names in hr/ and lr/
-    recipe: str = ""  # without --pairs: realesrgan (default), bsrgan, bicubic, light or camera
+    recipe: str = (
+        ""  # without --pairs: realesrgan (default), bsrgan, bicubic, light, camera or wide
+    )
     hr: tuple[str, ...] = ()  # folders of HR photos to degrade (else data/hr, else data/sample/hr)
     start_from: str = ""  # weights of this network to go on from, of this file
     out: str = "runs/sr"  # folder of checkpoints and log

@@ -127,7 +127,7 @@ def methods(net: Any, cfg: generate.Config) -> dict[str, Method]:
         "bicubic": plain,
         "Real-ESRGAN": synthetic("realesrgan"),
         "BSRGAN": synthetic("bsrgan"),
-        "RealDGen T=0": network(0),
+        "Rec_lr with grain (T=0)": network(0),
         "RealDGen": network(cfg.t_start),
     }
 
@@ -417,7 +417,7 @@ def table_leakage(
 
     References are of one half of each camera's scenes (at most `samples`), contents of the other.
     """
-    kept = ["bicubic", "Real-ESRGAN", "RealDGen T=0", "RealDGen"]
+    kept = ["bicubic", "Real-ESRGAN", "Rec_lr with grain (T=0)", "RealDGen"]
     result: dict[str, Any] = {"rows": [], "sets": {}}
     for group in dict.fromkeys(scene.set for scene in scenes):
         own = [scene for scene in scenes if scene.set == group]

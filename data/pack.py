@@ -50,7 +50,7 @@ class Config:
     """Settings of the command; every field is a flag."""
 
     photos: tuple[str, ...] = ("data/lr",)  # folders or files of photos
-    out: str = "data/lr.npy"  # file to write; the stages find data/lr.npy and data/hr.npy
+    out: str = ""  # file to write (default: the first of --photos, with .npy)
     size: int = 256  # side of a crop; give more than is trained on, so that places vary
     per_photo: int = 0  # crops to keep of a photo, drawn at random (0: all)
     flat: float = 2.0  # a crop is left out if 4 x 4 blocks differ by fewer levels of 255 (0: none)
@@ -67,7 +67,7 @@ def write_header(file: BinaryIO, count: int, size: int) -> None:
 
 def main(cfg: Config, rt: common.Runtime) -> None:
     """Pack the crops of all photos: the same photos and flags give the same bytes."""
-    out, size = Path(cfg.out), cfg.size
+    out, size = Path(cfg.out or Path(cfg.photos[0]).with_suffix(".npy")), cfg.size
     named = out.suffix == ".npy" and not out.is_dir()
     common.require(named, f"--out {out}: must be a file name that ends in .npy.")
     common.require(size >= 8, f"--size {size}: must be at least 8.")

@@ -200,9 +200,12 @@ def main(cfg: Config, rt: common.Runtime) -> None:
     table = out / "pairs.jsonl"
     common.require(table.is_file(), f"{table} is missing: make it with `python generate.py`.")
     lines = table.read_text(encoding="utf-8").splitlines()
-    records = [record for record in map(json.loads, lines) if not record["dropped"]]
+    records = [json.loads(line) for line in lines]
+    ours = all(generate.SETTINGS[0] in record for record in records)
+    common.require(ours, f"{table}: not of generate.py.")
+    records = [record for record in records if not record["dropped"]]
     common.require(bool(records), f"{table} has no pairs.")
-    settings = {key: records[0][key] for key in generate.SETTINGS}
+    settings = {key: records[0].get(key) for key in generate.SETTINGS}
     save_report(out / "report.html", out, records, settings)
     print(f"{len(records)} pairs: look at {out / 'report.html'}")
 

@@ -114,9 +114,12 @@ def main(cfg: Config, rt: common.Runtime) -> None:
     table = source / "pairs.jsonl"
     common.require(table.is_file(), f"{table} is missing: make it with `python generate.py`.")
     lines = table.read_text(encoding="utf-8").splitlines()
-    records = {Path(r["lr"]).stem: r for r in map(json.loads, lines) if not r["dropped"]}
+    of_all = [json.loads(line) for line in lines]
+    records = {Path(r["lr"]).stem: r for r in of_all if not r.get("dropped")}
     shards = TarShards(Path(cfg.out), per_shard=cfg.per_shard)
     done = shards.done()
+    other = [name for name in done if records.get(name) != done[name]]
+    common.require(not other, f"{cfg.out} holds other pairs, {other[:1]}: give another --out.")
     with contextlib.closing(shards):
         for name in tqdm([name for name in records if name not in done], unit="pair"):
             hr, lr = ((source / records[name][side]).read_bytes() for side in ("hr", "lr"))

@@ -23,6 +23,7 @@ import generate
 
 ROOT = Path(benchmark.__file__).parent
 SHIPPED = ROOT / "data/pretrained/diffusion.safetensors"
+STAGE_1 = ROOT / "data/pretrained/extractors.safetensors"
 
 
 def write(path, pixels):
@@ -100,7 +101,7 @@ LAYOUTS = {
         lambda n: f"Test_x4/test_LR/{n}_x1.png",
     ),
     "RealVSR": (
-        ("000_00000", "000_00001", "001_00000"),
+        ("000_00000", "001_00000", "002_00000"),
         lambda n: f"GT_test/{n.replace('_', '/')}.png",
         lambda n: f"LQ_test/{n.replace('_', '/')}.png",
     ),
@@ -135,6 +136,8 @@ def test_published_sets_are_read_as_they_are(tmp_path, layout, full, cameras):
     names = write_published(tmp_path, layout, full=full)
     _, hr_of, lr_of = LAYOUTS[layout]
     write(tmp_path / "Canon/Train/4/Canon_009_HR.png", photo(0, 192))  # is not to evaluate on
+    for kind in ("GT", "LQ") if layout == "RealVSR" else ():  # another frame of the same scene
+        write(tmp_path / f"{kind}_test/001/00001.png", photo(0, 192, 128))
     if layout == "DRealSR":
         write(
             tmp_path / "Test_x2/test_HR/Canon_3_x2.png", photo(0, 192)
@@ -488,8 +491,15 @@ def nothing(folder):
         (nothing, "--table extractors --extractors no.pt", "--extractors no.pt: no such file"),
         (nothing, "--table extractors --hr set/HR --crop 32 --lr nowhere", "--lr nowhere: no such"),
         (nothing, "--pairs set --batch-size 0", "must be at least 1"),
-        (nothing, "--pairs set --start noise", "not a start image"),
+        (nothing, "--pairs set --start noise", "--start noise: choose reconstruct, degrade"),
+        (nothing, "--pairs set --solver x", "--solver x: choose ddim, dpm"),
+        (nothing, "--pairs set --t-start 900", "T = 900: the weights know 500 steps"),
+        (nothing, "--pairs set --sr fsrcnn --table 3 --t-starts 200 501", "T = 501: the weights"),
         (nothing, "--pairs set --checkpoint no.pt", "no such file"),
+        (nothing, "--pairs set --sr fsrcnn --checkpoint no.pt", "no such file"),
+        (nothing, f"--pairs set --sr fsrcnn --syndiff {STAGE_1}", "not a checkpoint of diffusion"),
+        (nothing, "--pairs set --sr fsrcnn --average 0", "--average 0: must be in 1"),
+        (nothing, "--sr fsrcnn --perceptual-weight -1", "must be at least 0"),
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_is_written(tmp_path, spoil, options, sentence):

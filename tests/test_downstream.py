@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,11 +54,12 @@ def table_1(tmp_path, monkeypatch):
 
 def test_networks_are_tested_on_pairs_that_gave_no_reference(table_1):
     out, results, calls = table_1
-    references = {file.stem for file in (out / "references").rglob("*.png")}
+    kept = next((out / "sets").iterdir())
+    references = {file.stem for file in (kept / "references").rglob("*.png")}
     assert references == {"Canon_1", "Nikon_1", "Sony_1"}
-    assert [cfg.lr_ref for cfg in calls] == [(str(out / "references" / "RealSR"),)]
+    assert [cfg.lr_ref for cfg in calls] == [(str(kept / "references" / "RealSR"),)]
     for kind in ("hr", "lr"):
-        names = {file.stem for file in (out / "paired" / kind).iterdir()}
+        names = {file.stem for file in (kept / "paired" / kind).iterdir()}
         assert names == {f"RealSR_{name}" for name in references}
     rows = results["downstream"][0]["rows"]
     assert [row["label"] for row in rows] == [
@@ -90,7 +92,7 @@ def test_the_downstream_table_has_spread_cost_and_latex(table_1):
     assert tex.count(r"\begin{tabular}{lrrrrrr}") == tex.count(r"\begin{tabular}{lrrrrrrrr}") == 1
     assert tex.count(r"\end{tabular}") == 2
     assert r"$\pm$" in tex and tex.count(r"\\") == 5 + 4
-    assert (out / "sr").is_dir() and len(list((out / "sr").glob("*.safetensors"))) == 6
+    assert len(list(out.glob("sets/*/sr/*.safetensors"))) == 6
 
 
 def test_every_training_and_every_generation_has_its_cost(table_1):
@@ -155,6 +157,41 @@ def test_every_table_has_its_rows():
     chosen = {"auto_t": True, "candidates": 4}
     assert [r.settings for r in rows["3"]] == [{"t_start": 200}, {"t_start": 300}, chosen]
     assert [r.settings for r in rows["7"]] == [{"candidates": 1}, {"candidates": 4}]
-    assert [r.settings for r in rows["4"]] == [{"checkpoint": "c.pt"}, {}]
+    # An ablation gets nothing of what it is without by another way: Rec_lr's answer, grain.
+    noised = {"start": "degrade", "grain": False, "t_start": 300, "num_steps": 10}
+    assert [r.settings for r in rows["4"]] == [noised | {"checkpoint": "c.pt"}, noised]
     assert [r.without for r in rows["5"]][-2:] == ["A", "B"]
     assert {r.network for t in "3457" for r in rows[t]} == {"fsrcnn"}
+    given = replace(cfg, lr_ref=("mine",))  # of which none can be left out
+    assert not any(r.without for r in downstream.downstream_rows("5", ["A", "B"], given))
+
+
+def test_what_was_made_of_other_pairs_weights_or_settings_is_not_taken_up(tmp_path):
+    folder = tmp_path / "RealSR"
+    write_pairs(folder, ["Canon_2", "Canon_3", "Canon_4"])
+    write(tmp_path / "photos" / "x.png", photo(3, 192))
+    weights = Path(generate.__file__).parent / "data/pretrained"
+    cfg = benchmark.Config(
+        hr=(str(tmp_path / "photos"),),
+        sr_preset="smoke",
+        checkpoint=str(weights / "diffusion.safetensors"),
+    )
+
+    def key(**changes: object) -> str:
+        return downstream.key_of({"RealSR": pairs.find_pairs(folder)[0]}, replace(cfg, **changes))
+
+    keys = [
+        key(),
+        key(t_start=7),
+        key(sr_steps=9),
+        key(seed=1),
+        key(lr_ref=("mine",)),
+        key(syndiff=str(weights / "extractors.safetensors")),
+        key(checkpoint=str(weights / "extractors.safetensors")),
+    ]
+    assert key(seeds=3) == keys[0]
+    write(tmp_path / "photos" / "y.png", photo(4, 192))
+    keys.append(key())
+    write_pairs(folder, ["Canon_1"])  # from now on Canon_1 and 3 are references, not 2 and 4
+    keys.append(key())
+    assert len(set(keys)) == len(keys)

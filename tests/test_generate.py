@@ -173,16 +173,18 @@ def reads(net, lr_ref: Tensor, of_reference: tuple, of_others: tuple):
 
 def test_grain_is_the_noise_that_an_image_lacks(net, monkeypatch):
     hr, lr_ref = uniform(1, 3, 256, 256) / 2 + 0.25, [uniform(3, 40, 40)]
-    plain = generate.generate(net, hr, lr_ref, 0, 1, 1, grain=False)[0]
+    plain = generate.generate(net, hr, lr_ref, 0, 1, 1, grain=False, bf16=False)[0]
     for wanted, there, added in ((10, 0, 10), (5, 3, 4), (5, 6, 0), (3, 0, 0)):
         head = reads(net, lr_ref[0], (wanted, 100), (there, 100))
         monkeypatch.setattr(net.extractors, "named", head)
-        noisy, again = (generate.generate(net, hr, lr_ref, 0, 1, 1)[0] for _ in range(2))
+        noisy, again = (
+            generate.generate(net, hr, lr_ref, 0, 1, 1, bf16=False)[0] for _ in range(2)
+        )
         inside = (plain > 0.2) & (plain < 0.8)  # where nothing is clipped
         std = (255 * (noisy - plain)[inside]).std().item()
         assert std == pytest.approx(added, rel=0.05, abs=1e-3)
         assert torch.equal(noisy, again)
-        other = generate.generate(net, hr, lr_ref, 0, 1, 1, seeds=[1])[0]
+        other = generate.generate(net, hr, lr_ref, 0, 1, 1, seeds=[1], bf16=False)[0]
         assert torch.equal(noisy, other) == (added == 0)
 
 
@@ -198,11 +200,11 @@ def test_a_head_that_was_not_trained_reads_no_grain(net, tmp_path):
 def test_grain_ends_with_the_compression_that_the_head_reads(net, monkeypatch):
     hr, lr_ref = uniform(1, 3, 128, 128), [uniform(3, 40, 40)]
     for t_start in (0, 20):
-        plain = generate.generate(net, hr, lr_ref, t_start, 2, 2, grain=False)[0]
+        plain = generate.generate(net, hr, lr_ref, t_start, 2, 2, grain=False, bf16=False)[0]
         for quality, changed in ((40, True), (100, False)):
             head = reads(net, lr_ref[0], (0, quality), (0, 100))
             monkeypatch.setattr(net.extractors, "named", head)
-            made = generate.generate(net, hr, lr_ref, t_start, 2, 2)[0]
+            made = generate.generate(net, hr, lr_ref, t_start, 2, 2, bf16=False)[0]
             assert torch.equal(made, plain) != changed
             jpeg = degrade.jpeg(plain[0], torch.full((len(plain[0]),), quality))
             assert torch.equal(made[0], jpeg) == changed
@@ -325,6 +327,14 @@ def test_codes_of_references_are_saved_and_read(tmp_path, net):
     assert [file.name for file in read.files] == ["0.png", "2.png", "3.png"]
     for r, number in enumerate((0, 2, 3)):
         assert torch.equal(read.code(r), references.code(number))
+
+
+def test_of_a_large_reference_whole_blocks_of_jpeg_are_read(net):
+    """Its code is that of a crop which begins at a multiple of 8, whatever its size."""
+    for height, width, top, left in ((1080, 776, 280, 128), (520, 513, 0, 0), (3000, 90, 1240, 0)):
+        lr_ref = uniform(3, height, width)
+        crop = lr_ref[:, top : top + 512, left : left + 512]
+        assert torch.equal(generate.code_of(net, lr_ref), generate.code_of(net, crop))
 
 
 def test_pairings_plan_every_pair():
@@ -478,6 +488,28 @@ def test_a_run_that_was_killed_goes_on(copied, checkpoint):
     after = files_of(copied / "out")
     assert {name: data for name, data in after.items() if "r/" in name} == before
     assert len([json.loads(line) for line in table.open()]) == 4
+
+
+def test_a_torn_line_does_not_swallow_the_next_one(copied, checkpoint):
+    """As when a process was killed while it wrote to its own table, before all were joined."""
+    out = copied / "out"
+    text = (out / "pairs.jsonl").read_text()
+    (out / "pairs.jsonl").unlink()
+    (out / "pairs.0.jsonl").write_text(text[: len(text) - 40])  # of d's line
+    done = run(*flags(checkpoint), cwd=copied)
+    assert done.returncode == 0 and "4 pairs" in done.stdout and "0 images skipped" in done.stdout
+    assert (out / "pairs.jsonl").read_text() == text
+
+
+def test_other_weights_or_references_need_another_folder(copied, checkpoint):
+    before = files_of(copied / "out")
+    state = common.load_checkpoint(checkpoint)
+    state["ema"] = {key: value + 0.01 for key, value in state["ema"].items()}
+    common.save_checkpoint(copied / "other.pt", state)
+    assert_refused(run(*flags(copied / "other.pt"), cwd=copied), "weights", "--out")
+    shutil.copytree(copied / "refs", copied / "other")
+    assert_refused(run(*flags(checkpoint, "--lr-ref", "other"), cwd=copied), "refs/r", "--out")
+    assert files_of(copied / "out") == before
 
 
 def test_other_settings_need_another_folder(copied, checkpoint):
@@ -725,7 +757,11 @@ def test_tar_shards_hold_the_same_pairs(copied, checkpoint):
         assert json.loads(s["json"])["hr"] == f"hr/{s['__key__']}.png"
     assert not list((copied / "out").glob("?r/*.png"))
     before = files_of(copied / "out")
-    assert "preview.png" in before
+    assert "preview.png" in before and "meta_info.txt" not in before  # which would name no files
+    # Killed between a shard and the deletion of what is in it: one pair whole, one half deleted.
+    for name in ("hr/a.png", "lr/a.png", "lr/b.png"):
+        (copied / "out" / name).parent.mkdir(exist_ok=True)
+        (copied / "out" / name).write_bytes(folder[name])
     assert run(*flags(checkpoint, *more), cwd=copied).returncode == 0
     assert files_of(copied / "out") == before
     Path(shards[0]).unlink()  # its pairs are made again, the others not
