@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import bicubic_rows
 import numpy as np
@@ -221,7 +222,7 @@ def copying_generator(monkeypatch):
         candidates = torch.stack([torch.zeros_like(lr)] * (candidates - 1) + [lr], dim=1)
         return candidates, {"kept": torch.full((len(hr),), candidates.shape[1] - 1)}
 
-    monkeypatch.setattr(generate, "load_generator", lambda checkpoint, device, grain: None)
+    monkeypatch.setattr(generate, "load_generator", lambda *_: SimpleNamespace(t_max=500))
     monkeypatch.setattr(generate, "generate", answer)
     own = lambda pairs, net, bf16: {p.index: benchmark.load_lr(p.lr, p.shrink) for p in pairs}  # noqa: E731
     monkeypatch.setattr(benchmark, "mean_codes", own)

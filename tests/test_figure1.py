@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,7 +119,7 @@ def reading_generator(monkeypatch):
         return lr[:, None], {"kept": torch.zeros(len(hr), dtype=torch.long)}
 
     code = lambda net, lr: torch.stack([lr.mean(), lr.std(), lr.diff().abs().mean()])[None]  # noqa: E731
-    monkeypatch.setattr(generate, "load_generator", lambda checkpoint, device, grain: None)
+    monkeypatch.setattr(generate, "load_generator", lambda *_: SimpleNamespace(t_max=500))
     monkeypatch.setattr(generate, "generate", answer)
     monkeypatch.setattr(generate, "code_of", code)
     return seen
