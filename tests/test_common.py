@@ -567,6 +567,21 @@ def test_a_gradient_that_is_not_a_number_never_reaches_a_checkpoint(photos, tmp_
     assert all(value.isfinite().all() for value in state["net"].values())
 
 
+@pytest.mark.parametrize("name", ["save_every", "log_every", "accumulate"])
+def test_counts_of_training_are_at_least_1(photos, tmp_path, name):
+    with pytest.raises(common.UserError, match=f"--{name.replace('_', '-')} 0"):
+        toy_fit(tmp_path, 1, **{name: 0})
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_a_checkpoint_with_other_trained_parameters_is_refused(photos, tmp_path):
+    toy_fit(tmp_path, 1)
+    net = toy_net()
+    groups = [{"params": list(net[2].parameters()), "lr": 1e-2}]
+    with pytest.raises(common.UserError, match="another configuration"):
+        common.fit(CPU, net, toy_loss, [crops(photos)], groups, tmp_path / "last.pt", Toy(), 2, {})
+
+
 def test_a_checkpoint_of_another_network_is_refused(photos, tmp_path):
     toy_fit(tmp_path, 1)
     deeper = nn.Sequential(*toy_net(), nn.Conv2d(3, 3, 1))

@@ -443,6 +443,13 @@ def test_without_a_part_the_condition_ignores_it():
         assert torch.equal(net.condition(code, content, answer + 1), c) == bool(without)
 
 
+def test_a_unet_takes_any_widths():
+    x, c = normal(1, 3, 8, 8), normal(1, TINY.cond_channels, 8, 8)
+    for widths in ((48, 96), (8, 20, 12)):  # 48 + 96 are not a multiple of 32
+        net = built(widths=widths, attention=(1,))
+        assert net(x, torch.tensor([5]), c).shape == x.shape
+
+
 def test_without_content_nothing_is_asked_of_e_cont(monkeypatch):
     """It would be most of the time of SynDiff's training."""
     net, ablated = built(), built(without=("content",))

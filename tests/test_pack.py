@@ -174,6 +174,13 @@ def test_the_command_works_from_another_folder(photos, tmp_path):
     assert np.load(tmp_path / "data" / "lr.npy").shape == (11, 3, 32, 32)
 
 
+def test_the_file_is_called_as_the_first_folder_of_photos(photos, tmp_path):
+    """So that packed HR photos do not become the LR photos of stage 2."""
+    photos.rename(tmp_path / "hr")
+    assert run("--photos", "hr/", "--size", 32, cwd=tmp_path).returncode == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hr", "hr.npy"]
+
+
 @pytest.mark.parametrize(
     "flags",
     [

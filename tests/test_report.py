@@ -344,6 +344,29 @@ def test_commands_take_the_pairs_that_were_not_dropped(finished, tmp_path, monke
     assert sorted(tars.TarShards(tmp_path / "shards").done()) == ["0", "1", "2", "3"]
 
 
+def test_shards_of_pairs_that_were_made_anew_need_another_folder(
+    finished, tmp_path, monkeypatch, capsys
+):
+    argv = ("--pairs", finished, "--out", tmp_path / "shards")
+    launch(monkeypatch, tars, *argv)
+    table = finished / "pairs.jsonl"
+    records = [json.loads(line) | {"seed": 1} for line in table.read_text().splitlines()]
+    table.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(SystemExit) as stopped:
+        launch(monkeypatch, tars, *argv)
+    assert stopped.value.code == 2 and "holds other pairs" in capsys.readouterr().err
+
+
+def test_pairs_of_degrade_have_shards_and_no_report(finished, tmp_path, monkeypatch, capsys):
+    rows = [{"hr": f"hr/{i}.png", "lr": f"lr/{i}.png", "blur": 1} for i in range(3)]
+    (finished / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    launch(monkeypatch, tars, "--pairs", finished, "--out", tmp_path / "shards")
+    assert len(tars.TarShards(tmp_path / "shards").done()) == 3
+    with pytest.raises(SystemExit) as stopped:
+        launch(monkeypatch, report, "--pairs", finished)
+    assert stopped.value.code == 2 and "not of generate.py" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("module", [report, tars])
 def test_a_folder_without_pairs_is_one_sentence(module, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
