@@ -543,7 +543,7 @@ def vqvae_report(net: Extractors, hr: Tensor, path: Path) -> dict[str, float]:
     rows = list(zip(hr, with_codes, without, strict=True))[:4]
     common.save_sheet(path, ("HR", "with the codebook", "without"), rows)
     return {
-        "held-out psnr": float(psnr(F.mse_loss(with_codes, hr))),
+        "shown psnr": float(psnr(F.mse_loss(with_codes, hr))),
         "without codebook": float(psnr(F.mse_loss(without, hr))),
         "codes used": number.unique().numel(),
     }
@@ -563,7 +563,7 @@ def swap_grid(net: Extractors, hr: Tensor, cfg: "Config", path: Path) -> dict[st
     ]
     common.save_sheet(path, ("LR", "its degradation, other scenes", *[""] * (n - 1)), rows)
     own = made[range(n), range(n)]
-    return {"held-out psnr": float(psnr((own - lr).square().mean((1, 2, 3))).mean())}
+    return {"shown psnr": float(psnr((own - lr).square().mean((1, 2, 3))).mean())}
 
 
 # ---- configuration and training -----------------------------------------------------------------
