@@ -63,14 +63,13 @@ def predict_x_0(x_t: Tensor, t: Tensor, eps_pred: Tensor) -> Tensor:
     return x_0.clamp(-1, 1)
 
 
-def p_sample(x_t: Tensor, t: Tensor, eps_pred: Tensor, noise: Tensor) -> Tensor:
-    """One DDPM step from t to t - 1: mean and variance of q(x_{t-1} | x_t, x_0).
+def p_sample(x_t: Tensor, t: Tensor, x_0: Tensor, noise: Tensor) -> Tensor:
+    """One DDPM step from t to t - 1: mean and variance of q(x_{t-1} | x_t, x_0), x_0 predicted.
 
     The step of Algorithm 2 as printed, to compare with: sample() takes it by ddim_step, eta = 1.
     """
     now, before = alpha_bar(t), alpha_bar(t - 1)
     beta = 1 - now / before
-    x_0 = predict_x_0(x_t, t, eps_pred)
     mean = (before.sqrt() * beta * x_0 + (now / before).sqrt() * (1 - before) * x_t) / (1 - now)
     return mean + ((1 - before) / (1 - now) * beta).sqrt() * noise
 
@@ -79,14 +78,16 @@ def ddim_step(
     x_t: Tensor,
     t: Tensor,
     t_next: Tensor,
-    eps_pred: Tensor,
+    x_0: Tensor,
     eta: float = 0.0,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """One step from t to any t_next < t (arXiv:2010.02502, Eq. 12); eta = 1 is DDPM's variance."""
+    """One step from t to any t_next < t (arXiv:2010.02502, Eq. 12); eta = 1 is DDPM's variance.
+
+    x_0 is the predicted one; the noise that it leaves is consistent with its being clamped.
+    """
     now, after = alpha_bar(t), alpha_bar(t_next)
-    x_0 = predict_x_0(x_t, t, eps_pred)
-    eps = (x_t - now.sqrt() * x_0) / (1 - now).sqrt()  # consistent with the clamped x_0
+    eps = (x_t - now.sqrt() * x_0) / (1 - now).sqrt()
     variance = eta**2 * (1 - after) / (1 - now) * (1 - now / after)
     x_next = after.sqrt() * x_0 + (1 - after - variance).clamp(min=0).sqrt() * eps
     return x_next if noise is None else x_next + variance.sqrt() * noise
@@ -107,8 +108,7 @@ def dpm_step(
     """
     before, now, after = (half_log_snr(step) for step in (t_before, t, t_next))  # lambda
     x_0 = x_0 + (after - now) / (2 * (now - before)) * (x_0 - x_0_before)
-    eps = (x_t - alpha_bar(t).sqrt() * x_0) / (1 - alpha_bar(t)).sqrt()
-    return q_sample(x_0, t_next, eps)
+    return ddim_step(x_t, t, t_next, x_0)
 
 
 def randn_rows(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
@@ -155,10 +155,9 @@ def sample(
     for now, after in zip(ts, ts[1:], strict=False):
         t, t_next = (torch.full((B,), step, device=x.device) for step in (now, after))
         noise = randn_rows(shape, generators) if eta > 0 else None
-        eps_pred = net(x, t, c).float()
-        x_0 = predict_x_0(x, t, eps_pred)
+        x_0 = predict_x_0(x, t, net(x, t, c).float())
         if solver == "ddim" or last is None or after == 0:
-            x = ddim_step(x, t, t_next, eps_pred, eta, noise)
+            x = ddim_step(x, t, t_next, x_0, eta, noise)
         else:
             x = dpm_step(x, t, t_next, x_0, *last)
         last = t, x_0

@@ -118,7 +118,7 @@ def test_p_sample_has_the_mean_and_variance_of_the_posterior():
     x_0, eps, noise = uniform(4, 3, 4, 4) * 2 - 1, normal(4, 3, 4, 4), normal(4, 3, 4, 4, seed=1)
     t = torch.tensor([1, 2, 50, 400])
     x_t = diffusion.q_sample(x_0, t, eps)
-    ours = diffusion.p_sample(x_t, t, eps, noise).numpy()
+    ours = diffusion.p_sample(x_t, t, diffusion.predict_x_0(x_t, t, eps), noise).numpy()
     betas = np.linspace(1e-4, 0.02, 1000)
     for b, step in enumerate(t.tolist()):
         beta, before = betas[step - 1], np.prod(1 - betas[: step - 1])
@@ -133,10 +133,10 @@ def test_p_sample_has_the_mean_and_variance_of_the_posterior():
 
 
 def test_p_sample_equals_ddim_step_with_eta_1():
-    x_t, eps, noise = normal(4, 3, 4, 4), normal(4, 3, 4, 4, seed=1), normal(4, 3, 4, 4, seed=2)
+    x_t, x_0, noise = normal(4, 3, 4, 4), uniform(4, 3, 4, 4), normal(4, 3, 4, 4, seed=2)
     t = torch.tensor([1, 2, 50, 400])
-    ddim = diffusion.ddim_step(x_t, t, t - 1, eps, 1.0, noise)
-    torch.testing.assert_close(diffusion.p_sample(x_t, t, eps, noise), ddim, atol=1e-3, rtol=0)
+    ddim = diffusion.ddim_step(x_t, t, t - 1, x_0, 1.0, noise)
+    torch.testing.assert_close(diffusion.p_sample(x_t, t, x_0, noise), ddim, atol=1e-3, rtol=0)
 
 
 @given(st.integers(1, 1000), st.integers(1, 1000))
@@ -153,7 +153,7 @@ def test_steps_of_noise_fall_from_t_start_to_0(t_start, num_steps):
 def test_ddim_step_with_eta_0_moves_along_the_same_noise():
     x_0, eps = uniform(3, 3, 4, 4) * 2 - 1, normal(3, 3, 4, 4)
     t, t_next = torch.tensor([10, 100, 400]), torch.tensor([0, 50, 399])
-    x_next = diffusion.ddim_step(diffusion.q_sample(x_0, t, eps), t, t_next, eps)
+    x_next = diffusion.ddim_step(diffusion.q_sample(x_0, t, eps), t, t_next, x_0)
     torch.testing.assert_close(x_next, diffusion.q_sample(x_0, t_next, eps), atol=1e-4, rtol=0)
 
 
