@@ -362,7 +362,7 @@ class Config:
     """Settings of the command; every field is a flag."""
 
     pairs: tuple[str, ...] = ()  # folders: HR/ and LR/ of the same names, or as published
-    table: tuple[str, ...] = ()  # 1 to 7, sampling, factors, extractors, figure1, transfer, ...
+    table: tuple[str, ...] = ()  # 1-7, sampling, factors, extractors, figure1, transfer, leakage...
     all: bool = False  # all tables
     sr: tuple[str, ...] = ()  # networks to train: swinir, swinir-l, rrdb, hat, fsrcnn
     data: tuple[str, ...] = tuple(DATA)  # what they are trained on
