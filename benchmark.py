@@ -77,8 +77,8 @@ from pairs import (
     find_pairs,
     load_hr,
     load_lr,
-    other_scenes,
     reduced,
+    with_other_scenes,
 )
 from sr import sr_network  # noqa: F401  (a name of benchmark, too)
 
@@ -164,8 +164,7 @@ def table_2(
 ) -> dict[str, Any]:
     """All rows for the pairs of one folder: how close is generated LR to the real one? Table 2."""
     cameras = [camera_of(pair.name) for pair in own]
-    successor = other_scenes(cameras, cfg.seed)
-    other = [dataclasses.replace(own[i], reference=own[j].lr) for i, j in successor.items()]
+    other = with_other_scenes(own, cfg.seed)
     alone = dataclasses.replace(cfg, t_start=0, start="reconstruct", grain=False)
     rec_lr = functools.partial(realdgen, net=net, cfg=alone)
     diffusion = functools.partial(realdgen, net=net, cfg=cfg)
@@ -212,11 +211,8 @@ def table_sampling(
     own: list[Pair], net: Any, metrics: list[str], cfg: "Config", device: torch.device
 ) -> dict[str, Any]:
     """What start image, solver, number of evaluations and candidates are worth, other scenes."""
-    cameras = [camera_of(pair.name) for pair in own]
-    other = sorted(other_scenes(cameras, cfg.seed).items())
-    every = max(1, len(other) // cfg.images)  # from all cameras
-    pairs = [dataclasses.replace(own[i], reference=own[j].lr) for i, j in other[::every]]
-    pairs = pairs[: cfg.images]
+    pairs = with_other_scenes(own, cfg.seed)
+    pairs = pairs[:: max(1, len(pairs) // cfg.images)][: cfg.images]  # of all cameras
     metrics = [m for m in metrics if m in METRICS]  # too few for sets
     full = {"t_start": FULL, "num_steps": FULL, "eta": 1.0}  # the paper's chain
     rows: list[tuple[str, dict[str, Any]]] = [
@@ -337,8 +333,7 @@ def table_filter(
     own: list[Pair], net: Any, metrics: list[str], cfg: "Config", device: torch.device
 ) -> dict[str, Any]:
     """Generated LR with and without the filter, other scenes as references. Table 6."""
-    successor = other_scenes([camera_of(pair.name) for pair in own], cfg.seed)
-    pairs = [dataclasses.replace(own[i], reference=own[j].lr) for i, j in successor.items()]
+    pairs = with_other_scenes(own, cfg.seed)
     rows = []
     for K in (1, max(cfg.candidates, generate.CANDIDATES)):
         name = "without filter" if K == 1 else f"with filter, K={K}"
@@ -496,7 +491,7 @@ def check(cfg: Config) -> None:
         common.require(low <= value < 2**31, f"{flag} {value}: must be at least {low}.")
     common.require(cfg.crop % 8 == 0, f"--crop {cfg.crop}: must be a multiple of 8.")
     sampler = {key: getattr(cfg, key) for key in SAMPLER}
-    generate.check(generate.Config(**sampler, auto_t=False))
+    generate.check(generate.Config(**sampler))
     weight = cfg.perceptual_weight
     common.require(weight >= 0, f"--perceptual-weight {weight}: must be at least 0.")
     given = cfg.extractors

@@ -126,8 +126,8 @@ def downstream_rows(table: str, names: list[str], cfg: Settings) -> list[Row]:
         return [*ts, chosen]
     if table == "4":
         # Rec_lr's answer and grain would bring in what an ablation is to do without.
-        plain = {"start": "degrade", "grain": False, "t_start": max(cfg.t_start, 300)}
-        plain["num_steps"] = max(cfg.num_steps, 10)
+        noised = {"t_start": max(cfg.t_start, 300), "num_steps": max(cfg.num_steps, 10)}
+        plain = {"start": "degrade", "grain": False} | noised
         ablations = (("E_deg", cfg.without_degradation), ("E_cont", cfg.without_content))
         rows = [
             Row(f"without {name}", light, "realdgen", plain | {"checkpoint": path})

@@ -28,7 +28,7 @@ import common
 import degrade
 import probes
 from downstream import MEMORY, Settings, cost_cells, super_resolved, train_network
-from pairs import Method, Pair, camera_of, evaluate, find_pairs, load_hr, load_lr, other_scenes
+from pairs import Method, Pair, camera_of, evaluate, find_pairs, load_hr, load_lr, with_other_scenes
 
 Place = tuple[float, float]  # blur (LR pixels) and noise (levels of 255)
 
@@ -146,9 +146,7 @@ def some(items: Sequence[Any], count: int) -> list[Any]:
 
 def with_references(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:
     """Some of the pairs, each with the LR of another scene of its camera as reference."""
-    other = other_scenes([camera_of(pair.name) for pair in pairs], seed)
-    chosen = [dataclasses.replace(pairs[i], reference=pairs[j].lr) for i, j in other.items()]
-    return some(sorted(chosen, key=lambda pair: pair.index), count)
+    return some(with_other_scenes(pairs, seed), count)
 
 
 def unpaired(hr: Sequence[Pair], files: Sequence[Path], root: Path, side: int) -> list[Pair]:

@@ -515,7 +515,8 @@ def finish(out: Path, settings: dict) -> None:
     text = "".join(json.dumps(record) + "\n" for record in records)
     changed = not table.is_file() or table.read_text(encoding="utf-8") != text
     folder = settings["format"] == "folder"
-    for path, lines in ((table, text), *([(out / "meta_info.txt", meta_info(kept))] * folder)):
+    files = {table: text} | ({out / "meta_info.txt": meta_info(kept)} if folder else {})
+    for path, lines in files.items():
         if changed or not path.is_file():
             with common.replacing(path) as temporary:
                 temporary.write_text(lines, encoding="utf-8")

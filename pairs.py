@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,12 @@ def other_scenes(cameras: Sequence[str], seed: int) -> dict[int, int]:
             if here != successor:
                 other[members[here]] = members[successor]
     return other
+
+
+def with_other_scenes(pairs: Sequence[Pair], seed: int) -> list[Pair]:
+    """The pairs that have one, each with the LR of another scene of its camera as reference."""
+    other = sorted(other_scenes([camera_of(pair.name) for pair in pairs], seed).items())
+    return [replace(pairs[i], reference=pairs[j].lr) for i, j in other]
 
 
 # ---- how near is what a method makes of them? ---------------------------------------------------

@@ -255,9 +255,7 @@ class Config:
 
     sr: str = "swinir-l"  # network: swinir, swinir-l, rrdb, hat or fsrcnn
     pairs: str = ""  # folder of pairs with the same names in hr/ and lr/
-    recipe: str = (
-        ""  # without --pairs: realesrgan (default), bsrgan, bicubic, light, camera or wide
-    )
+    recipe: str = ""  # without --pairs: of degrade.py, as wide (default: realesrgan)
     hr: tuple[str, ...] = ()  # folders of HR photos to degrade (else data/hr, else data/sample/hr)
     start_from: str = ""  # weights of this network to go on from, of this file
     out: str = "runs/sr"  # folder of checkpoints and log

@@ -21,6 +21,7 @@ import benchmark
 import common
 import downstream
 import generate
+from pairs import other_scenes
 
 ROOT = Path(benchmark.__file__).parent
 SHIPPED = ROOT / "data/pretrained/diffusion.safetensors"
@@ -67,13 +68,13 @@ def test_camera_is_the_sub_folder_else_the_leading_letters():
 
 @given(cameras=st.lists(st.sampled_from("ABCD"), max_size=30), seed=st.integers(0, 2**31))
 def test_other_scene_is_another_one_of_the_same_camera(cameras, seed):
-    other = benchmark.other_scenes(cameras, seed)
+    other = other_scenes(cameras, seed)
     assert all(i != j and cameras[i] == cameras[j] for i, j in other.items())
     assert sorted(other) == sorted(other.values()), "each scene is used once"
     assert set(range(len(cameras))) - set(other) == {
         i for i, camera in enumerate(cameras) if cameras.count(camera) == 1
     }
-    assert other == benchmark.other_scenes(cameras, seed)
+    assert other == other_scenes(cameras, seed)
 
 
 def test_pairs_are_matched_by_name_whatever_the_suffix(tmp_path):
