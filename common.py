@@ -658,6 +658,7 @@ def fit(
         require(group["lr"] >= 0, f"a learning rate of {group['lr']}: must be at least 0.")
     net.to(rt.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = [p for group in groups for p in group["params"]]
+    require(bool(trained) or steps == 0, "all learning rates are 0: there is nothing to train.")
     net.requires_grad_(False)
     for p in trained:
         p.requires_grad_(True)
@@ -757,9 +758,16 @@ def fit(
     return net.eval().requires_grad_(False)
 
 
+def without_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration without the paths of the machine that trained, which are its own."""
+    paths = {"hr", "lr", "out", "checkpoint", "start_from", "vqvae"}
+    kept = {key: value for key, value in config.items() if key not in paths}
+    return {k: without_paths(v) if isinstance(v, dict) else v for k, v in kept.items()}
+
+
 if __name__ == "__main__":  # python common.py IN.pt OUT.safetensors: the averaged weights, to ship
     source, target = load_checkpoint(sys.argv[1]), sys.argv[2]
     half = {key: value.half().contiguous() for key, value in source["ema"].items()}
-    facts = {"config": json.dumps(source["config"]), "step": str(source["step"])}
+    facts = {"config": json.dumps(without_paths(source["config"])), "step": str(source["step"])}
     with replacing(target) as written:
         save_file(half, written, facts)

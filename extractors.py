@@ -392,7 +392,10 @@ class Extractors(nn.Module):
         if self.kernel is not None:
             nn.init.zeros_(self.kernel.weight)
             nn.init.zeros_(self.kernel.bias)
-        self.head = nn.Linear(cfg.deg_dim, 5)
+        self.head = nn.Sequential(
+            nn.LayerNorm(cfg.deg_dim), nn.Linear(cfg.deg_dim, 128), nn.SiLU(),
+            nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 5),
+        )  # fmt: skip
 
     def content(self, image: Tensor) -> Tensor:
         """F_cont = E_cont(X): (B, z, H/4, W/4) of images (B, 3, H, W) of HR size, in [0, 1]."""
@@ -517,7 +520,7 @@ def degradation_loss(
     # Deviation: its logarithm, so that one noisy image does not outweigh all clean ones.
     reconstruction = (mse + 1e-5).log().mean() / 10 if cfg.log_mse else mse.mean()
 
-    # Not in the paper: theta is known here, so a linear head names it. Without it the code has
+    # Not in the paper: theta is known here, so a small head names it. Without it the code has
     # little to start from.
     physical = theta.physical().to(hr.device, non_blocking=True).repeat(n + 1, 1)
     read = net.head(code.flatten(0, 1)).float()  # of what a later resize hides, nothing is asked
@@ -583,7 +586,8 @@ class Config:
     vq_crop: int = 256  # HR crop for the VQ-VAE and E_cont, pixels
     vqvae_learning_rate: float = 1e-4
     content_learning_rate: float = 1e-5
-    degradation_learning_rate: float = 1e-4
+    degradation_learning_rate: float = 1e-4  # of E_deg and Rec_lr; 0 freezes them
+    head_learning_rate: float = 1e-4  # of the head that names theta
     vq_channels: int = 128
     vq_multipliers: tuple[int, ...] = (1, 2, 4)
     vq_blocks: int = 2
@@ -628,6 +632,7 @@ PRESETS: dict[str, dict] = {
         "vqvae_learning_rate": 2e-3,
         "content_learning_rate": 3e-4,
         "degradation_learning_rate": 1e-3,
+        "head_learning_rate": 1e-3,
         "vq_channels": 16,
         "vq_z": 4,
         "vq_codes": 1024,
@@ -696,15 +701,15 @@ def train(cfg: Config, rt: common.Runtime) -> None:
             vqvae.quantize.restart(vqvae.encode(hr), generator)
 
     look = functools.partial(vqvae_report, net, few)
-    # name, loss, photos, trained modules, learning rate, picture, refresh
+    e_deg = [net.e_deg, net.rec_lr, *([net.kernel] if net.kernel else [])]
+    # name, loss, photos, trained modules and their learning rate, picture, refresh
     parts: list[tuple] = [
-        ("vqvae", vqvae_loss, vq_data, [vqvae], cfg.vqvae_learning_rate, look, revive),
+        ("vqvae", vqvae_loss, vq_data, [([vqvae], cfg.vqvae_learning_rate)], look, revive),
         (
             "content",
             functools.partial(content_loss, cfg=cfg),
             vq_data,
-            [vqvae.encoder, vqvae.quant_conv],
-            cfg.content_learning_rate,
+            [([vqvae.encoder, vqvae.quant_conv], cfg.content_learning_rate)],
             look,
             None,
         ),
@@ -712,8 +717,7 @@ def train(cfg: Config, rt: common.Runtime) -> None:
             "last",
             functools.partial(degradation_loss, cfg=cfg),
             data,
-            [net.e_deg, net.rec_lr, net.head, *([net.kernel] if net.kernel else [])],
-            cfg.degradation_learning_rate,
+            [(e_deg, cfg.degradation_learning_rate), ([net.head], cfg.head_learning_rate)],
             functools.partial(swap_grid, net, few[:4], cfg),
             None,
         ),
@@ -721,10 +725,11 @@ def train(cfg: Config, rt: common.Runtime) -> None:
     if cfg.vqvae:
         load_vqvae(vqvae, cfg.vqvae)
         parts, steps = parts[1:], steps[1:]
-    for (name, loss, photos, modules, learning_rate, picture, refresh), n in zip(
-        parts, steps, strict=True
-    ):
-        groups = [{"params": [p for m in modules for p in m.parameters()], "lr": learning_rate}]
+    for (name, loss, photos, trained, picture, refresh), n in zip(parts, steps, strict=True):
+        groups = [
+            {"params": [p for m in modules for p in m.parameters() if rate > 0], "lr": rate}
+            for modules, rate in trained
+        ]
         common.fit(
             rt,
             net,

@@ -30,8 +30,8 @@ from data.shards import TarShards
 SCALE = 4  # HR size / LR size: the VQ-VAE's factor, and so the grid on which content and LR meet
 STARTS = ("reconstruct", "degrade")
 CANDIDATES = 4  # K where the filter is to have a choice
-# What E_deg's head of the shipped weights reads in clean photos, sharp or blurred: up to this noise
-# (std) and down to this JPEG quality most of them read, and neither can be told from none.
+# What E_deg's head of the shipped weights reads in clean photos, sharp, blurred or hardly compressed:
+# up to this noise (std) and down to this JPEG quality nearly all read, so neither is taken for any.
 FAINT, UNCOMPRESSED = 3 / 255, 88
 # What a pair depends on besides its photos: a run with other values needs another folder.
 SETTINGS = ("start", "t_start", "auto_t", "num_steps", "eta", "solver", "candidates", "max_error",
@@ -127,14 +127,19 @@ def grained(
     """Candidates (K, 3, h, w) with the noise they lack and the JPEG that E_deg sees in code (1, D).
 
     Not in the paper: Rec_lr's answer is an average over all noise, a short chain adds little, and a
-    network hardly learns to round in blocks of 8 x 8. What has been compressed alike before is
-    hardly changed.
+    network hardly learns to round in blocks of 8 x 8. Compression looks like a little noise: what
+    is lacking is what E_deg does not see in the candidate once compressed.
     """
     wanted, quality = net.extractors.named(code)
-    there, _ = net.extractors.named(net.extractors.e_deg(lr))
+    is_jpeg = bool(quality < UNCOMPRESSED)
+
+    def compressed(lr: Tensor) -> Tensor:
+        return degrade.jpeg(lr, quality.expand(len(lr))) if is_jpeg else lr
+
+    there, _ = net.extractors.named(net.extractors.e_deg(compressed(lr)))
     missing = (wanted.square() - there.square()).clamp(min=0).sqrt() * (wanted > FAINT)
-    lr = (lr + missing[:, None, None, None] * diffusion.randn_rows(lr.shape[1:], draws)).clamp(0, 1)
-    return degrade.jpeg(lr, quality.expand(len(lr))) if quality < UNCOMPRESSED else lr
+    noise = missing[:, None, None, None] * diffusion.randn_rows(lr.shape[1:], draws)
+    return compressed((lr + noise).clamp(0, 1))
 
 
 def errors(
@@ -267,7 +272,7 @@ class Config:
     checkpoint: str = ""  # weights (default: runs/diffusion, else data/pretrained)
     start: str = "reconstruct"  # start image: reconstruct (Rec_lr) or degrade (random D, the paper)
     recipe: str = "realesrgan"  # of D, for --start degrade
-    t_start: int = 5  # steps of noise on the start image, 0 is none; the paper: 300
+    t_start: int = 2  # steps of noise on the start image, 0 is none; the paper: 300
     t_min: int = -1  # draw T of each image from here to t_start (SynDiff); -1: always t_start
     auto_t: bool = False  # candidates start from a quarter, half, once and twice t_start in turn
     num_steps: int = 1  # network evaluations

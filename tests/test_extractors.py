@@ -419,7 +419,11 @@ def test_training_goes_on_from_given_weights(tmp_path, photos):
     frozen = {"steps": (0, 0, 1), "degradation_learning_rate": 0.0, "start_from": start}
     extractors.train(replace(cfg, **frozen, out=str(tmp_path / "b")), CPU)
     before, after = (common.load_checkpoint(tmp_path / f"{x}/last.pt") for x in "ab")
-    assert all(torch.equal(v, after["net"][k]) for k, v in before["ema"].items())
+    moved = {k for k, v in before["ema"].items() if not torch.equal(v, after["net"][k])}
+    assert moved == named(Extractors(cfg), "head.")  # a learning rate of 0 freezes the others
+    nothing = replace(cfg, **frozen, head_learning_rate=0.0, out=str(tmp_path / "d"))
+    with pytest.raises(common.UserError, match="nothing to train"):
+        extractors.train(nothing, CPU)
     for given in ({"start_from": str(tmp_path / "none.pt")}, {"deg_dim": 8, "start_from": start}):
         with pytest.raises(common.UserError, match="--start-from"):
             extractors.train(replace(cfg, **given, out=str(tmp_path / "c")), CPU)

@@ -210,6 +210,22 @@ def test_grain_ends_with_the_compression_that_the_head_reads(net, monkeypatch):
             assert torch.equal(made[0], jpeg) == changed
 
 
+def test_noise_that_compression_looks_like_is_not_added(net, monkeypatch):
+    """What is lacking is judged against the candidate once compressed, not before."""
+    hr, lr_ref = uniform(1, 3, 128, 128), [uniform(3, 40, 40)]
+    plain = generate.generate(net, hr, lr_ref, 0, 1, 1, grain=False, bf16=False)[0][0]
+    jpeg = degrade.jpeg(plain, torch.tensor([50]))
+    codes = {"reference": generate.code_of(net, lr_ref[0]), "jpeg": net.extractors.e_deg(jpeg)}
+
+    def named(found: Tensor) -> tuple[Tensor, Tensor]:
+        known = any(torch.allclose(found, code, atol=1e-6) for code in codes.values())
+        return torch.full((len(found),), 8 / 255 * known), torch.full((len(found),), 50)
+
+    monkeypatch.setattr(net.extractors, "named", named)
+    made = generate.generate(net, hr, lr_ref, 0, 1, 1, bf16=False)[0][0]
+    assert torch.equal(made, jpeg)
+
+
 # ---- tiles ------------------------------------------------------------------------------------
 
 
