@@ -387,6 +387,18 @@ def test_safetensors_are_read_with_their_config(tmp_path):
     assert torch.equal(read["ema"]["a.weight"], weights["a.weight"].float())
 
 
+def test_shipped_weights_keep_their_config_but_no_path_of_the_machine(tmp_path):
+    own = {"lr": [str(tmp_path)], "out": str(tmp_path), "widths": [8, 16], "learning_rate": 1e-4}
+    state = {"step": 7, "ema": {"a": torch.rand(3)}, "config": own | {"extractors": own}}
+    common.save_checkpoint(tmp_path / "x.pt", state)
+    files = [tmp_path / "x.pt", tmp_path / "x.safetensors"]
+    subprocess.run([sys.executable, Path(common.__file__), *files], check=True)
+    read = common.load_checkpoint(files[1])
+    kept = {"widths": [8, 16], "learning_rate": 1e-4}
+    assert read["config"] == kept | {"extractors": kept}
+    torch.testing.assert_close(read["ema"]["a"], state["ema"]["a"], atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_a_damaged_checkpoint_is_one_sentence(tmp_path, suffix):
     common.save_checkpoint(tmp_path / "whole.pt", {"net": torch.rand(1000)})
