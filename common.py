@@ -473,12 +473,13 @@ def fingerprint(path: str | Path) -> str:
     return f"{zlib.crc32(Path(path).read_bytes()):08x}"
 
 
-def load_weights(net: nn.Module, path: str, flag: str) -> None:
+def load_weights(net: nn.Module, path: str | Path, flag: str = "") -> None:
     """Give a network the averaged weights of a checkpoint; UserError if they do not fit it."""
-    require(Path(path).is_file(), f"{flag} {path}: no such file.")
+    name = f"{flag} {path}".strip()
+    require(Path(path).is_file(), f"{name}: no such file.")
     weights = load_checkpoint(path).get("ema", {})
     given, needed = ({k: v.shape for k, v in w.items()} for w in (weights, net.state_dict()))
-    require(given == needed, f"{flag} {path}: weights of another configuration or --preset.")
+    require(given == needed, f"{name}: weights of another version, configuration or --preset.")
     net.load_state_dict(weights)
 
 

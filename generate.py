@@ -30,8 +30,8 @@ from data.shards import TarShards
 SCALE = 4  # HR size / LR size: the VQ-VAE's factor, and so the grid on which content and LR meet
 STARTS = ("reconstruct", "degrade")
 CANDIDATES = 4  # K where the filter is to have a choice
-# What E_deg's head of the shipped weights reads in photos that are clean, or hardly compressed: up to
-# this noise (std) and down to this JPEG quality nearly all read, so neither is taken for any.
+# What E_deg's head of the shipped weights reads in photos that are clean or hardly compressed: nearly
+# all up to this noise (std) and down to this JPEG quality, so that neither can be told from none.
 FAINT, UNCOMPRESSED = 3 / 255, 88
 # What a pair depends on besides its photos: a run with other values needs another folder.
 SETTINGS = ("start", "t_start", "auto_t", "num_steps", "eta", "solver", "candidates", "max_error",
@@ -57,7 +57,7 @@ def load_generator(
         net.extractors.head_trained or not grain,
         f"{path}: the head that reads noise and JPEG was not trained: give --no-grain.",
     )
-    net.load_state_dict(state["ema"])
+    common.load_weights(net, path)
     net.eval().requires_grad_(False)
     return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 

@@ -197,6 +197,15 @@ def test_a_head_that_was_not_trained_reads_no_grain(net, tmp_path):
         generate.load_generator(str(tmp_path / "last.pt"), torch.device("cpu"), grain=True)
 
 
+def test_weights_of_another_version_are_one_sentence(net, tmp_path):
+    ema = net.state_dict()
+    ema.pop("extractors.head.1.weight")
+    state = {"ema": ema, "config": asdict(STAGE_2) | {"extractors": asdict(STAGE_1)}}
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(common.UserError, match=r"last\.pt: weights of another version"):
+        generate.load_generator(str(tmp_path / "last.pt"), torch.device("cpu"))
+
+
 def test_grain_ends_with_the_compression_that_the_head_reads(net, monkeypatch):
     hr, lr_ref = uniform(1, 3, 128, 128), [uniform(3, 40, 40)]
     for t_start in (0, 20):
