@@ -479,7 +479,7 @@ def load_weights(net: nn.Module, path: str | Path, flag: str = "") -> None:
     require(Path(path).is_file(), f"{name}: no such file.")
     weights = load_checkpoint(path).get("ema", {})
     given, needed = ({k: v.shape for k, v in w.items()} for w in (weights, net.state_dict()))
-    require(given == needed, f"{name}: weights of another version, configuration or --preset.")
+    require(given == needed, f"{name}: weights of another configuration, --preset or version.")
     net.load_state_dict(weights)
 
 

@@ -30,7 +30,7 @@ from data.shards import TarShards
 SCALE = 4  # HR size / LR size: the VQ-VAE's factor, and so the grid on which content and LR meet
 STARTS = ("reconstruct", "degrade")
 CANDIDATES = 4  # K where the filter is to have a choice
-# What E_deg's head of the shipped weights reads in photos that are clean or hardly compressed: nearly
+# What the head of the shipped weights reads in photos that are clean or hardly compressed: nearly
 # all up to this noise (std) and down to this JPEG quality, so that neither can be told from none.
 FAINT, UNCOMPRESSED = 3 / 255, 88
 # What a pair depends on besides its photos: a run with other values needs another folder.

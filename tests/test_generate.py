@@ -202,7 +202,7 @@ def test_weights_of_another_version_are_one_sentence(net, tmp_path):
     ema.pop("extractors.head.1.weight")
     state = {"ema": ema, "config": asdict(STAGE_2) | {"extractors": asdict(STAGE_1)}}
     torch.save(state, tmp_path / "last.pt")
-    with pytest.raises(common.UserError, match=r"last\.pt: weights of another version"):
+    with pytest.raises(common.UserError, match=r"last\.pt: weights of another configuration"):
         generate.load_generator(str(tmp_path / "last.pt"), torch.device("cpu"))
 
 
