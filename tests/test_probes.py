@@ -178,3 +178,18 @@ def test_both_tables_run_from_the_command_line_with_the_shipped_weights(tmp_path
     text = (tmp_path / "out/extractors.md").read_text()
     assert "| device | E_deg |" in text and "| clean, with codebook |" in text
     assert text in done.stdout and "nan" not in text
+
+
+@torch.no_grad()
+def test_the_shipped_head_reads_noise_and_compression_as_they_are():
+    """Of the sample photos, which it was not trained on; `grain` adds what is read here."""
+    shipped = ROOT / "data/pretrained/extractors.safetensors"
+    nets = probes.load_extractors(str(shipped), torch.device("cpu"))
+    noises, losses = torch.tensor([0.0, 15.0, 18.0]), torch.tensor([20.0, 40.0, 60.0])
+    for file in sorted((ROOT / "data/sample/hr").iterdir()):
+        hr = common.crop_to_multiple(common.load_image(file), 4, file).repeat(3, 1, 1, 1)
+        noise, quality = nets.named(nets.e_deg(degrade.degrade(hr, probes.only("noise", noises))))
+        assert 255 * noise[0] < 1 and quality.min() >= generate.UNCOMPRESSED, file
+        np.testing.assert_allclose(255 * noise[1:], noises[1:], rtol=0.25, err_msg=str(file))
+        _, quality = nets.named(nets.e_deg(degrade.degrade(hr, probes.only("jpeg", losses))))
+        np.testing.assert_allclose(quality, 100 - losses, atol=20, err_msg=str(file))
