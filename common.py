@@ -473,14 +473,18 @@ def fingerprint(path: str | Path) -> str:
     return f"{zlib.crc32(Path(path).read_bytes()):08x}"
 
 
-def load_weights(net: nn.Module, path: str | Path, flag: str = "") -> None:
-    """Give a network the averaged weights of a checkpoint; UserError if they do not fit it."""
-    name = f"{flag} {path}".strip()
-    require(Path(path).is_file(), f"{name}: no such file.")
-    weights = load_checkpoint(path).get("ema", {})
+def put_weights(net: nn.Module, state: dict[str, Any], name: str) -> None:
+    """Give a network the averaged weights of what a checkpoint holds; UserError if they misfit."""
+    weights = state.get("ema", {})
     given, needed = ({k: v.shape for k, v in w.items()} for w in (weights, net.state_dict()))
     require(given == needed, f"{name}: weights of another configuration, --preset or version.")
     net.load_state_dict(weights)
+
+
+def load_weights(net: nn.Module, path: str, flag: str) -> None:
+    """Give a network the averaged weights in a file; UserError if there are none that fit."""
+    require(Path(path).is_file(), f"{flag} {path}: no such file.")
+    put_weights(net, load_checkpoint(path), f"{flag} {path}")
 
 
 def count_parameters(net: nn.Module) -> str:

@@ -497,7 +497,7 @@ def train(cfg: Config, rt: common.Runtime) -> None:
     net = build(asdict(cfg), stage_1["config"])
     if cfg.start_from:
         common.load_weights(net, cfg.start_from, "--start-from")
-    common.load_weights(net.extractors, path)
+    common.put_weights(net.extractors, stage_1, str(path))
     data = []
     if use_lr:
         files = common.find_photos(cfg.lr, "lr", "--lr", packed=True)

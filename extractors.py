@@ -392,7 +392,7 @@ class Extractors(nn.Module):
         if self.kernel is not None:
             nn.init.zeros_(self.kernel.weight)
             nn.init.zeros_(self.kernel.bias)
-        self.head = nn.Sequential(
+        self.head = nn.Sequential(  # codes are small: without the norm it hardly learns
             nn.LayerNorm(cfg.deg_dim), nn.Linear(cfg.deg_dim, 128), nn.SiLU(),
             nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 5),
         )  # fmt: skip
@@ -701,7 +701,7 @@ def train(cfg: Config, rt: common.Runtime) -> None:
             vqvae.quantize.restart(vqvae.encode(hr), generator)
 
     look = functools.partial(vqvae_report, net, few)
-    e_deg = [net.e_deg, net.rec_lr, *([net.kernel] if net.kernel else [])]
+    degradation = [net.e_deg, net.rec_lr, *([net.kernel] if net.kernel else [])]
     # name, loss, photos, trained modules and their learning rate, picture, refresh
     parts: list[tuple] = [
         ("vqvae", vqvae_loss, vq_data, [([vqvae], cfg.vqvae_learning_rate)], look, revive),
@@ -717,7 +717,7 @@ def train(cfg: Config, rt: common.Runtime) -> None:
             "last",
             functools.partial(degradation_loss, cfg=cfg),
             data,
-            [(e_deg, cfg.degradation_learning_rate), ([net.head], cfg.head_learning_rate)],
+            [(degradation, cfg.degradation_learning_rate), ([net.head], cfg.head_learning_rate)],
             functools.partial(swap_grid, net, few[:4], cfg),
             None,
         ),

@@ -57,7 +57,7 @@ def load_generator(
         net.extractors.head_trained or not grain,
         f"{path}: the head that reads noise and JPEG was not trained: give --no-grain.",
     )
-    common.load_weights(net, path)
+    common.put_weights(net, state, str(path))
     net.eval().requires_grad_(False)
     return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -131,13 +131,15 @@ def grained(
     is lacking is what E_deg does not see in the candidate once compressed.
     """
     wanted, quality = net.extractors.named(code)
-    is_jpeg = bool(quality < UNCOMPRESSED)
+    is_noisy, is_jpeg = bool(wanted > FAINT), bool(quality < UNCOMPRESSED)
 
     def compressed(lr: Tensor) -> Tensor:
         return degrade.jpeg(lr, quality.expand(len(lr))) if is_jpeg else lr
 
+    if not is_noisy:
+        return compressed(lr)
     there, _ = net.extractors.named(net.extractors.e_deg(compressed(lr)))
-    missing = (wanted.square() - there.square()).clamp(min=0).sqrt() * (wanted > FAINT)
+    missing = (wanted.square() - there.square()).clamp(min=0).sqrt()
     noise = missing[:, None, None, None] * diffusion.randn_rows(lr.shape[1:], draws)
     return compressed((lr + noise).clamp(0, 1))
 

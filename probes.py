@@ -62,7 +62,7 @@ def load_extractors(checkpoint: str, device: torch.device) -> extractors.Extract
     fits = "deg_dim" in config and "ema" in state
     common.require(fits, f"{path}: not a checkpoint of extractors.py (give that one).")
     nets = extractors.Extractors(common.from_dict(extractors.Config, config))
-    common.load_weights(nets, path)
+    common.put_weights(nets, state, str(path))
     return nets.to(device).eval().requires_grad_(False)
 
 
