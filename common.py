@@ -181,10 +181,18 @@ def in_parallel(work: Callable[[A], B], items: Iterable[A], threads: int) -> Ite
 # ---- randomness -------------------------------------------------------------------------------
 
 
-def generator(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that depends on all of the given numbers, for instance (seed, image index)."""
+def generator(*numbers: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on all of the given numbers and names, as (seed, image index)."""
     state = np.random.SeedSequence(list(str(numbers).encode())).generate_state(2, np.uint32)
     return torch.Generator(device).manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
+
+
+def generator_on(device: torch.device, source: torch.Generator) -> torch.Generator:
+    """A generator of this device: the given one, or one that it seeds."""
+    if source.device.type == device.type:
+        return source
+    seed = torch.randint(2**62, (), generator=source, device=source.device)
+    return torch.Generator(device).manual_seed(int(seed))
 
 
 # ---- image files ------------------------------------------------------------------------------
@@ -228,6 +236,33 @@ def find_photos(given: Sequence[str], kind: str, flag: str, packed: bool = False
             f"data/{kind} has no images: using the few of data/sample/{kind} (see data/README.md)"
         )
     return list_images([str(here / "sample" / kind)], flag)
+
+
+def outside(files: list[Path], out: Path, flag: str) -> list[Path]:
+    """The files that do not lie in the folder of results; UserError if all do."""
+    folder = out.resolve()
+    kept = [f for f in files if folder not in f.resolve().parents] if out.is_dir() else files
+    require(bool(kept), f"{flag}: all its images lie in --out {out}: give another --out.")
+    return kept
+
+
+def photo_names(files: Sequence[Path], given: Sequence[str]) -> list[str]:
+    """A name for each photo, from its path below the folder given and nothing else.
+
+    Folders and file are joined by underscores. Where two would be equal, but for their case, each
+    gets eight digits that depend on its whole path.
+    """
+    data = Path(__file__).parent / "data"
+    folders = {Path(path) for path in given} or {data / "hr", data / "sample" / "hr"}
+    names = []
+    for file in files:
+        below = next((file.relative_to(p) for p in file.parents if p in folders), Path(file.name))
+        names.append("_".join(below.with_suffix("").parts))
+    count = collections.Counter(name.casefold() for name in names)
+    return [
+        name if count[name.casefold()] == 1 else f"{name}-{zlib.crc32(os.fsencode(file)):08x}"
+        for name, file in zip(names, files, strict=True)
+    ]
 
 
 def load_image(path: str | Path) -> Tensor:

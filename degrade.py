@@ -1,28 +1,23 @@
 """D: hand-made degradation of clean HR images into synthetic LR (Section 2.1 uses Real-ESRGAN's).
 
-In: HR images and one row of parameters per image. Out: LR images, 1/scale of the size. Each image
-goes through its own operations (blur, resize, noise, JPEG) in its own order: two rounds and a sinc
-filter for Real-ESRGAN (arXiv:2107.10833), shuffled for BSRGAN (arXiv:2103.14006). On the way they
-have sizes of their own too, so a batch is a list of images; what can be done for several of them at
-once is done on a canvas, in whose top left corners they sit.
+In: HR images (B, 3, H, W) in [0, 1] and one row of parameters theta for each. Out: LR images,
+1/scale of the size. Each image goes through its own operations (blur, resize, noise, JPEG) in its
+own order: two rounds for Real-ESRGAN (arXiv:2107.10833), shuffled for BSRGAN (arXiv:2103.14006).
 
     python degrade.py --hr data/hr --out out/realesrgan
     python degrade.py --hr data/hr --out out/bsrgan --recipe bsrgan --per-image 4 --seed 1
 """
 
 import contextlib
-import functools
-import io
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,7 +35,7 @@ class Round:
     sinc_prob: float = 0.1
     resize_prob: tuple[float, float, float] = (0.2, 0.7, 0.1)  # up, down, keep
     resize: tuple[float, float] = (0.15, 1.5)  # in round 2: of the LR size
-    modes: int = 3  # of resizing: the first so many of MODES
+    modes: tuple[str, ...] = ("area", "bilinear", "bicubic")  # of resizing
     sizes: tuple[int, ...] = (7, 9, 11, 13, 15, 17, 19, 21)  # of the kernels
     gaussian_prob: float = 0.5  # otherwise Poisson
     gaussian: tuple[float, float] = (1.0, 30.0)  # std in levels of 255
@@ -61,7 +56,9 @@ class Final:
 
 # fmt: off
 ROUNDS = {
-    # Real-ESRGAN x4plus, as published.
+    # Real-ESRGAN x4plus, as published. Deviation: its training recipe sharpens HR first (that is
+    # not D), its sizes drift by rounding, its JPEG is not libjpeg's (a transposed luma table) and
+    # has broken qualities. With the same theta its LR is .26 dB nearer to bicubic than this one.
     "realesrgan": (
         Round(),
         Round(blur_prob=0.8, blur_sigma=(0.2, 1.5), resize_prob=(0.3, 0.4, 0.3), resize=(0.3, 1.2),
@@ -91,7 +88,8 @@ ROUNDS = {
     "wide": (
         Round(blur_prob=0.8, blur_sigma=(0.3, 7.5), sinc_prob=0.0, sizes=(25,),
               resize_prob=(0.0, 0.0, 1.0), gaussian_prob=1.0, gaussian=(0.0, 0.0), jpeg=(0, 0)),
-        Round(blur_prob=0.0, resize_prob=(0.0, 0.0, 1.0), modes=4, gaussian=(0.0, 25.0),
+        Round(blur_prob=0.0, resize_prob=(0.0, 0.0, 1.0),
+              modes=("area", "bilinear", "bicubic", "antialiased"), gaussian=(0.0, 25.0),
               poisson=(0.0, 0.0), jpeg=(25, 95), jpeg_prob=0.5),
         Final(sinc_prob=0.0, sharpen_prob=0.5),
     ),
@@ -107,6 +105,7 @@ BSRGAN_HALVE_PROB = 0.25
 BSRGAN_SIZES = (7, 9, 11, 13, 15, 17, 19, 21, 23, 25)
 BSRGAN_ANISO_PROB = 0.5          # eigenvalues of the covariance U(0, 4 + s)
 BSRGAN_ISO_SIGMA = (2.0, 0.2)    # otherwise sigma U(0, 2 + 0.2 s)
+BSRGAN_MODES = ("coverage", "bilinear", "bicubic")  # OpenCV's INTER_AREA, _LINEAR, _CUBIC
 BSRGAN_RESIZE_PROB = 0.75        # downsample 2 by U(1, 2 s)
 BSRGAN_SHIFTED_SIGMA = (0.1, 0.6)  # otherwise by s, behind a Gaussian of sigma U(0.1, 0.6 s)
 BSRGAN_NOISE = (2, 25)           # whole levels of 255
@@ -115,9 +114,11 @@ BSRGAN_JPEG_PROB, BSRGAN_JPEG = 0.9, (30, 95)
 # fmt: on
 RECIPES = (*ROUNDS, "bsrgan", "bicubic")
 
-MODES = ("area", "bilinear", "bicubic", "antialiased")  # the last one: bicubic, as Pillow has it
-CPU_CANVAS = 3 * 2**16  # values
+# ---- theta ------------------------------------------------------------------------------------
+
 KERNEL_SIZE = 25  # of all kernels; smaller ones are padded with zeros
+# Of resizing: torch's area, bilinear, bicubic; Pillow's bicubic; area weighted by coverage (OpenCV).
+MODES = ("area", "bilinear", "bicubic", "antialiased", "coverage")
 # What `order` is made of; the number says which column of the parameters an operation reads.
 OPERATIONS = ("", "blur 1", "blur 2", "blur 3", "resize 1", "resize 2", "resize 3",
               "gaussian 1", "gaussian 2", "poisson 1", "poisson 2", "jpeg 1", "jpeg 2")  # fmt: skip
@@ -154,23 +155,11 @@ class Degradation:
         """Select rows: a slice, an index tensor, a mask or a list."""
         return Degradation(*(getattr(self, f.name)[rows] for f in fields(self)))
 
-    def repeat(self, times: int) -> "Degradation":
-        """Each row `times` times in a row: a, a, b, b."""
-        rows = torch.arange(len(self)).repeat_interleave(times)
-        return self[rows]
-
-    def operations(self, step: int) -> list[str]:
-        """What each image goes through at this step, for instance "blur 1" or "resize 2 area"."""
-        names = [OPERATIONS[code] for code in self.order[:, step].tolist()]
-        modes = self.resize_mode.tolist()
-        return [
-            f"{name} {MODES[row[int(name[-1]) - 1]]}" if name.startswith("resize") else name
-            for name, row in zip(names, modes, strict=True)
-        ]
-
     def to(self, device: torch.device | str) -> "Degradation":
-        """Move all tensors."""
-        return Degradation(*(getattr(self, f.name).to(device) for f in fields(self)))
+        """Move all tensors; a GPU is not waited for."""
+        wait = torch.device(device).type == "cpu"
+        columns = (getattr(self, f.name) for f in fields(self))
+        return Degradation(*(column.to(device, non_blocking=not wait) for column in columns))
 
     @staticmethod
     def cat(parts: "list[Degradation]") -> "Degradation":
@@ -194,61 +183,249 @@ class Degradation:
         columns = (torch.tensor([row[f.name] for row in rows]) for f in fields(Degradation))
         return Degradation(*columns)
 
+    def performed(self, kind: str) -> tuple[Tensor, Tensor]:
+        """Which steps are of this kind, and the column of theta that each reads: (B, 10) each."""
+        codes = [i for i, name in enumerate(OPERATIONS) if name.startswith(kind)]
+        column = self.order - codes[0]
+        return (column >= 0) & (column < len(codes)), column.clamp(0, len(codes) - 1)
+
     def physical(self) -> Tensor:
         """What theta means for the LR image: (B, 5), each about in [0, 1].
 
         Blur width (log LR pixels), resolution lost by resizing (log), ringing, noise, JPEG loss.
         Noise and JPEG that all came before a resize can't be told from the image: NaN.
         """
-        grid = self.scale.float()  # pixels per LR pixel at the current step
-        lost, blur_variance, noise_variance = grid, torch.zeros_like(grid), torch.zeros_like(grid)
-        ringing, quality = torch.zeros_like(grid), torch.full_like(grid, 100.0)
-        hidden = torch.zeros_like(torch.stack([grid, grid]), dtype=torch.bool)  # noise, JPEG
+        scale = self.scale.float()[:, None]
+        resized, column = self.performed("resize")
+        to_lr = torch.ones_like(scale)
+        factor = torch.cat([self.resize * scale, to_lr], dim=1).gather(1, column)
+        step = torch.arange(STEPS, device=scale.device)
+        last = step.where(resized, -1).cummax(1).values  # the last resize up to this step
+        grid = factor.gather(1, last.clamp(min=0)).where(last >= 0, scale)  # pixels per LR pixel
+        seen = grid == 1
         # Of the kernels as they are: a wide one of few pixels is cut off.
-        squares = (torch.arange(KERNEL_SIZE, device=grid.device) - KERNEL_SIZE // 2).square()
+        squares = (torch.arange(KERNEL_SIZE, device=scale.device) - KERNEL_SIZE // 2).square()
         moment = (blur_kernels(self) * (squares + squares[:, None])).sum((2, 3)) / 2  # (B, 3)
-        for codes in self.order.unbind(1):
-            here = {name: codes == i for i, name in enumerate(OPERATIONS)}
-            for i in range(3):
-                cutoff, amount = self.sinc_cutoff[:, i], self.sharpen[:, i]
-                width = moment[:, i] / grid.square()
-                width = width.where((cutoff == 0) & (amount == 0), 0.0)
-                edges = (1 - cutoff / math.pi).where(cutoff > 0, amount)
-                blur_variance = blur_variance + width.where(here[f"blur {i + 1}"], 0.0)
-                ringing = torch.maximum(ringing, edges.where(here[f"blur {i + 1}"], 0.0))
-            for i in range(2):
-                grid = torch.where(here[f"resize {i + 1}"], self.resize[:, i] * self.scale, grid)
-            grid = grid.where(~here["resize 3"], 1.0)
-            lost = torch.minimum(lost, grid)
-            for i in range(2):
-                # Poisson: the std that scale has at a mid gray of 8 bits.
-                std = self.gaussian_std[:, i].where(
-                    here[f"gaussian {i + 1}"], self.poisson_scale[:, i] * 0.04
-                )
-                noisy = here[f"gaussian {i + 1}"] | here[f"poisson {i + 1}"]
-                seen = grid == 1
-                noise_variance = noise_variance + std.square() * (noisy & seen)
-                loss = self.jpeg_quality[:, i].where(here[f"jpeg {i + 1}"] & seen, 100)
-                quality = torch.minimum(quality, loss)
-                hidden |= torch.stack([noisy, here[f"jpeg {i + 1}"]]) & ~seen
-        noise_variance[hidden[0] & (noise_variance == 0)] = math.nan
-        quality[hidden[1] & (quality == 100)] = math.nan
-        return torch.stack(
-            [
-                (blur_variance + 0.01).log() / 4.6 + 1,
-                -lost.clamp(max=1).log(),
-                ringing,
-                (noise_variance.sqrt() * 255 + 1).log() / 3.5,
-                1 - quality / 100,
-            ],
-            dim=1,
-        )
+        edges = (1 - self.sinc_cutoff / math.pi).where(self.sinc_cutoff > 0, self.sharpen)
+        blurred, column = self.performed("blur")
+        smooth = blurred & ((self.sinc_cutoff == 0) & (self.sharpen == 0)).gather(1, column)
+        blur_variance = (moment.gather(1, column) / grid.square()).where(smooth, 0.0).sum(1)
+        ringing = edges.gather(1, column).where(blurred, 0.0).amax(1)
+        gaussian, column = self.performed("gaussian")
+        std = self.gaussian_std.gather(1, column)
+        poisson, column = self.performed("poisson")
+        # Poisson: the std that scale has at a mid gray of 8 bits.
+        std = std.where(gaussian, self.poisson_scale.gather(1, column) * 0.04)
+        noisy = gaussian | poisson
+        noise_variance = std.square().where(noisy & seen, 0.0).sum(1)
+        compressed, column = self.performed("jpeg")
+        quality = self.jpeg_quality.gather(1, column).where(compressed & seen, 100).amin(1).float()
+        noise_hidden = (noisy & ~seen).any(1) & (noise_variance == 0)
+        jpeg_hidden = (compressed & ~seen).any(1) & (quality == 100)
+        meaning = [
+            (blur_variance + 0.01).log() / 4.6 + 1,
+            -torch.minimum(grid.amin(1), scale[:, 0]).clamp(max=1).log(),
+            ringing,
+            ((noise_variance.sqrt() * 255 + 1).log() / 3.5).where(~noise_hidden, math.nan),
+            (1 - quality / 100).where(~jpeg_hidden, math.nan),
+        ]
+        return torch.stack(meaning, dim=1)
 
 
 def noise_and_quality(physical: Tensor) -> tuple[Tensor, Tensor]:
     """Noise, a std on [0, 1], and JPEG quality 1..100 (B,) of Degradation.physical's (B, 5)."""
     noise = (3.5 * physical[:, 3]).exp().sub(1).div(255).clamp(min=0)
     return noise, (100 * (1 - physical[:, 4])).round().clamp(1, 100).long()
+
+
+# ---- D ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def degrade(hr: Tensor, theta: Degradation, generator: torch.Generator | None = None) -> Tensor:
+    """D(X, theta): hr (B, 3, H, W) -> lr (B, 3, H/scale, W/scale), in [0, 1]; lr has 8-bit values.
+
+    Row i is degraded with row i of theta. With a generator the noise is drawn anew for the whole
+    batch. Without one each row is degraded alone with the noise of its theta.seed: theta replays
+    the image, on a CPU byte for byte in any batch and run, with any number of threads. Elsewhere
+    (on a GPU, or beside other images) the last bit of the arithmetic may differ, so that now and
+    then a rounding falls the other way. ValueError for sizes that do not fit and for hr outside
+    [0, 1]; while noise is drawn anew a GPU is not waited for: there a device assertion fails.
+    """
+    (B, _, H, W), theta = hr.shape, theta.to("cpu")
+    if len(theta) != B:
+        raise ValueError(f"{B} images, but {len(theta)} rows of parameters")
+    scales = set(theta.scale.tolist())
+    if len(scales) != 1:
+        raise ValueError("a batch needs at least one image, and the same scale for all")
+    if H % max(scales) or W % max(scales):
+        raise ValueError(f"images of {H} x {W} pixels can't be degraded by scale {max(scales)}")
+    hr = hr.float().contiguous()
+    low, high = hr.aminmax()
+    in_range = (low >= 0) & (high <= 1)
+    if generator is not None and hr.device.type != "cpu":
+        torch._assert_async(in_range, "HR images must lie in [0, 1]")
+    elif not in_range:
+        raise ValueError("HR images must lie in [0, 1]: divide 8-bit values by 255")
+    with plain_float32(hr.device):
+        if generator is not None:
+            return on_canvas(hr, theta, common.generator_on(hr.device, generator))
+        draws = map(common.generator, theta.seed.tolist())
+        rows = [on_canvas(hr[[b]], theta[b : b + 1], draw) for b, draw in enumerate(draws)]
+        return torch.cat(rows)
+
+
+def on_canvas(hr: Tensor, theta: Degradation, generator: torch.Generator) -> Tensor:
+    """D for a batch: each operation is applied at once to all images that wait for it.
+
+    On the way images have sizes of their own: they sit in the top left corners of one canvas, and
+    what lies beyond their sizes has no effect. Noise is drawn on the generator's device.
+    """
+    (B, _, H, W), device, scale = hr.shape, hr.device, int(theta.scale.tolist()[0])
+    turns = plan(theta, H, W, CPU_CANVAS if device.type == "cpu" else 2**62)
+    # The host knows all numbers beforehand: they go to the device together, and none comes back.
+    numbers = torch.tensor([row for turn in turns for row in turn.numbers()], dtype=torch.float64)
+    numbers = numbers.to(device, non_blocking=True)
+    row, column, size = numbers[:, :4].long().split([1, 1, 2], dim=1)
+    row, column = row[:, 0], column[:, 0]
+    longest = fast_length(max(max(size) for turn in turns for size in turn.old))
+    arguments = (
+        row,
+        size,
+        numbers[:, 4].float(),
+        blur_kernels(theta, device)[row, column],
+        mirrored(size, longest),
+        theta.colour_mix.to(device, non_blocking=True)[row],
+    )
+    counts = [len(turn.rows) for turn in turns]
+    weights = resize_weights([turn for turn in turns if turn.kind == "resize"], device)
+    x = hr.clone()
+    for turn, row, size, level, kernel, index, mix in zip(
+        turns, *(argument.split(counts) for argument in arguments), strict=True
+    ):
+        first, last = turn.rows[0], turn.rows[-1]
+        here = slice(first, last + 1) if last - first < len(row) else row  # a view, or a copy
+        h, w = largest(turn.old)
+        y = x[here, :, :h, :w]
+        if turn.kind == "blur":
+            y = blur(y, kernel, index)
+        elif turn.kind == "resize":
+            y = resize(y, *next(weights))
+        elif turn.kind == "gaussian":
+            y = gaussian(y, level, turn.choices, mix, generator)
+        elif turn.kind == "poisson":
+            y = poisson(y, level, turn.choices, size, generator)
+        else:
+            y = jpeg_round_trip(y, level.long(), "4:2:0", size)
+        x = y if len(row) == B else replaced(x, here, y)
+    return (x[:, :, : H // scale, : W // scale].clamp(0, 1) * 255).round() / 255
+
+
+CPU_CANVAS = 2**16  # pixels that the images of a turn may have together: a cache holds them
+TOGETHER = (("blur",), ("resize",), ("gaussian", "poisson"))
+Size = tuple[int, int]  # height and width
+
+
+@dataclass
+class Turn:
+    """One operation, and the images of a batch that go through it together; all on the host."""
+
+    kind: str  # blur, resize, gaussian, poisson or jpeg
+    rows: list[int]
+    columns: list[int]  # of theta, that each row reads
+    levels: list[float]  # std of Gaussian noise, scale of Poisson noise, JPEG quality
+    choices: list[int]  # modes of a resize; 1 for gray noise
+    old: list[Size]  # before
+    new: list[Size]  # and afterwards
+
+    def numbers(self) -> list[list[float]]:
+        """Row, column, height, width and level for each image."""
+        rows = zip(self.rows, self.columns, self.old, self.levels, strict=True)
+        return [[b, i, h, w, level] for b, i, (h, w), level in rows]
+
+
+def largest(sizes: list[Size]) -> Size:
+    """The size of a canvas that holds them all."""
+    return max(h for h, _ in sizes), max(w for _, w in sizes)
+
+
+def plan(theta: Degradation, H: int, W: int, room: int) -> list[Turn]:
+    """The turns in which a batch is degraded; the images of a turn share `room` pixels.
+
+    Images do not depend on each other. So each turn takes what most of them wait for, and JPEG,
+    the dearest, comes when all wait for it: the number of turns hardly grows with the batch.
+    """
+    order, factor, modes = theta.order.tolist(), theta.resize.tolist(), theta.resize_mode.tolist()
+    gray, std = theta.gray_noise.tolist(), theta.gaussian_std.tolist()
+    levels = {"gaussian": std, "poisson": theta.poisson_scale.tolist(),
+              "jpeg": theta.jpeg_quality.tolist()}  # fmt: skip
+    choices = {"resize": modes, "gaussian": gray, "poisson": gray}
+    scale, sizes, turns = int(theta.scale.tolist()[0]), [(H, W)] * len(theta), []
+
+    def resized(b: int, i: int) -> Size:
+        if i == 2:
+            return H // scale, W // scale
+        h, w = (int(np.float32(n) * np.float32(factor[b][i])) for n in (H, W))
+        return max(1, h), max(1, w)
+
+    waiting = [[OPERATIONS[code].split() for code in row if code] for row in order]
+    for operations in waiting:
+        if [i for kind, i in operations if kind == "resize"][-1:] != ["3"]:
+            raise ValueError("the last resize in a row of theta.order must be that to LR, resize 3")
+    while any(waiting):
+        first = [row[0][0] if row else "" for row in waiting]
+        most = max(TOGETHER, key=lambda kinds: sum(map(first.count, kinds)))
+        for kind in [kind for kind in most if kind in first] or ["jpeg"]:
+            # A canvas is as large as its largest image: those of about one size come together.
+            rows = [b for b, name in enumerate(first) if name == kind]
+            rows.sort(key=lambda b: -math.prod(sizes[b]))
+            while rows:
+                fitting = max(1, room // math.prod(sizes[rows[0]]))
+                part, rows = sorted(rows[:fitting]), rows[fitting:]
+                places = [(b, int(waiting[b].pop(0)[1]) - 1) for b in part]
+                old = [sizes[b] for b in part]
+                for b, i in places if kind == "resize" else ():
+                    sizes[b] = resized(b, i)
+                turns.append(
+                    Turn(
+                        kind,
+                        part,
+                        [i for _, i in places],
+                        [levels[kind][b][i] if kind in levels else 0.0 for b, i in places],
+                        [choices[kind][b][i] if kind in choices else 0 for b, i in places],
+                        old,
+                        [sizes[b] for b in part],
+                    )
+                )
+    return turns
+
+
+def replaced(canvas: Tensor, rows: Tensor | slice, images: Tensor) -> Tensor:
+    """The canvas, enlarged if need be, with new images in these rows."""
+    right, below = (max(0, images.shape[d] - canvas.shape[d]) for d in (3, 2))
+    if right or below:
+        canvas = F.pad(canvas, (0, right, 0, below))
+    canvas[:, :, : images.shape[2], : images.shape[3]][rows] = images
+    return canvas
+
+
+def pick(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """x[b, :, rows[b], columns[b]] for every image b: (B, C, H', W')."""
+    index = rows[:, :, None] * x.shape[3] + columns[:, None]  # (B, H', W')
+    picked = x.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, x.shape[1], -1))
+    return picked.unflatten(2, index.shape[1:])
+
+
+@contextlib.contextmanager
+def plain_float32(device: torch.device) -> Iterator[None]:
+    """Neither bf16 nor TF32 inside, whatever the training around it allows itself."""
+    matmul = torch.backends.cuda.matmul
+    allowed, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        matmul.allow_tf32 = allowed
 
 
 # ---- drawing theta ----------------------------------------------------------------------------
@@ -282,6 +459,11 @@ class Draw:
     def around_one(self, low: float, high: float) -> Tensor:
         """Below or above one with even chance."""
         return torch.where(self.chance(0.5), self.uniform(low, 1.0), self.uniform(1.0, high))
+
+
+def indices(modes: tuple[str, ...]) -> tuple[int, ...]:
+    """Places in MODES."""
+    return tuple(map(MODES.index, modes))
 
 
 def step(name: str, performed: Tensor) -> Tensor:
@@ -339,7 +521,7 @@ def draw_rounds(theta: Degradation, draw: Draw, first: Round, second: Round, fin
         up, down = draw.uniform(1.0, options.resize[1]), draw.uniform(options.resize[0], 1.0)
         factor = torch.stack([up, down, torch.ones(len(theta))]).gather(0, direction[None])[0]
         theta.resize[:, i] = factor / (1 if i == 0 else theta.scale)
-        theta.resize_mode[:, i] = draw.one_of(range(options.modes))
+        theta.resize_mode[:, i] = draw.one_of(indices(options.modes))
         gaussian = draw.chance(options.gaussian_prob)
         std, scale = draw.uniform(*options.gaussian) / 255, draw.uniform(*options.poisson)
         theta.gaussian_std[:, i] = torch.where(gaussian, std, 0.0)
@@ -354,7 +536,7 @@ def draw_rounds(theta: Degradation, draw: Draw, first: Round, second: Round, fin
             + step(f"poisson {i + 1}", theta.poisson_scale[:, i] > 0),
             step(f"jpeg {i + 1}", (theta.jpeg_quality[:, i] > 0) & compressed),
         ]
-    theta.resize_mode[:, 2] = draw.one_of(range(3))
+    theta.resize_mode[:, 2] = draw.one_of(indices(Round.modes))
     theta.blur_size[:, 2] = draw.one_of(Round.sizes)
     sinc, cutoff = draw.chance(final.sinc_prob), draw.uniform(math.pi / 3, math.pi)
     sharpen = ~sinc & draw.chance(final.sharpen_prob)
@@ -379,7 +561,8 @@ def draw_bsrgan(theta: Degradation, draw: Draw) -> None:
     B = len(theta)
     always = torch.ones(B, dtype=torch.bool)
     halved = draw.chance(BSRGAN_HALVE_PROB) & (theta.scale == 4)
-    halving = torch.where(draw.chance(0.5), draw.one_of(range(3)), MODES.index("antialiased"))
+    modes = indices(BSRGAN_MODES)
+    halving = torch.where(draw.chance(0.5), draw.one_of(modes), MODES.index("antialiased"))
     left = theta.scale / torch.where(halved, 2.0, 1.0)
     for i in range(2):
         aniso = draw.chance(BSRGAN_ANISO_PROB)[:, None]
@@ -398,8 +581,8 @@ def draw_bsrgan(theta: Degradation, draw: Draw) -> None:
     factor = torch.where(resized, draw.uniform(1, 2 * left), left)
     theta.resize[:, 0] = 0.5
     theta.resize[:, 1] = torch.where(halved, 0.5, 1.0) / factor
-    second = torch.where(resized, draw.one_of(range(3)), MODES.index("bilinear"))
-    theta.resize_mode[:] = torch.stack([halving, second, draw.one_of(range(3))], 1)
+    second = torch.where(resized, draw.one_of(modes), MODES.index("bilinear"))
+    theta.resize_mode[:] = torch.stack([halving, second, draw.one_of(modes)], 1)
     colour, low, high = draw.choice(BSRGAN_NOISE_PROB), *BSRGAN_NOISE
     level = torch.where(colour == 2, high, draw.one_of(range(low, high + 1)))
     theta.gaussian_std[:, 0] = level / 255
@@ -455,241 +638,208 @@ def sample_degradation(
     return theta if device is None else theta.to(device)
 
 
-# ---- images of different sizes -----------------------------------------------------------------
-
-
-def sizes(images: list[Tensor]) -> Tensor:
-    """Heights and widths (B, 2), on the CPU."""
-    return torch.tensor([image.shape[1:] for image in images])
-
-
-def canvas(images: list[Tensor]) -> Tensor:
-    """Images (3, H, W) in the top left corners of one tensor (B, 3, max H, max W)."""
-    if len(images) == 1:
-        return images[0][None]
-    H, W = sizes(images).amax(0).tolist()
-    return torch.stack([F.pad(x, (0, W - x.shape[2], 0, H - x.shape[1])) for x in images])
-
-
-def cut(x: Tensor, size: Tensor) -> list[Tensor]:
-    """The images of a canvas: the inverse of canvas()."""
-    return [image[:, :h, :w] for image, (h, w) in zip(x, size.tolist(), strict=True)]
-
-
 # ---- blur -------------------------------------------------------------------------------------
 
 
-def blur_kernels(theta: Degradation) -> Tensor:
+def blur_kernels(theta: Degradation, device: torch.device | None = None) -> Tensor:
     """The kernels (B, 3, 25, 25) of theta's three blurs, each summing to 1.
 
     With q = x^T Sigma^-1 x: exp(-q^beta / 2) (Gaussian for beta = 1), the plateau 1 / (1 + q^beta),
     or, where cutoff > 0, the circular sinc cutoff J_1(cutoff r) / (2 pi r) (arXiv:2107.10833, Eq.
     2-6). Sharpening by `amount` is (1 + amount) delta - amount kernel.
     """
+    columns = [*theta.blur_sigma.unbind(2), theta.blur_angle, theta.blur_shape, theta.blur_plateau,
+               theta.blur_size, theta.sinc_cutoff, theta.sharpen]  # fmt: skip
+    numbers = torch.stack([column.double() for column in columns])
+    numbers = numbers.to(device or numbers.device, non_blocking=True)[..., None, None]
+    width, height, angle, beta, plateau, size, cutoff, amount = numbers  # (B, 3, 1, 1) each
     half = KERNEL_SIZE // 2
-    axis = torch.arange(-half, half + 1, device=theta.seed.device, dtype=torch.float64)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")  # (25, 25)
-
-    def pixels(column: Tensor) -> Tensor:
-        return column.double()[..., None, None]  # (B, 3, 1, 1)
-
-    width, height = (pixels(s) for s in theta.blur_sigma.clamp(min=1e-3).unbind(2))
-    cos, sin = pixels(theta.blur_angle).cos(), pixels(theta.blur_angle).sin()
-    along, across = x * cos + y * sin, y * cos - x * sin
-    q = (along / width).square() + (across / height).square()
-    q = q.pow(pixels(theta.blur_shape))
-    kernel = torch.where(theta.blur_plateau[..., None, None], 1 / (1 + q), (-q / 2).exp())
-    radius, cutoff = (x.square() + y.square()).sqrt(), pixels(theta.sinc_cutoff)
+    axis = torch.arange(-half, half + 1, device=numbers.device, dtype=torch.float64)
+    y, x = axis[:, None], axis
+    cos, sin = angle.cos(), angle.sin()
+    along, across = x * cos + y * sin, y * cos - x * sin  # (B, 3, 25, 25)
+    q = (along / width.clamp(min=1e-3)).square() + (across / height.clamp(min=1e-3)).square()
+    q = q.pow(beta)
+    kernel = torch.where(plateau > 0, 1 / (1 + q), (q / -2).exp())
+    radius = (x.square() + y.square()).sqrt()
     sinc = cutoff * torch.special.bessel_j1(cutoff * radius) / (2 * math.pi * radius)
-    sinc[..., half, half] = cutoff[..., 0, 0].square() / (4 * math.pi)
+    sinc = torch.where(radius > 0, sinc, cutoff.square() / (4 * math.pi))
     kernel = torch.where(cutoff > 0, sinc, kernel)
-    kernel = kernel * (torch.maximum(x.abs(), y.abs()) <= pixels(theta.blur_size // 2))
+    kernel = kernel * (torch.maximum(x.abs(), y.abs()) <= size // 2)
     kernel = kernel / kernel.sum((2, 3), keepdim=True)
-    amount, delta = pixels(theta.sharpen), (radius == 0).double()
-    return torch.where(amount > 0, (1 + amount) * delta - amount * kernel, kernel).float()
+    sharp = (1 + amount) * (radius == 0) - amount * kernel
+    return torch.where(amount > 0, sharp, kernel).float()
 
 
-def mirrored(length: int, margin: int, n: int) -> Tensor:
-    """Indices -margin .. length + margin - 1, mirrored into [0, n)."""
-    period = max(2 * n - 2, 1)
-    i = torch.arange(-margin, length + margin) % period
-    return torch.minimum(i, period - i).clamp(max=n - 1)
+def mirrored(size: Tensor, length: int) -> Tensor:
+    """Indices -12, -11, ... of pixels, mirrored into [0, n) for sizes n (B, 2): (B, 2, length)."""
+    i = torch.arange(length, device=size.device) - KERNEL_SIZE // 2
+    period = (2 * size - 2).clamp(min=1)[..., None]
+    i = i % period
+    return torch.minimum(i, period - i)
 
 
-def blur(image: Tensor, kernel: Tensor) -> Tensor:
-    """Correlate an image (3, H, W) with a kernel (K, K), edges mirrored."""
-    _, H, W = image.shape
-    K, s = len(kernel), 4
-    h, w = -(-H // s), -(-W // s)
-    rows, columns = (
-        mirrored(n * s, K // 2, side).to(image.device, non_blocking=True)
-        for n, side in ((h, H), (w, W))
-    )
-    padded = image.index_select(1, rows).index_select(2, columns)
-    # One convolution of stride 4 gives the 4 x 4 pixels of a cell as its channels, each with the
-    # kernel in another place: two to four times as fast as a depthwise convolution.
-    cell = torch.eye(s * s, device=image.device).view(s * s, 1, s, s)
-    weight = F.conv_transpose2d(cell, kernel[None, None])  # (16, 1, K + 3, K + 3)
-    y = F.conv2d(padded[:, None], weight, stride=s)  # (3, 16, h, w)
-    return F.pixel_shuffle(y, s)[:, 0, :H, :W]
+def fast_length(n: int) -> int:
+    """The shortest length for the FFT, without prime factors above 7, of n pixels and margins."""
+    n += KERNEL_SIZE - 1
+    return next(m for m in range(n, 2 * n) if 210**16 % m == 0)
+
+
+def blur(x: Tensor, kernel: Tensor, index: Tensor | None = None) -> Tensor:
+    """Correlate images (B, 3, H, W) with kernels (B, 25, 25), edges mirrored.
+
+    `index` is mirrored() of the true sizes on a canvas, default all of it.
+    """
+    H, W = x.shape[2:]
+    lengths = fast_length(H), fast_length(W)
+    if index is None:
+        index = mirrored(torch.tensor([[H, W]], device=x.device).expand(len(x), 2), max(lengths))
+    x = pick(x, index[:, 0, : lengths[0]], index[:, 1, : lengths[1]])
+    spectrum = torch.fft.rfft2(x) * torch.fft.rfft2(kernel, lengths).conj()[:, None]
+    return torch.fft.irfft2(spectrum, lengths)[:, :, :H, :W]
 
 
 # ---- resize -----------------------------------------------------------------------------------
 
 
 def cubic(distance: Tensor, a: float) -> Tensor:
-    """Keys' kernel, 1 at 0 and 0 beyond 2 pixels."""
-    d = distance.abs()
+    """Keys' kernel of a distance >= 0: 1 at 0, and 0 from 2 pixels on."""
+    d = distance
     near = ((a + 2) * d - (a + 3)) * d * d + 1
     far = a * (((d - 5) * d + 8) * d - 4)
     return torch.where(d <= 1, near, torch.where(d < 2, far, 0.0))
 
 
-def resize_weights(old: Tensor, new: Tensor, mode: str, device: torch.device) -> Tensor:
-    """Weights (B, 2, N, M) that resize the two sides of image b from old[b] to new[b] pixels.
+def overlap(distance: Tensor, ratio: Tensor) -> Tensor:
+    """How much of an input pixel is under an output pixel, which is `ratio` of them wide."""
+    return torch.minimum((1 + ratio) / 2 - distance, ratio).clamp(0, 1)
 
-    old, new (B, 2) on the CPU; N and M are their largest. Equals torch's interpolate of that mode
-    ("antialiased" is its bicubic with antialias=True, the others are without).
+
+# Weight of an input pixel by its distance from the centre of the output pixel, in input pixels.
+PROFILES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "area": lambda d, ratio: (overlap(d, ratio) > 1e-6).float(),
+    "bilinear": lambda d, ratio: (1 - d).clamp(min=0),
+    "bicubic": lambda d, ratio: cubic(d, -0.75),
+    "antialiased": lambda d, ratio: cubic(d / ratio.clamp(min=1), -0.5),
+    "coverage": overlap,
+}
+REPEATS_EDGES = ("bilinear", "bicubic")  # the others leave out what lies outside of the image
+
+
+def resize_weights(
+    turns: list[Turn], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Size]]:
+    """How both sides of the images are resized, for each turn: at, weight (n, 2, N, taps), size.
+
+    Pixel i of side s of image b becomes the sum over k of weight[b, s, i, k] times pixel
+    at[b, s, i, k]. Equals torch's interpolate, Pillow's bicubic (antialiased), OpenCV's INTER_AREA.
     """
-    M, N, largest = int(old.max()), int(new.max()), float((old / new).max())
-    matrix = torch.zeros(*old.shape, N, M, device=device)
     old, new = (
-        n.to(device, non_blocking=True).double()[..., None, None] for n in (old, new)
-    )  # (B, 2, 1, 1)
-    i = torch.arange(N, device=old.device, dtype=torch.float64)[:, None]
-    centre = (i + 0.5) * old / new - 0.5  # (B, 2, N, 1), where output i looks in the input
-    # The inputs of one output: `taps` at most, from `first` on.
-    if mode == "area":
-        first, last = (i * old / new).floor(), ((i + 1) * old / new).ceil()
-        taps = math.ceil(largest) + 1
-    elif mode == "antialiased":
-        support = 2 * (old / new).clamp(min=1)
-        first, taps = (centre - support).ceil(), math.ceil(4 * max(largest, 1)) + 1
-    else:
-        first, taps = centre.floor() - 1, 4
-    j = first + torch.arange(taps, device=old.device)  # (B, 2, N, taps)
-    if mode == "area":
-        weight = ((j < last) & (j < old)) / (last - first)
-    elif mode == "antialiased":
-        weight = cubic((j - centre) * 2 / support, -0.5) * ((j >= 0) & (j < old))
-        weight = weight / weight.sum(3, keepdim=True)
-    elif mode == "bicubic":
-        weight = cubic(j - centre, -0.75)
-    else:
-        weight = (1 - (j - centre).abs()).clamp(min=0)
-    at = j.clamp(min=0).minimum(old - 1).long()
-    return matrix.scatter_add_(3, at, weight.float())
+        np.array([size for t in turns for size in getattr(t, name)]) for name in ("old", "new")
+    )
+    mode = np.array([mode for t in turns for mode in t.choices])[:, None].repeat(2, axis=1)
+    ratio, taps, N = old / new, 0, int(new.max())
+    # How far an output pixel looks in the input.
+    reach = np.choose(
+        mode,
+        [(1 + ratio) / 2, 0 * ratio + 1, 0 * ratio + 2, 2 * ratio.clip(min=1), (1 + ratio) / 2],
+    )
+    taps = int(2 * reach.max()) + 1
+    numbers = torch.tensor(np.stack([old, new, reach, mode], axis=2)).to(device, non_blocking=True)
+    length, new_length, reach, mode = numbers[..., None, None].unbind(2)  # (n, 2, 1, 1)
+    i = torch.arange(N, dtype=torch.float64, device=device)[:, None].minimum(new_length - 1)
+    centre = (i + 0.5) * (length / new_length) - 0.5  # (n, 2, N, 1) in the input
+    j = (centre - reach).ceil() + torch.arange(taps, device=device)  # (n, 2, N, taps)
+    distance, ratio = (j - centre).abs().float(), (length / new_length).float()
+    weight, outside = torch.zeros_like(distance), (j < 0) | (j >= length)
+    for number in {number for t in turns for number in t.choices}:
+        profile = PROFILES[MODES[number]](distance, ratio)
+        if MODES[number] not in REPEATS_EDGES:
+            profile = profile.masked_fill(outside, 0.0)
+        weight = torch.where(mode == number, profile, weight)
+    at = j.clamp(min=0).minimum(length - 1).long()
+    weight = weight / weight.sum(3, keepdim=True)
+    counts = [len(t.rows) for t in turns]
+    return zip(at.split(counts), weight.split(counts), [largest(t.new) for t in turns], strict=True)
 
 
-def resize(images: list[Tensor], new: Tensor, mode: str) -> list[Tensor]:
-    """Resize image b (3, H, W) to new[b] = (H', W') as two matrix products."""
-    weights = resize_weights(sizes(images), new, mode, images[0].device)
-    return [
-        (weights[b, 0, :H, : x.shape[1]].contiguous() @ x)
-        @ weights[b, 1, :W, : x.shape[2]].contiguous().mT
-        for b, (x, (H, W)) in enumerate(zip(images, new.tolist(), strict=True))
-    ]
+def resize(x: Tensor, at: Tensor, weight: Tensor, size: Size) -> Tensor:
+    """Resize images (B, 3, H, W) as resize_weights says, on a new canvas of this size."""
+    (H, W), N = x.shape[2:], max(size)
+    matrix = x.new_zeros(len(x), 2, N, max(H, W))
+    matrix.scatter_add_(3, at[:, :, :N], weight[:, :, :N])
+    down, across = matrix[:, None].unbind(2)  # (B, 1, N, max(H, W)) each
+    x = (down[:, :, : size[0], :H] @ x).flatten(1, 2)  # (B, 3 H', W)
+    return (x @ across[:, 0, : size[1], :W].mT).unflatten(1, (3, -1))
 
 
 # ---- noise ------------------------------------------------------------------------------------
 
 
+def on_device(gray: list[int], device: torch.device) -> Tensor:
+    """Which images have gray noise, (B, 1, 1, 1)."""
+    return torch.tensor(gray).bool().to(device, non_blocking=True)[:, None, None, None]
+
+
 def gaussian(
-    images: list[Tensor], std: Tensor, gray: Tensor, mix: Tensor, draws: list[torch.Generator]
-) -> list[Tensor]:
-    """Add Gaussian noise of std[b] from draws[b]: gray, or colours correlated by mix[b] (3, 3).
-
-    Parameters of images may stay on the CPU here and below: a GPU is never waited for.
-    """
-    x, device = canvas(images), images[0].device
-    std, mix = (part.to(device, non_blocking=True) for part in (std, mix))
-    shapes = [(1 if g else 3, *i.shape[1:]) for i, g in zip(images, gray.tolist(), strict=True)]
-    drawn = zip(shapes, draws, strict=True)
-    eps = canvas([torch.randn(s, generator=g, device=device).expand(3, -1, -1) for s, g in drawn])
-    noise = ((std[:, None, None] * mix) @ eps.flatten(2)).view_as(x)
-    return cut(noise.add_(x).clamp_(0, 1), sizes(images))
-
-
-@functools.cache
-def photon_tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Alias tables (Walker 1977) of the Poisson counts at all rates v / 255 * 2^n, v < 256, n < 9.
-
-    With u uniform in [0, K[n]), the count is j = floor(u) if u - j < threshold, else alias, both at
-    first[n] + v * K[n] + j. Returns threshold and alias (flat), K (9,), first (9,).
-    """
-    thresholds, aliases = [], []
-    for n in range(9):
-        rate = torch.arange(256, dtype=torch.float64)[:, None] / 255 * 2**n
-        count = torch.arange(2**n + 12 * math.isqrt(2**n) + 12, dtype=torch.float64)
-        K = len(count)
-        # Buckets of mean height 1: the lowest open one is filled up by the highest, and closed.
-        height = (torch.special.xlogy(count, rate) - torch.lgamma(count + 1)).softmax(1) * K
-        threshold, alias = torch.ones_like(height), count.repeat(256, 1)
-        is_open = torch.ones_like(height, dtype=torch.bool)
-        for _ in range(K - 1):
-            low = height.where(is_open, math.inf).argmin(1, keepdim=True)
-            high = height.where(is_open, -math.inf).argmax(1, keepdim=True)
-            share = height.gather(1, low)
-            threshold.scatter_(1, low, share)
-            alias.scatter_(1, low, high.double())
-            is_open.scatter_(1, low, False)
-            height.scatter_add_(1, high, share - 1)
-        thresholds.append(threshold)
-        aliases.append(alias)
-    lengths = torch.tensor([t.numel() for t in thresholds])
-    tables = (torch.cat([t.flatten() for t in parts]).float() for parts in (thresholds, aliases))
-    threshold, alias = (table.to(device) for table in tables)
-    return threshold, alias, (lengths // 256).to(device), (lengths.cumsum(0) - lengths).to(device)
+    x: Tensor, std: Tensor, gray: list[int], mix: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Add Gaussian noise of std[b]: one for all channels if gray[b], else mixed by mix[b] (3, 3)."""
+    shape = (len(x), 1 if all(gray) else 3, *x.shape[2:])
+    eps = torch.randn(shape, generator=generator, device=generator.device).to(x.device)
+    if any(gray) and not all(gray):
+        eps = torch.where(on_device(gray, x.device), eps[:, :1], eps)
+    noise = (std[:, None, None] * mix) @ eps.expand_as(x).flatten(2)
+    return noise.view_as(x).add_(x).clamp_(0, 1)
 
 
 def poisson(
-    images: list[Tensor], scale: Tensor, gray: Tensor, draws: list[torch.Generator]
-) -> list[Tensor]:
+    x: Tensor, scale: Tensor, gray: list[int], size: Tensor, generator: torch.Generator
+) -> Tensor:
     """Add scale[b] times the shot noise of an image with as many photons per unit as it has levels.
 
-    The levels (values of 8 bits that occur) are rounded up to a power of two.
+    The levels (8-bit values that occur in the image of size[b]) are rounded up to a power of two.
     """
-    x, device = canvas(images), images[0].device
-    shapes = [(1 if g else 3, *i.shape[1:]) for i, g in zip(images, gray.tolist(), strict=True)]
-    scale, gray = (part.to(device, non_blocking=True) for part in (scale, gray))
-    luma = 0.2989 * x[:, :1] + 0.5870 * x[:, 1:2] + 0.1140 * x[:, 2:]
-    source = torch.where(gray[:, None, None, None], luma, x)
-    source = source.clamp_(0, 1).mul_(255).round_()  # (B, 3, H, W) whole numbers
-    values = source
-    if len(images) > 1:  # outside of an image its first pixel, which adds no level
-        here = canvas([torch.ones_like(image[:1]) for image in images])
-        values = torch.where(here > 0, source, source[:, :, :1, :1])
-    used = torch.zeros(len(x), 256, device=device).scatter_(1, values.long().flatten(1), 1.0).sum(1)
-    n = used.log2().ceil().long()
-    threshold, alias, K, first = photon_tables(device)
-    K, first = K[n][:, None, None, None], first[n][:, None, None, None]
-    drawn = zip(shapes, draws, strict=True)
-    u = canvas([torch.rand(s, generator=g, device=device).expand(3, -1, -1) for s, g in drawn]) * K
-    j = u.floor().minimum(K - 1)
-    at = (source * K + j + first).int().flatten()
-    chosen = (u - j).flatten() < threshold.index_select(0, at)
-    photons = torch.where(chosen, j.flatten(), alias.index_select(0, at)).view_as(x)
-    noise = photons / torch.exp2(n)[:, None, None, None] - source / 255
-    return cut(noise.mul_(scale[:, None, None, None]).add_(x).clamp_(0, 1), sizes(images))
+    H, W = x.shape[2:]
+    source = x
+    if any(gray):
+        luma = 0.2989 * x[:, :1] + 0.5870 * x[:, 1:2] + 0.1140 * x[:, 2:]
+        source = luma if all(gray) else torch.where(on_device(gray, x.device), luma, x)
+    source = source.clamp(0, 1).mul_(255).round_()  # (B, 1 or 3, H, W) whole numbers
+    inside = [torch.arange(n, device=x.device) < size[:, i, None] for i, n in enumerate((H, W))]
+    inside = inside[0][:, None, :, None] & inside[1][:, None, None]  # (B, 1, H, W)
+    level = torch.where(inside, source, 256.0).long().flatten(1)
+    levels = x.new_zeros(len(x), 257).scatter_(1, level, 1.0)[:, :256].sum(1)
+    photons = torch.exp2(levels.log2().ceil())[:, None, None, None] / 255  # per level
+    rate = (source * photons).mul_(inside).to(generator.device)
+    counts = torch.poisson(rate, generator=generator).to(x.device)
+    noise = (counts / photons).sub_(source).mul_((scale / 255)[:, None, None, None])
+    return (x + noise).clamp_(0, 1)
 
 
-# ---- JPEG: libjpeg's integer arithmetic, followed exactly in float64 ---------------------------
+# ---- JPEG: libjpeg's integer arithmetic, followed exactly in floating point --------------------
 
 # fmt: off
-LUMA_TABLE = torch.tensor([
+BASE_TABLES = torch.tensor([[  # of luma
     16, 11, 10, 16,  24,  40,  51,  61,  12, 12, 14, 19,  26,  58,  60,  55,
     14, 13, 16, 24,  40,  57,  69,  56,  14, 17, 22, 29,  51,  87,  80,  62,
     18, 22, 37, 56,  68, 109, 103,  77,  24, 35, 55, 64,  81, 104, 113,  92,
-    49, 64, 78, 87, 103, 121, 120, 101,  72, 92, 95, 98, 112, 100, 103,  99]).view(8, 8)
-CHROMA_TABLE = torch.tensor([
+    49, 64, 78, 87, 103, 121, 120, 101,  72, 92, 95, 98, 112, 100, 103,  99], [  # of chroma
     17, 18, 24, 47, 99, 99, 99, 99,  18, 21, 26, 66, 99, 99, 99, 99,
     24, 26, 56, 99, 99, 99, 99, 99,  47, 66, 99, 99, 99, 99, 99, 99,
     99, 99, 99, 99, 99, 99, 99, 99,  99, 99, 99, 99, 99, 99, 99, 99,
-    99, 99, 99, 99, 99, 99, 99, 99,  99, 99, 99, 99, 99, 99, 99, 99]).view(8, 8)
+    99, 99, 99, 99, 99, 99, 99, 99,  99, 99, 99, 99, 99, 99, 99, 99]]).view(2, 8, 8)
+# Colours in 16-bit fixed point: the last column is added, and all is shifted right by 16 bits.
+# Chroma is rounded a unit of 2^-16 lower.
+TO_YCC = torch.tensor([[ 19595.,  38470.,   7471., 2**15],
+                       [-11059., -21709.,  32768., 2**23 + 2**15 - 1],
+                       [ 32768., -27439.,  -5329., 2**23 + 2**15 - 1]]) / 2**16
+TO_RGB = torch.tensor([[     0.,  91881., 2**15],  # of chroma about 0, to be added to luma
+                       [-22554., -46802., 2**15],
+                       [116130.,      0., 2**15]]) / 2**16
 # fmt: on
 
 
-@functools.cache
 def dct_matrix() -> Tensor:
     """The 8x8 integer matrix of one pass of libjpeg's slow integer DCT (jfdctint.c), float64.
 
@@ -717,118 +867,105 @@ def dct_matrix() -> Tensor:
     )
 
 
-def scaled_table(base: Tensor, quality: Tensor) -> Tensor:
-    """libjpeg's quantisation table (B, 8, 8) for qualities 1..100 (B,)."""
-    quality = quality.clamp(min=1)
-    percent = torch.where(quality < 50, 5000 // quality, 200 - 2 * quality)[:, None, None]
-    return (
-        ((base.to(quality.device, non_blocking=True) * percent + 50) // 100).clamp(1, 255).double()
-    )
+def scaled_tables() -> Tensor:
+    """libjpeg's quantisation tables of luma and chroma for qualities 1 to 100: (100, 2, 8, 8)."""
+    quality = torch.arange(1, 101)
+    percent = torch.where(quality < 50, 5000 // quality, 200 - 2 * quality)
+    return ((BASE_TABLES * percent[:, None, None, None] + 50) // 100).clamp(1, 255)
 
 
-def along_columns(matrix: Tensor, plane: Tensor) -> Tensor:
-    """Multiply every column of every 8 x 8 block of a plane (B, H, W)."""
-    B, H, W = plane.shape
-    return (matrix @ plane.view(B, H // 8, 8, W)).view(B, H, W)
+DCT = dct_matrix()
+# The passes of DCT and inverse, which libjpeg runs in integers and shifts right by so many bits.
+PASSES = torch.stack([DCT * 2.0**-11, DCT * 2.0**-15, DCT.T * 2.0**-11, DCT.T * 2.0**-18])
+TABLES = scaled_tables()
 
 
 def quantised(plane: Tensor, table: Tensor) -> Tensor:
-    """A plane (B, H, W) after the DCT, quantisation by table (B, 8, 8) and the inverse DCT.
+    """A plane (B, H, W) after the DCT, quantisation by table (B, H/8, 8, 8) and the inverse DCT.
 
-    libjpeg runs each pass in integers and shifts them right by 11, 15, 11 and 18 bits, rounding
-    half up. Rows come first, then columns; in the inverse the other way around.
+    Each pass is rounded, half up. Rows come first, then columns; in the inverse the other way.
     """
     B, H, W = plane.shape
-    M = dct_matrix().to(plane.device, non_blocking=True)
-    y = along_columns(M * 2.0**-11, (plane.double() - 128).mT.contiguous()).add_(0.5).floor_()
-    y = along_columns(M * 2.0**-15, y.mT.contiguous()).add_(0.5).floor_()  # 8 times the coefficient
+    rows, columns, columns_back, rows_back = PASSES.to(plane.device, non_blocking=True)
+
+    def along_columns(matrix: Tensor, y: Tensor) -> Tensor:
+        return (matrix @ y.unflatten(1, (-1, 8))).flatten(1, 2)
+
+    y = along_columns(rows, (plane.double() - 128).mT.contiguous()).add_(0.5).floor_()
+    y = along_columns(columns, y.mT.contiguous()).add_(0.5).floor_()  # 8 times the coefficient
     # Halves are rounded away from zero: a nudge that is far less than 1 / (8 q) brings them there.
-    divisor, table = 8 / (1 + 2.0**-40) * table[:, None, :, None], table[:, None, :, None]
-    y.view(B, H // 8, 8, W // 8, 8).div_(divisor).round_().mul_(table)
-    y = along_columns(M.T * 2.0**-11, y).add_(0.5).floor_()
-    y = along_columns(M.T * 2.0**-18, y.mT.contiguous()).add_(128.5).floor_()
-    return y.mT.contiguous().clamp_(0, 255).float()
+    table = table[:, :, :, None]  # (B, H/8, 8, 1, 8)
+    y.view(B, H // 8, 8, W // 8, 8).div_(8 / (1 + 2.0**-40) * table).round_().mul_(table)
+    y = along_columns(columns_back, y).add_(0.5).floor_()
+    y = along_columns(rows_back, y.mT.contiguous()).add_(128.5).floor_()
+    return y.clamp_(0, 255).mT.float()
 
 
-def combined(planes: tuple[Tensor, ...], factors: tuple[int, ...], bias: int = 2**15) -> Tensor:
-    """The sum of factors times whole planes plus the bias, shifted right by 16 bits.
-
-    All of it stays below 2^24, so float32 is exact.
-    """
-    total = planes[0] * (factors[0] * 2.0**-16)
-    for plane, factor in zip(planes[1:], factors[1:], strict=True):
-        total.add_(plane, alpha=factor * 2.0**-16)
-    return total.add_(bias * 2.0**-16).floor_()
+def converted(planes: Tensor, matrix: Tensor) -> Tensor:
+    """TO_YCC or TO_RGB of whole planes (B, C, H, W). All stays below 2^24: float32 is exact."""
+    matrix = matrix.to(planes.device, non_blocking=True)
+    result = torch.matmul(matrix[:, :-1], planes.flatten(2)).add_(matrix[:, -1:]).floor_()
+    return result.unflatten(2, planes.shape[2:])
 
 
-def pick(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """x[b, :, rows[b], columns[b]] for every image b: (B, C, H', W')."""
-    if len(x) == 1:  # ten times as fast on a CPU
-        return x.index_select(2, rows[0]).index_select(3, columns[0])
-    b = torch.arange(len(x), device=x.device)[:, None, None]
-    return x.transpose(0, 1)[:, b, rows[:, :, None], columns[:, None, :]].transpose(0, 1)
-
-
-def clamped(margin: int, length: int, n: Tensor) -> Tensor:
-    """Indices -margin .. length + margin - 1, clamped into [0, n[b]): (B, length + 2 margin)."""
-    i = torch.arange(-margin, length + margin, device=n.device)
-    return i.clamp(min=0).minimum(n[:, None] - 1)
+def clamped(size: Tensor, length: int, margin: int = 0) -> Tensor:
+    """Indices -margin .. length + margin - 1, clamped into [0, n) for sizes n (B, 2): (B, 2, L)."""
+    i = torch.arange(-margin, length + margin, device=size.device).clamp(min=0)
+    return i.minimum(size[..., None] - 1)
 
 
 def halve(chroma: Tensor, size: Tensor) -> Tensor:
     """Average 2 x 2 pixels as libjpeg does (bias 1, 2, 1, 2, ...); repeat the last true row."""
     total = chroma[:, :, ::2] + chroma[:, :, 1::2]
-    bias = 1.0 + torch.arange(total.shape[3] // 2, device=total.device) % 2
-    total = (total[..., ::2] + total[..., 1::2] + bias).mul_(0.25).floor_()  # (B, 2, H/2, W/2)
+    total = total[..., ::2] + total[..., 1::2]  # (B, 2, H/2, W/2)
     H, W = total.shape[2:]
-    return pick(total, clamped(0, H, size[:, 0]), clamped(0, W, size[:, 1].clamp(min=W)))
+    column = torch.arange(W, device=total.device)
+    total = total.add_(1 + column % 2).mul_(0.25).floor_()
+    return pick(total, clamped(size, H)[:, 0], column.expand(len(size), W))
 
 
-def double(chroma: Tensor, size: Tensor, narrow: Tensor) -> Tensor:
+def double(chroma: Tensor, size: Tensor) -> Tensor:
     """libjpeg's "fancy" upsampling: 3/4 of the nearer, 1/4 of the farther sample along each axis.
 
-    Where it is `narrow` (B,), on the CPU, of one or two columns, it is repeated, as in jdsample.c.
+    Images of one or two columns are repeated, as in jdsample.c.
     """
-    B, C, H, W = chroma.shape
-    x = pick(chroma, clamped(1, H, size[:, 0]), clamped(1, W, size[:, 1]))  # (B, C, H+2, W+2)
-    near = 3 * x[:, :, 1:-1]
-    x = torch.stack([near + x[:, :, :-2], near + x[:, :, 2:]], 3).view(B, C, 2 * H, W + 2)
-    near = 3 * x[..., 1:-1]
-    y = torch.empty(B, C, 2 * H, 2 * W, device=x.device)
-    y[..., ::2] = near.add(x[..., :-2]).add_(8)
-    y[..., 1::2] = near.add_(x[..., 2:]).add_(7)
-    y.mul_(1 / 16).floor_()
-    if narrow.any():
-        narrow = narrow[:, None, None, None].to(y.device)
-        y = torch.where(narrow, chroma.repeat_interleave(2, 2).repeat_interleave(2, 3), y)
-    return y
+    H, W = chroma.shape[2:]
+    index = clamped(size, max(H, W), margin=1)
+    x = pick(chroma, index[:, 0, : H + 2], index[:, 1, : W + 2])  # (B, 2, H + 2, W + 2)
+    far = (size[:, 1] > 2).float()[:, None, None, None]
+    nearer = 4 - far
+    near = x[:, :, 1:-1] * nearer
+    x = torch.stack([near.addcmul(far, x[:, :, :-2]), near.addcmul(far, x[:, :, 2:])], dim=3)
+    x = x.flatten(2, 3)  # (B, 2, 2H, W + 2)
+    near = x[..., 1:-1] * nearer
+    left, right = near.addcmul(far, x[..., :-2]).add_(8), near.addcmul(far, x[..., 2:]).add_(7)
+    return torch.stack([left, right], dim=4).flatten(3).mul_(1 / 16).floor_()
 
 
 @torch.no_grad()
 def jpeg_round_trip(x: Tensor, quality: Tensor, subsampling: str, size: Tensor) -> Tensor:
-    """jpeg() for checked arguments, without a gradient."""
-    B, _, H, W = x.shape
+    """jpeg() for checked arguments on one device, without a gradient."""
+    H, W = x.shape[2:]
     H16, W16 = -(-H // 16) * 16, -(-W // 16) * 16
-    narrow = size[:, 1] <= 4
-    quality, size = (part.to(x.device, non_blocking=True) for part in (quality, size))
-    rgb = pick(x, clamped(0, H16, size[:, 0]), clamped(0, W16, size[:, 1]))
-    planes = rgb.clamp_(0, 1).mul_(255).round_().unbind(1)  # (B, H16, W16) each
-    luma = combined(planes, (19595, 38470, 7471))
-    # Chroma is rounded a unit of 2^-16 lower.
-    blue = combined(planes, (-11059, -21709, 32768), 2**23 + 2**15 - 1)
-    red = combined(planes, (32768, -27439, -5329), 2**23 + 2**15 - 1)
-    luma = quantised(luma, scaled_table(LUMA_TABLE, quality))
-    chroma, half = torch.stack([blue, red], 1), (size + 1) // 2  # (B, 2, H16, W16)
+    index = clamped(size, max(H16, W16))
+    rgb = pick(x, index[:, 0, :H16], index[:, 1, :W16]).clamp_(0, 1).mul_(255).round_()
+    luma, chroma = converted(rgb, TO_YCC).split([1, 2], dim=1)
+    # One plane for the DCT (B, rows, W16): luma and, below it, both of chroma.
     if subsampling == "4:2:0":
-        chroma = halve(chroma, half)
-    table = scaled_table(CHROMA_TABLE, quality).repeat_interleave(2, 0)
-    chroma = quantised(chroma.flatten(0, 1), table).view_as(chroma) - 128
+        halved = (size + 1) // 2
+        chroma = halve(chroma, halved)
+        below = chroma.movedim(1, 2).flatten(2)  # side by side
+    else:
+        below = chroma.flatten(1, 2)
+    rows = [H16, below.shape[1]]
+    tables = TABLES.to(x.device, non_blocking=True)[quality - 1].double().split(1, dim=1)
+    table = torch.cat([t.expand(-1, n // 8, -1, -1) for t, n in zip(tables, rows, strict=True)], 1)
+    luma, below = quantised(torch.cat([luma[:, 0], below], dim=1), table).split(rows, dim=1)
     if subsampling == "4:2:0":
-        chroma = double(chroma, half, narrow)
-    blue, red = chroma.unbind(1)
-    torch.add(luma, combined((red,), (91881,)), out=rgb[:, 0])
-    torch.add(luma, combined((blue, red), (-22554, -46802)), out=rgb[:, 1])
-    torch.add(luma, combined((blue,), (116130,)), out=rgb[:, 2])
+        chroma = double(below.unflatten(2, (2, -1)).movedim(2, 1) - 128, halved)
+    else:
+        chroma = below.unflatten(1, (2, -1)) - 128
+    rgb = converted(chroma, TO_RGB).add_(luma[:, None])
     return rgb[:, :, :H, :W].clamp(0, 255).div_(255)
 
 
@@ -838,119 +975,23 @@ def jpeg(
     """Compress and decompress images as Pillow (libjpeg) does, bit for bit.
 
     x (B, 3, H, W) in [0, 1], first rounded to 8 bits; quality (B,) in 1..100; `size` (B, 2) are the
-    true sizes on a canvas, default all of it. Returns (B, 3, H, W); gradients pass
-    straight through. ValueError for another quality or subsampling.
+    true sizes on a canvas, default all of it. Returns (B, 3, H, W); gradients pass straight
+    through. ValueError for another quality or subsampling; a quality that is on a GPU, which is not
+    waited for, is a failed assertion of the device.
     """
     if subsampling not in ("4:2:0", "4:4:4"):
         raise ValueError(f"subsampling {subsampling!r}: 4:2:0 and 4:4:4 are supported.")
-    B, _, H, W = x.shape
-    if B == 0:
-        return x
-    quality = torch.as_tensor(quality).cpu().expand(B).long()
-    if int(quality.min()) < 1 or int(quality.max()) > 100:
+    quality = torch.as_tensor(quality).expand(len(x)).long()
+    in_range = ((quality >= 1) & (quality <= 100)).all()
+    if quality.device.type != "cpu":
+        torch._assert_async(in_range, "JPEG quality must be in 1..100")
+    elif not in_range:
         raise ValueError(f"JPEG quality {quality.tolist()}: must be in 1..100.")
-    size = torch.tensor([[H, W]]).expand(B, 2) if size is None else size.cpu()
-    y = jpeg_round_trip(x.float(), quality, subsampling, size)
+    size = torch.tensor([x.shape[2:]]).expand(len(x), 2) if size is None else size
+    quality, size = (part.to(x.device, non_blocking=True) for part in (quality, size))
+    with plain_float32(x.device):
+        y = jpeg_round_trip(x.float(), quality, subsampling, size) if len(x) else x
     return y + (x - x.detach()) if x.requires_grad else y
-
-
-# ---- D ----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def plain_float32(device: torch.device) -> Iterator[None]:
-    """Neither bf16 nor TF32 inside, whatever the training around it allows itself."""
-    matmul = torch.backends.cuda.matmul
-    allowed, matmul.allow_tf32 = matmul.allow_tf32, False
-    try:
-        with (
-            torch.autocast(device.type, enabled=False),
-            torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
-        ):
-            yield
-    finally:
-        matmul.allow_tf32 = allowed
-
-
-@torch.no_grad()
-def degrade(hr: Tensor, theta: Degradation, generator: torch.Generator | None = None) -> Tensor:
-    """D(X, theta): hr (B, 3, H, W) -> lr (B, 3, H/scale, W/scale), in [0, 1]; lr has 8-bit values.
-
-    Row i is degraded with row i of theta. Without a generator the noise is that of theta.seed, so
-    that theta replays the image; with one it is drawn anew.
-    """
-    (B, _, H, W), theta = hr.shape, theta.to("cpu")
-    if len(theta) != B:
-        raise ValueError(f"{B} images, but {len(theta)} rows of parameters")
-    if B == 0 or bool((theta.scale != theta.scale[0]).any()):
-        raise ValueError("a batch needs at least one image, and the same scale for all")
-    scale = int(theta.scale[0])
-    if H % scale or W % scale:
-        raise ValueError(f"images of {H} x {W} pixels can't be degraded by scale {scale}")
-    seed = theta.seed
-    if generator is not None:
-        seed = torch.randint(2**62, (B,), generator=generator, device=generator.device).cpu()
-    images = list(hr.float().contiguous())  # channels_last would slow down every operation
-    with plain_float32(hr.device):
-        kernels = blur_kernels(theta).to(hr.device, non_blocking=True)
-        for i in range(STEPS):
-            operations = theta.operations(i)
-            for operation in set(operations) - {""}:
-                same = [row for row in range(B) if operations[row] == operation]
-                for rows in together(same, images):
-                    before = [images[row] for row in rows]
-                    after = operate(operation, before, rows, theta, (H, W), kernels, seed)
-                    for row, image in zip(rows, after, strict=True):
-                        images[row] = image
-    return (torch.stack(images).clamp_(0, 1) * 255).round_() / 255
-
-
-def together(rows: list[int], images: list[Tensor]) -> Iterator[list[int]]:
-    """Split rows into groups that share a canvas, on a CPU one that its cache can hold."""
-    room = CPU_CANVAS if images[0].device.type == "cpu" else math.inf
-    group: list[int] = []
-    for row in sorted(rows, key=lambda row: images[row].numel()):
-        if group and images[row].numel() * (len(group) + 1) > room:
-            yield group
-            group = []
-        group.append(row)
-    yield group
-
-
-def operate(
-    operation: str,
-    images: list[Tensor],
-    rows: list[int],
-    theta: Degradation,
-    hr_size: tuple[int, int],
-    kernels: Tensor,
-    seed: Tensor,
-) -> list[Tensor]:
-    """One operation, with the parameters in these rows of theta, kernels and seed."""
-    kind, number, *mode = operation.split()
-    i, device = int(number) - 1, images[0].device
-
-    def draws() -> list[torch.Generator]:
-        return [common.generator(int(seed[row]), i, device=device) for row in rows]
-
-    if kind == "blur":
-        margins = ((KERNEL_SIZE - theta.blur_size[rows, i]) // 2).tolist()
-        return [
-            blur(image, kernels[row, i, m : KERNEL_SIZE - m, m : KERNEL_SIZE - m])
-            for image, row, m in zip(images, rows, margins, strict=True)
-        ]
-    if kind == "resize":
-        size = torch.tensor([hr_size] * len(rows))
-        exact = size // theta.scale[rows, None]
-        new = exact if i == 2 else (size * theta.resize[rows, i, None]).floor().long().clamp(min=1)
-        return resize(images, new, *mode)
-    if kind == "jpeg":
-        size = sizes(images)
-        return cut(jpeg(canvas(images), theta.jpeg_quality[rows, i], size=size), size)
-    gray = theta.gray_noise[rows, i]
-    if kind == "poisson":
-        return poisson(images, theta.poisson_scale[rows, i], gray, draws())
-    return gaussian(images, theta.gaussian_std[rows, i], gray, theta.colour_mix[rows], draws())
 
 
 # ---- the command ------------------------------------------------------------------------------
@@ -965,61 +1006,27 @@ class Config:
     recipe: str = "realesrgan"  # realesrgan, bsrgan, light, camera, wide or bicubic
     per_image: int = 1  # pairs to make of every photo
     scale: int = 4  # HR size / LR size
-    seed: int = 0  # pair k of photo i is degraded with draws from (seed, i, k)
-    bench: bool = False  # only measure the speed of every operation and recipe
+    seed: int = 0  # pair k of a photo is degraded with draws from (seed, name of the photo, k)
     device: str = "auto"  # cpu, cuda or auto
 
 
-BENCH_RUNS = 16
-
-
-def bench(files: list[Path], device: torch.device) -> None:
-    """Print images per second, best of several runs, for 16 photos of 256 x 256 pixels."""
-    photos = [common.load_image(file)[:, :256, :256] for file in files]
-    photos = [photo for photo in photos if photo.shape[1:] == (256, 256)]
-    common.require(bool(photos), "--bench needs --hr photos of at least 256 x 256 pixels.")
-    hr = torch.stack([photos[i % len(photos)] for i in range(16)]).to(device)
-    images, few = list(hr), Draw(16, common.generator(0))
-    draws = [common.generator(i, device=device) for i in range(16)]
-    std, gray, mix = torch.full((16,), 0.05), few.chance(0.4), torch.eye(3).expand(16, 3, 3)
-    theta, half = sample_degradation(16, generator=few.generator), torch.full((16, 2), 128)
-    kernels = blur_kernels(theta).to(device)[:, 0, 2:-2, 2:-2]
-
-    def pillow() -> None:
-        for photo in common.to_uint8(hr).permute(0, 2, 3, 1).cpu().numpy():
-            file = io.BytesIO()
-            Image.fromarray(photo).save(file, "JPEG", quality=60)
-            Image.open(file).load()
-
-    works: dict[str, Callable[[], object]] = {
-        "draw theta": lambda: sample_degradation(16),
-        "kernels": lambda: blur_kernels(theta),
-        "blur 21 x 21": lambda: [blur(x, k) for x, k in zip(images, kernels, strict=True)],
-        "resize to half": lambda: resize(images, half, "bicubic"),
-        "Gaussian noise": lambda: gaussian(images, std, gray, mix, draws),
-        "Poisson noise": lambda: poisson(images, std, gray, draws),
-        "JPEG by Pillow": pillow,
-        "JPEG": lambda: (
-            [jpeg(x[None], 60) for x in images] if device.type == "cpu" else jpeg(hr, 60)
-        ),
-    }
-
-    def whole(recipe: str) -> None:
-        for i in range(4):
-            degrade(hr, sample_degradation(16, recipe, generator=common.generator(i)))
-
-    works |= {f"all of {recipe}": functools.partial(whole, recipe) for recipe in RECIPES}
-    print(f"16 x 256 x 256 pixels on {device}, {torch.get_num_threads()} threads")
-    for name, work in works.items():
-        seconds = []
-        for _ in range(BENCH_RUNS):  # the first one warms up
-            began = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - began)
-        images_done = 16 * (4 if name.startswith("all") else 1)
-        print(f"{name:<18} {images_done / min(seconds[1:]):8.0f} images/s")
+def earlier_pairs(out: Path, wanted: set[str]) -> dict[str, str]:
+    """Lines of pairs.jsonl by LR file, as earlier runs left them; UserError if others use `out`."""
+    table, lines = out / "pairs.jsonl", {}
+    for line in table.read_text(encoding="utf-8").splitlines() if table.is_file() else ():
+        with contextlib.suppress(ValueError):  # a killed run may leave half a line
+            row = json.loads(line)
+            ours = "theta" in row and {row["hr"][:3], row["lr"][:3]} == {"hr/", "lr/"}
+            common.require(ours, f"--out {out} holds pairs of another command: give another --out.")
+            lines[row["lr"]] = line
+    listed = wanted | {name for lr in lines for name in (lr, "hr/" + lr[3:])}
+    for folder in ("hr", "lr"):
+        for file in sorted((out / folder).glob("[!.]*")):
+            name = f"{folder}/{file.name}"
+            common.require(
+                name in listed, f"{file} is of no pair in {table}: move it or give another --out."
+            )
+    return lines
 
 
 def save_preview(path: Path, out: Path, rows: list[dict]) -> None:
@@ -1033,66 +1040,80 @@ def save_preview(path: Path, out: Path, rows: list[dict]) -> None:
 
 
 def main(cfg: Config, rt: common.Runtime) -> None:
-    """Degrade a folder: out/hr, out/lr with the same names, out/pairs.jsonl with theta."""
+    """Degrade a folder: out/hr, out/lr with the same names, out/pairs.jsonl with theta.
+
+    A run again makes only what is missing; pairs that it would not make are removed.
+    """
     common.require(cfg.recipe in RECIPES, f"--recipe {cfg.recipe}: choose of {', '.join(RECIPES)}.")
     for flag, value in (("--scale", cfg.scale), ("--per-image", cfg.per_image)):
         common.require(value > 0, f"{flag} {value}: must be positive.")
     common.require(
         rt.world_size == 1, "degrade.py takes every core by itself: start it without torchrun."
     )
-    files, out = common.find_photos(cfg.hr, "hr", "--hr"), Path(cfg.out)
-    if cfg.bench:
-        return bench(files, rt.device)
-    table = out / "pairs.jsonl"
-    done = set(table.read_text(encoding="utf-8").splitlines()) if table.is_file() else set()
+    out, table = Path(cfg.out), Path(cfg.out) / "pairs.jsonl"
+    files = common.outside(common.find_photos(cfg.hr, "hr", "--hr"), out, "--hr")
+    numbers = [f"_{k}" if cfg.per_image > 1 else "" for k in range(cfg.per_image)]
+    photos = list(zip(files, common.photo_names(files, cfg.hr), strict=True))
+    names = [f"{name}{number}.png" for _, name in photos for number in numbers]
+    before = earlier_pairs(out, {f"{folder}/{name}" for folder in ("hr", "lr") for name in names})
 
-    def work(i: int) -> list[str] | str:
-        """Lines for the table, once photo i's pairs are there; or why it can't be used."""
-        rows, thetas = [], []
-        for k in range(cfg.per_image):
-            name = f"{i:06d}_{files[i].stem}" + (f"_{k}" if cfg.per_image > 1 else "") + ".png"
-            draw = common.generator(cfg.seed, i, k)
+    def work(photo: tuple[Path, str]) -> list[str] | str:
+        """Lines for the table, once the photo's pairs are there; or why it can't be used."""
+        file, name = photo
+        thetas, lines = [], []
+        for k, number in enumerate(numbers):
+            draw = common.generator(cfg.seed, name, k)
             thetas.append(sample_degradation(1, cfg.recipe, cfg.scale, draw))
-            row = {"hr": f"hr/{name}", "lr": f"lr/{name}", "source": str(files[i])}
-            rows.append(row | {"theta": json.loads(thetas[k].to_json()[0])})
-        lines = [json.dumps(row) for row in rows]
-        # Only rows of an earlier run with these very parameters spare the work.
-        if done.issuperset(lines) and all(
-            (out / str(row[side])).is_file() for row in rows for side in ("hr", "lr")
+            row = {"hr": f"hr/{name}{number}.png", "lr": f"lr/{name}{number}.png"}
+            row |= {"source": str(file), "theta": json.loads(thetas[k].to_json()[0])}
+            lines.append(json.dumps(row))
+        targets = [(out / f"hr/{name}{n}.png", out / f"lr/{name}{n}.png") for n in numbers]
+        # Only rows of an earlier run with these very parameters and this photo spare the work.
+        if {*lines} <= {*before.values()} and all(
+            path.is_file() and path.stat().st_mtime >= file.stat().st_mtime
+            for pair in targets
+            for path in pair
         ):
             return lines
         try:
-            photo = common.crop_to_multiple(common.load_image(files[i]), cfg.scale, files[i])
+            hr = common.crop_to_multiple(common.load_image(file), cfg.scale, file)
         except ValueError as error:
             return f"skipped: {error}"
-        photo = common.to_uint8(photo).float() / 255  # as it is written, also of a 16-bit photo
-        common.save_image(out / rows[0]["hr"], photo)
-        for row, theta in zip(rows, thetas, strict=True):
-            common.save_image(out / row["lr"], degrade(photo[None].to(rt.device), theta)[0])
-            if row is not rows[0]:
-                common.copy_file(out / rows[0]["hr"], out / row["hr"])
+        hr = common.to_uint8(hr).float() / 255  # as it is written, also of a 16-bit photo
+        first = targets[0][0]
+        common.save_image(first, hr)
+        for (hr_path, lr_path), theta in zip(targets, thetas, strict=True):
+            common.save_image(lr_path, degrade(hr[None].to(rt.device), theta)[0])
+            if hr_path != first:
+                common.copy_file(first, hr_path)
         return lines
 
     lines: list[str] = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each thread below has a core to itself
     with plain_float32(rt.device):
-        results = common.in_parallel(work, range(len(files)), threads)
-        for result in tqdm(results, total=len(files), unit="photo"):
+        results = common.in_parallel(work, photos, threads)
+        for result in tqdm(results, total=len(photos), unit="photo"):
             if isinstance(result, str):
                 tqdm.write(result)
                 continue
             lines += result
-            if not done.issuperset(result):  # so that a killed run goes on; put in order at the end
+            if not {*result} <= {*before.values()}:  # so that a killed run goes on
                 with open(table, "a", encoding="utf-8") as file:
                     file.write("".join(line + "\n" for line in result))
     common.require(bool(lines), "none of the HR images could be used; see the files named above.")
+    rows = [json.loads(line) for line in lines]
+    others = before.keys() - {row["lr"] for row in rows}
+    for lr in others:
+        for path in (out / lr, out / f"hr/{lr[3:]}"):
+            path.unlink(missing_ok=True)
     text, preview = "".join(line + "\n" for line in lines), out / "preview.png"
     if not preview.is_file() or table.read_text(encoding="utf-8") != text:
         with common.replacing(table) as temporary:
             temporary.write_text(text, encoding="utf-8")
-        few = lines[: 4 * cfg.per_image : cfg.per_image]
-        save_preview(preview, out, [json.loads(line) for line in few])
+        save_preview(preview, out, rows[: 4 * cfg.per_image : cfg.per_image])
+    if others:
+        print(f"removed {len(others)} pairs of an earlier run that this one does not make")
     skipped = len(files) - len(lines) // cfg.per_image
     print(f"{len(lines)} pairs in {out}, {skipped} images skipped; look at {preview}")
 

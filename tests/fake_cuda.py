@@ -1,0 +1,110 @@
+"""What a GPU would do, found out without one: fake tensors of cuda:0 know their device and shape.
+
+An operation that mixes devices raises an error, and the operations that would start a kernel are
+counted. Numbers that decide on the host (parameters theta) have to be real, drawn beforehand.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import common
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that write a tensor on a GPU: kernels and copies to it, but no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        outputs = result if isinstance(result, tuple | list) else [result]
+        on_gpu = any(isinstance(x, Tensor) and x.device.type == "cuda" for x in outputs)
+        name = func.overloadpacket.__name__
+        if on_gpu and not func.is_view and name not in ("empty", "_unsafe_view"):
+            self.names[name] += 1
+        return result
+
+    def total(self) -> int:
+        return sum(self.names.values())
+
+
+def indexed(x: Tensor, key: object) -> tuple[Tensor, list[Tensor | None]]:
+    """The view of x that the slices, numbers and None in a key make, and the tensors in it."""
+    keys = list(key) if isinstance(key, tuple) else [key]
+    if any(k is Ellipsis for k in keys):
+        at = next(i for i, k in enumerate(keys) if k is Ellipsis)
+        used = sum(k is not None for k in keys) - 1
+        keys[at : at + 1] = [slice(None)] * (x.ndim - used)
+    dim, tensors = 0, []
+    for k in keys:
+        if isinstance(k, int):
+            x = x.select(dim, k)
+            continue
+        if k is None:
+            x = x.unsqueeze(dim)
+        elif isinstance(k, slice) and k != slice(None):
+            x = torch.ops.aten.slice(x, dim, k.start, k.stop, k.step or 1)
+        is_index = isinstance(k, Tensor | list)
+        tensors.append(torch.as_tensor(k).to(x.device) if is_index else None)
+        dim += 1
+    return x, tensors if any(t is not None for t in tensors) else []
+
+
+def getitem(x: Tensor, key: object) -> Tensor:
+    if x.device.type != "cuda":
+        return real_getitem(x, key)
+    view, tensors = indexed(x, key)
+    return torch.ops.aten.index(view, tensors) if tensors else view
+
+
+def setitem(x: Tensor, key: object, value: object) -> None:
+    if x.device.type != "cuda":
+        return real_setitem(x, key, value)
+    view, tensors = indexed(x, key)
+    if not isinstance(value, Tensor):
+        value = torch.full((), value, dtype=x.dtype, device=x.device)
+    if tensors:
+        torch.ops.aten.index_put_(view, tensors, value)
+    else:
+        copy_(view, value)
+
+
+def copy_(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    if x.device.type != "cuda":
+        return real_copy_(x, source, non_blocking)
+    return x.mul_(0).add_(source.to(x.device))
+
+
+def contiguous(x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    if x.device.type != "cuda":
+        return real_contiguous(x, memory_format=memory_format)
+    if x.is_contiguous(memory_format=memory_format):
+        return x
+    return x.clone(memory_format=memory_format)
+
+
+real_copy_, real_contiguous = Tensor.copy_, Tensor.contiguous
+real_getitem, real_setitem = Tensor.__getitem__, Tensor.__setitem__
+
+
+@contextlib.contextmanager
+def fake_cuda() -> Iterator[Launches]:
+    """Tensors made inside are fake, and may be of cuda:0; generators stay on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "generator_on", lambda device, source: source)
+        # These ask for a device of that kind in C++, even if the tensor is fake.
+        for name, stand_in in (("__getitem__", getitem), ("__setitem__", setitem),
+                               ("copy_", copy_), ("contiguous", contiguous)):  # fmt: skip
+            patch.setattr(Tensor, name, stand_in)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode, Launches() as launches:
+            yield launches
