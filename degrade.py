@@ -776,8 +776,8 @@ def resize(x: Tensor, at: Tensor, weight: Tensor, size: Size) -> Tensor:
 # ---- noise ------------------------------------------------------------------------------------
 
 
-def on_device(gray: list[int], device: torch.device) -> Tensor:
-    """Which images have gray noise, (B, 1, 1, 1)."""
+def is_gray(gray: list[int], device: torch.device) -> Tensor:
+    """The same as a mask (B, 1, 1, 1) on the device."""
     return torch.tensor(gray).bool().to(device, non_blocking=True)[:, None, None, None]
 
 
@@ -788,7 +788,7 @@ def gaussian(
     shape = (len(x), 1 if all(gray) else 3, *x.shape[2:])
     eps = torch.randn(shape, generator=generator, device=generator.device).to(x.device)
     if any(gray) and not all(gray):
-        eps = torch.where(on_device(gray, x.device), eps[:, :1], eps)
+        eps = torch.where(is_gray(gray, x.device), eps[:, :1], eps)
     noise = (std[:, None, None] * mix) @ eps.expand_as(x).flatten(2)
     return noise.view_as(x).add_(x).clamp_(0, 1)
 
@@ -801,10 +801,11 @@ def poisson(
     The levels (8-bit values that occur in the image of size[b]) are rounded up to a power of two.
     """
     H, W = x.shape[2:]
-    source = x
+    source, mixed = x, any(gray) and not all(gray)
     if any(gray):
-        luma = 0.2989 * x[:, :1] + 0.5870 * x[:, 1:2] + 0.1140 * x[:, 2:]
-        source = luma if all(gray) else torch.where(on_device(gray, x.device), luma, x)
+        source = 0.2989 * x[:, :1] + 0.5870 * x[:, 1:2] + 0.1140 * x[:, 2:]
+    if mixed:
+        source = torch.where(is_gray(gray, x.device), source, x)
     source = source.clamp(0, 1).mul_(255).round_()  # (B, 1 or 3, H, W) whole numbers
     inside = [torch.arange(n, device=x.device) < size[:, i, None] for i, n in enumerate((H, W))]
     inside = inside[0][:, None, :, None] & inside[1][:, None, None]  # (B, 1, H, W)
@@ -814,6 +815,8 @@ def poisson(
     rate = (source * photons).mul_(inside).to(generator.device)
     counts = torch.poisson(rate, generator=generator).to(x.device)
     noise = (counts / photons).sub_(source).mul_((scale / 255)[:, None, None, None])
+    if mixed:
+        noise = torch.where(is_gray(gray, x.device), noise[:, :1], noise)
     return (x + noise).clamp_(0, 1)
 
 
@@ -981,12 +984,13 @@ def jpeg(
     """
     if subsampling not in ("4:2:0", "4:4:4"):
         raise ValueError(f"subsampling {subsampling!r}: 4:2:0 and 4:4:4 are supported.")
+    if isinstance(quality, Tensor) and quality.device.type != "cpu":
+        torch._assert_async(((quality >= 1) & (quality <= 100)).all(), "JPEG quality: 1..100")
+    else:
+        found = {*quality.flatten().tolist()} if isinstance(quality, Tensor) else {quality}
+        if not all(1 <= q <= 100 for q in found):
+            raise ValueError(f"JPEG quality {sorted(found)}: must be in 1..100.")
     quality = torch.as_tensor(quality).expand(len(x)).long()
-    in_range = ((quality >= 1) & (quality <= 100)).all()
-    if quality.device.type != "cpu":
-        torch._assert_async(in_range, "JPEG quality must be in 1..100")
-    elif not in_range:
-        raise ValueError(f"JPEG quality {quality.tolist()}: must be in 1..100.")
     size = torch.tensor([x.shape[2:]]).expand(len(x), 2) if size is None else size
     quality, size = (part.to(x.device, non_blocking=True) for part in (quality, size))
     with plain_float32(x.device):
@@ -1014,11 +1018,13 @@ def earlier_pairs(out: Path, wanted: set[str]) -> dict[str, str]:
     """Lines of pairs.jsonl by LR file, as earlier runs left them; UserError if others use `out`."""
     table, lines = out / "pairs.jsonl", {}
     for line in table.read_text(encoding="utf-8").splitlines() if table.is_file() else ():
-        with contextlib.suppress(ValueError):  # a killed run may leave half a line
+        try:
             row = json.loads(line)
-            ours = "theta" in row and {row["hr"][:3], row["lr"][:3]} == {"hr/", "lr/"}
-            common.require(ours, f"--out {out} holds pairs of another command: give another --out.")
-            lines[row["lr"]] = line
+        except ValueError:  # a killed run may leave half a line
+            continue
+        ours = "theta" in row and {row["hr"][:3], row["lr"][:3]} == {"hr/", "lr/"}
+        common.require(ours, f"--out {out} holds pairs of another command: give another --out.")
+        lines[row["lr"]] = line
     listed = wanted | {name for lr in lines for name in (lr, "hr/" + lr[3:])}
     for folder in ("hr", "lr"):
         for file in sorted((out / folder).glob("[!.]*")):

@@ -252,7 +252,8 @@ def dct_statistics(lr: Tensor) -> Tensor:
         ycc = 255 * torch.einsum("oc,bchw->bohw", to_ycc, lr.float())
         short = [max(0, 8 - side) for side in lr.shape[2:]]  # an image smaller than a block
         ycc = F.pad(ycc, (0, short[1], 0, short[0]), mode="replicate")
-        rows = degrade.dct_matrix().to(ycc) / (8192 * math.sqrt(8))  # orthonormal
+        dct = degrade.DCT.to(ycc.device, ycc.dtype, non_blocking=True)
+        rows = dct / (8192 * math.sqrt(8))  # orthonormal
         basis = torch.einsum("uy,vx->uvyx", rows, rows).reshape(64, 1, 8, 8)
         size = F.conv2d(ycc.flatten(0, 1)[:, None], basis, stride=8).abs()  # (3B, 64, h/8, w/8)
         typical = (size + 0.5).log().mean((2, 3)).view(len(lr), -1)
@@ -522,7 +523,7 @@ def degradation_loss(
 
     # Not in the paper: theta is known here, so a small head names it. Without it the code has
     # little to start from.
-    physical = theta.physical().to(hr.device, non_blocking=True).repeat(n + 1, 1)
+    physical = theta.to(hr.device).physical().repeat(n + 1, 1)
     read = net.head(code.flatten(0, 1)).float()  # of what a later resize hides, nothing is asked
     named = F.mse_loss(read, physical.where(physical.isfinite(), read.detach()))
     loss = cfg.contrastive_weight * contrastive + reconstruction + cfg.head_weight * named

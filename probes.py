@@ -133,7 +133,7 @@ def sharpening_of(lr: Tensor, bank: Tensor) -> Tensor:
     """Amount (B,) of unsharp masking (negative: softer) that explains lr (B, 3, h, w) best."""
     taps = (-torch.arange(-4, 5).square() / 2).exp()  # of 1 LR pixel, as `only` sharpens
     kernel = (taps[:, None] * taps / taps.sum().square()).to(bank)
-    detail = gray((bank[0] - degrade.blur(bank[0], kernel))[None])
+    detail = gray(bank[:1] - degrade.blur(bank[:1], F.pad(kernel, (8, 8, 8, 8))[None]))
     return ((gray(lr) - gray(bank[:1])) * detail).mean((1, 2, 3)) / detail.square().mean()
 
 

@@ -101,10 +101,11 @@ def fake_cuda() -> Iterator[Launches]:
     """Tensors made inside are fake, and may be of cuda:0; generators stay on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "generator_on", lambda device, source: source)
-        # These ask for a device of that kind in C++, even if the tensor is fake.
-        for name, stand_in in (("__getitem__", getitem), ("__setitem__", setitem),
-                               ("copy_", copy_), ("contiguous", contiguous)):  # fmt: skip
-            patch.setattr(Tensor, name, stand_in)
+        # In C++ these ask for a device of that kind, even if the tensor is fake.
+        stand_ins = {"__getitem__": getitem, "__setitem__": setitem, "copy_": copy_,
+                     "contiguous": contiguous, "__invert__": lambda x: torch.bitwise_not(x)}  # fmt: skip
+        for name, function in stand_ins.items():
+            patch.setattr(Tensor, name, function)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode, Launches() as launches:
             yield launches

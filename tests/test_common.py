@@ -732,3 +732,23 @@ def toy_slowly(folder: Path, save_every: int = 10**6) -> None:
 
     torch.set_num_threads(1)
     toy_fit(folder, 100_000, loss=pausing, save_every=save_every)
+
+
+def test_names_of_photos_depend_on_their_path_below_the_folder_given(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    files = [here / "a.png", here / "b" / "a.jpg", here / "b.c.png", there / "B" / "z.png"]
+    expected = ["a", "b_a", "b.c", "B_z"]
+    assert common.photo_names(files, [str(here), str(there)]) == expected
+    assert common.photo_names(files[1:], [str(here), str(there)]) == expected[1:]
+    assert common.photo_names(files[1:2], [str(files[1])]) == ["a"]
+
+
+def test_names_of_photos_are_never_equal_but_for_their_case(tmp_path):
+    folders = [tmp_path / "x", tmp_path / "y"]
+    files = [
+        f / name for f in folders for name in ("a.png", "A.jpg", "a.webp", "b/c.png", "b_C.png")
+    ]
+    names = common.photo_names(files, [*map(str, folders)])
+    assert len({name.casefold() for name in names}) == len(files)
+    turned = common.photo_names(files[::-1], [*map(str, folders)])
+    assert turned == names[::-1]
