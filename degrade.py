@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -281,15 +282,15 @@ def on_canvas(hr: Tensor, theta: Degradation, generator: torch.Generator) -> Ten
     On the way images have sizes of their own: they sit in the top left corners of one canvas, and
     what lies beyond their sizes has no effect. Noise is drawn on the generator's device.
     """
-    (B, _, H, W), device, scale = hr.shape, hr.device, int(theta.scale.tolist()[0])
+    (B, _, H, W), device = hr.shape, hr.device
     turns = plan(theta, H, W, CPU_CANVAS if device.type == "cpu" else 2**62)
     # The host knows all numbers beforehand: they go to the device together, and none comes back.
-    numbers = torch.tensor([row for turn in turns for row in turn.numbers()], dtype=torch.float64)
+    steps = [step for _, steps in turns for step in steps]
+    numbers = torch.tensor([step[:5] for step in steps], dtype=torch.float64)
     numbers = numbers.to(device, non_blocking=True)
-    row, column, size = numbers[:, :4].long().split([1, 1, 2], dim=1)
-    row, column = row[:, 0], column[:, 0]
-    longest = fast_length(max(max(size) for turn in turns for size in turn.old))
-    arguments = (
+    row, column, size = (part.squeeze(1) for part in numbers[:, :4].long().split([1, 1, 2], dim=1))
+    longest = fast_length(max(max(step.height, step.width) for step in steps))
+    each = (
         row,
         size,
         numbers[:, 4].float(),
@@ -297,107 +298,90 @@ def on_canvas(hr: Tensor, theta: Degradation, generator: torch.Generator) -> Ten
         mirrored(size, longest),
         theta.colour_mix.to(device, non_blocking=True)[row],
     )
-    counts = [len(turn.rows) for turn in turns]
-    weights = resize_weights([turn for turn in turns if turn.kind == "resize"], device)
+    each_turn = zip(*(part.split([len(steps) for _, steps in turns]) for part in each), strict=True)
+    weights = resize_weights([steps for kind, steps in turns if kind == "resize"], device)
     x = hr.clone()
-    for turn, row, size, level, kernel, index, mix in zip(
-        turns, *(argument.split(counts) for argument in arguments), strict=True
-    ):
-        first, last = turn.rows[0], turn.rows[-1]
-        here = slice(first, last + 1) if last - first < len(row) else row  # a view, or a copy
-        h, w = largest(turn.old)
+    for (kind, steps), (row, size, value, kernel, index, mix) in zip(turns, each_turn, strict=True):
+        first, last = steps[0].row, steps[-1].row
+        here = slice(first, last + 1) if last - first < len(steps) else row  # a view, or a copy
+        h, w = largest([(step.height, step.width) for step in steps])
         y = x[here, :, :h, :w]
-        if turn.kind == "blur":
+        gray = [step.gray for step in steps]
+        if kind == "blur":
             y = blur(y, kernel, index)
-        elif turn.kind == "resize":
+        elif kind == "resize":
             y = resize(y, *next(weights))
-        elif turn.kind == "gaussian":
-            y = gaussian(y, level, turn.choices, mix, generator)
-        elif turn.kind == "poisson":
-            y = poisson(y, level, turn.choices, size, generator)
+        elif kind == "gaussian":
+            y = gaussian(y, value, gray, mix, generator)
+        elif kind == "poisson":
+            y = poisson(y, value, gray, size, generator)
         else:
-            y = jpeg_round_trip(y, level.long(), "4:2:0", size)
-        x = y if len(row) == B else replaced(x, here, y)
-    return (x[:, :, : H // scale, : W // scale].clamp(0, 1) * 255).round() / 255
+            y = jpeg_round_trip(y, value.long(), "4:2:0", size)
+        x = y if len(steps) == B else replaced(x, here, y)
+    h, w = steps[0].new
+    return (x[:, :, :h, :w].clamp(0, 1) * 255).round() / 255
 
 
 CPU_CANVAS = 2**16  # pixels that the images of a turn may have together: a cache holds them
-TOGETHER = (("blur",), ("resize",), ("gaussian", "poisson"))
 Size = tuple[int, int]  # height and width
 
 
-@dataclass
-class Turn:
-    """One operation, and the images of a batch that go through it together; all on the host."""
+class Step(NamedTuple):
+    """What one image goes through in a turn; a number in `order`, on the host."""
 
-    kind: str  # blur, resize, gaussian, poisson or jpeg
-    rows: list[int]
-    columns: list[int]  # of theta, that each row reads
-    levels: list[float]  # std of Gaussian noise, scale of Poisson noise, JPEG quality
-    choices: list[int]  # modes of a resize; 1 for gray noise
-    old: list[Size]  # before
-    new: list[Size]  # and afterwards
-
-    def numbers(self) -> list[list[float]]:
-        """Row, column, height, width and level for each image."""
-        rows = zip(self.rows, self.columns, self.old, self.levels, strict=True)
-        return [[b, i, h, w, level] for b, i, (h, w), level in rows]
+    row: int  # of the batch
+    column: int  # of theta, that it reads
+    height: int  # before
+    width: int
+    value: float  # the kind's of VALUES
+    gray: bool  # the same noise in all channels
+    new: Size  # afterwards
 
 
-def largest(sizes: list[Size]) -> Size:
-    """The size of a canvas that holds them all."""
-    return max(h for h, _ in sizes), max(w for _, w in sizes)
+VALUES = {"blur": "blur_size", "resize": "resize_mode", "gaussian": "gaussian_std",
+          "poisson": "poisson_scale", "jpeg": "jpeg_quality"}  # fmt: skip
+TOGETHER = (("blur",), ("resize",), ("gaussian", "poisson"))
 
 
-def plan(theta: Degradation, H: int, W: int, room: int) -> list[Turn]:
+def plan(theta: Degradation, H: int, W: int, room: int) -> list[tuple[str, list[Step]]]:
     """The turns in which a batch is degraded; the images of a turn share `room` pixels.
 
     Images do not depend on each other. So each turn takes what most of them wait for, and JPEG,
     the dearest, comes when all wait for it: the number of turns hardly grows with the batch.
     """
-    order, factor, modes = theta.order.tolist(), theta.resize.tolist(), theta.resize_mode.tolist()
-    gray, std = theta.gray_noise.tolist(), theta.gaussian_std.tolist()
-    levels = {"gaussian": std, "poisson": theta.poisson_scale.tolist(),
-              "jpeg": theta.jpeg_quality.tolist()}  # fmt: skip
-    choices = {"resize": modes, "gaussian": gray, "poisson": gray}
-    scale, sizes, turns = int(theta.scale.tolist()[0]), [(H, W)] * len(theta), []
-
-    def resized(b: int, i: int) -> Size:
-        if i == 2:
-            return H // scale, W // scale
-        h, w = (int(np.float32(n) * np.float32(factor[b][i])) for n in (H, W))
-        return max(1, h), max(1, w)
-
-    waiting = [[OPERATIONS[code].split() for code in row if code] for row in order]
+    values = {kind: getattr(theta, column).tolist() for kind, column in VALUES.items()}
+    factor, gray, scale = (part.tolist() for part in (theta.resize, theta.gray_noise, theta.scale))
+    waiting = [[OPERATIONS[code].split() for code in row if code] for row in theta.order.tolist()]
     for operations in waiting:
-        if [i for kind, i in operations if kind == "resize"][-1:] != ["3"]:
+        if [column for kind, column in operations if kind == "resize"][-1:] != ["3"]:
             raise ValueError("the last resize in a row of theta.order must be that to LR, resize 3")
+    sizes, turns = [(H, W)] * len(theta), []
+
+    def step(kind: str, b: int) -> Step:
+        i, (h, w) = int(waiting[b].pop(0)[1]) - 1, sizes[b]
+        if kind == "resize" and i == 2:
+            sizes[b] = (H // scale[b], W // scale[b])
+        elif kind == "resize":
+            sizes[b] = tuple(max(1, int(np.float32(n) * np.float32(factor[b][i]))) for n in (H, W))
+        return Step(b, i, h, w, values[kind][b][i], gray[b][i % 2], sizes[b])
+
     while any(waiting):
         first = [row[0][0] if row else "" for row in waiting]
         most = max(TOGETHER, key=lambda kinds: sum(map(first.count, kinds)))
         for kind in [kind for kind in most if kind in first] or ["jpeg"]:
-            # A canvas is as large as its largest image: those of about one size come together.
+            # A canvas is as large as its largest image: those of about one size share it.
             rows = [b for b, name in enumerate(first) if name == kind]
             rows.sort(key=lambda b: -math.prod(sizes[b]))
             while rows:
                 fitting = max(1, room // math.prod(sizes[rows[0]]))
-                part, rows = sorted(rows[:fitting]), rows[fitting:]
-                places = [(b, int(waiting[b].pop(0)[1]) - 1) for b in part]
-                old = [sizes[b] for b in part]
-                for b, i in places if kind == "resize" else ():
-                    sizes[b] = resized(b, i)
-                turns.append(
-                    Turn(
-                        kind,
-                        part,
-                        [i for _, i in places],
-                        [levels[kind][b][i] if kind in levels else 0.0 for b, i in places],
-                        [choices[kind][b][i] if kind in choices else 0 for b, i in places],
-                        old,
-                        [sizes[b] for b in part],
-                    )
-                )
+                turns.append((kind, [step(kind, b) for b in sorted(rows[:fitting])]))
+                rows = rows[fitting:]
     return turns
+
+
+def largest(sizes: list[Size]) -> Size:
+    """The size of a canvas that holds them all."""
+    return max(h for h, _ in sizes), max(w for _, w in sizes)
 
 
 def replaced(canvas: Tensor, rows: Tensor | slice, images: Tensor) -> Tensor:
@@ -727,40 +711,39 @@ REPEATS_EDGES = ("bilinear", "bicubic")  # the others leave out what lies outsid
 
 
 def resize_weights(
-    turns: list[Turn], device: torch.device
+    turns: list[list[Step]], device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor, Size]]:
     """How both sides of the images are resized, for each turn: at, weight (n, 2, N, taps), size.
 
     Pixel i of side s of image b becomes the sum over k of weight[b, s, i, k] times pixel
     at[b, s, i, k]. Equals torch's interpolate, Pillow's bicubic (antialiased), OpenCV's INTER_AREA.
     """
-    old, new = (
-        np.array([size for t in turns for size in getattr(t, name)]) for name in ("old", "new")
-    )
-    mode = np.array([mode for t in turns for mode in t.choices])[:, None].repeat(2, axis=1)
-    ratio, taps, N = old / new, 0, int(new.max())
-    # How far an output pixel looks in the input.
-    reach = np.choose(
-        mode,
-        [(1 + ratio) / 2, 0 * ratio + 1, 0 * ratio + 2, 2 * ratio.clip(min=1), (1 + ratio) / 2],
-    )
-    taps = int(2 * reach.max()) + 1
+    steps = [step for turn in turns for step in turn]
+    old, new = np.array([[(step.height, step.width), step.new] for step in steps]).swapaxes(0, 1)
+    mode = np.array([[step.value] * 2 for step in steps])
+    ratio = old / new
+    # How far an output pixel looks to each side in the input, by mode.
+    covered, one = (1 + ratio) / 2, np.ones_like(ratio)
+    reach = np.choose(mode, [covered, one, 2 * one, 2 * ratio.clip(min=1), covered])
+    taps, N = int(2 * reach.max()) + 1, int(new.max())
     numbers = torch.tensor(np.stack([old, new, reach, mode], axis=2)).to(device, non_blocking=True)
     length, new_length, reach, mode = numbers[..., None, None].unbind(2)  # (n, 2, 1, 1)
+    ratio = length / new_length
     i = torch.arange(N, dtype=torch.float64, device=device)[:, None].minimum(new_length - 1)
-    centre = (i + 0.5) * (length / new_length) - 0.5  # (n, 2, N, 1) in the input
+    centre = (i + 0.5) * ratio - 0.5  # (n, 2, N, 1) in the input
     j = (centre - reach).ceil() + torch.arange(taps, device=device)  # (n, 2, N, taps)
-    distance, ratio = (j - centre).abs().float(), (length / new_length).float()
+    distance, ratio = (j - centre).abs().float(), ratio.float()
     weight, outside = torch.zeros_like(distance), (j < 0) | (j >= length)
-    for number in {number for t in turns for number in t.choices}:
+    for number in {int(step.value) for step in steps}:
         profile = PROFILES[MODES[number]](distance, ratio)
         if MODES[number] not in REPEATS_EDGES:
             profile = profile.masked_fill(outside, 0.0)
         weight = torch.where(mode == number, profile, weight)
     at = j.clamp(min=0).minimum(length - 1).long()
     weight = weight / weight.sum(3, keepdim=True)
-    counts = [len(t.rows) for t in turns]
-    return zip(at.split(counts), weight.split(counts), [largest(t.new) for t in turns], strict=True)
+    counts = [len(turn) for turn in turns]
+    sizes = [largest([step.new for step in turn]) for turn in turns]
+    return zip(at.split(counts), weight.split(counts), sizes, strict=True)
 
 
 def resize(x: Tensor, at: Tensor, weight: Tensor, size: Size) -> Tensor:

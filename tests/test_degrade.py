@@ -484,8 +484,10 @@ def test_resize_equals_interpolate_for_images_of_several_sizes_and_modes():
     modes = [i % len(degrade.MODES) for i in range(len(sizes))]
     gen = common.generator(2)
     images = [torch.rand(3, *size, generator=gen) for size in sizes]
-    n = len(images)
-    turn = degrade.Turn("resize", [*range(n)], [0] * n, [0.0] * n, modes, sizes, new)
+    turn = [
+        degrade.Step(b, 0, *before, mode, False, after)
+        for b, (before, mode, after) in enumerate(zip(sizes, modes, new, strict=True))
+    ]
     ((at, weight, size),) = degrade.resize_weights([turn], torch.device("cpu"))
     results = degrade.resize(on_a_canvas(images, beyond=9.0)[0], at, weight, size)
     for image, result, (h, w), mode in zip(images, results, new, modes, strict=True):
