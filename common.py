@@ -353,6 +353,67 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+class PairFolder:
+    """A folder of pairs hr/NAME.png, lr/NAME.png and their table pairs.jsonl, made bit by bit.
+
+    The table says what is in the folder at any time. Pairs of earlier runs stay until finish();
+    those that are no longer asked for are removed then. UserError if files of others are there:
+    pairs whose rows have no `field`, or images that are neither in the table nor among `names`.
+    """
+
+    def __init__(self, out: Path, names: Sequence[str], field: str) -> None:
+        self.out, self.table = out, out / "pairs.jsonl"
+        self.before: dict[str, str] = {}  # lines by name
+        lines = self.table.read_text(encoding="utf-8").splitlines() if self.table.is_file() else []
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:  # a killed run may leave half a line
+                continue
+            ours = field in row and row["lr"] == "lr" + row["hr"][2:]
+            require(ours, f"--out {out} holds pairs of another command: give another --out.")
+            self.before[Path(row["lr"]).stem] = line
+        known = {*names, *self.before}
+        for file in sorted(f for side in ("hr", "lr") for f in (out / side).glob("[!.]*")):
+            stray = f"{file} is of no pair in {self.table}: move it or give another --out."
+            require(file.stem in known, stray)
+        self.done = set(self.before.values())
+
+    def row(self, name: str, **facts: Any) -> dict[str, Any]:
+        """A row of the table."""
+        return {"hr": f"hr/{name}.png", "lr": f"lr/{name}.png", **facts}
+
+    def has(self, rows: list[dict], later_than: Path) -> bool:
+        """Whether an earlier run made just these pairs, after the photo was last changed."""
+        files = [self.out / row[side] for row in rows for side in ("hr", "lr")]
+        changed = later_than.stat().st_mtime
+        return self.done.issuperset(map(json.dumps, rows)) and all(
+            file.is_file() and file.stat().st_mtime >= changed for file in files
+        )
+
+    def add(self, rows: list[dict]) -> None:
+        """Note pairs that are there now, so that a killed run goes on."""
+        lines = [json.dumps(row) for row in rows]
+        if not self.done.issuperset(lines):
+            with open(self.table, "a", encoding="utf-8") as file:
+                file.write("".join(line + "\n" for line in lines))
+
+    def finish(self, rows: list[dict]) -> bool:
+        """Leave these pairs and no others, in this order; whether anything changed."""
+        others = self.before.keys() - {Path(row["lr"]).stem for row in rows}
+        for name in others:
+            for side in ("hr", "lr"):
+                (self.out / side / f"{name}.png").unlink(missing_ok=True)
+        if others:
+            print(f"removed {len(others)} pairs of an earlier run that this one does not make")
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        same = self.table.read_text(encoding="utf-8") == text
+        if not same:
+            with replacing(self.table) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        return not same or not (self.out / "preview.png").is_file()
+
+
 @functools.cache  # once in each process; a data set holds no map, which pickling would copy
 def open_pack(path: Path) -> np.ndarray:
     """Crops (N, 3, side, side) written by data/pack.py, uint8, left on disk; UserError if not."""

@@ -118,7 +118,7 @@ RECIPES = (*ROUNDS, "bsrgan", "bicubic")
 # ---- theta ------------------------------------------------------------------------------------
 
 KERNEL_SIZE = 25  # of all kernels; smaller ones are padded with zeros
-# Of resizing: torch's area, bilinear, bicubic; Pillow's bicubic; area weighted by coverage (OpenCV).
+# Of resizing: torch's area, bilinear, bicubic; Pillow's bicubic; OpenCV's area, by coverage.
 MODES = ("area", "bilinear", "bicubic", "antialiased", "coverage")
 # What `order` is made of; the number says which column of the parameters an operation reads.
 OPERATIONS = ("", "blur 1", "blur 2", "blur 3", "resize 1", "resize 2", "resize 3",
@@ -290,14 +290,9 @@ def on_canvas(hr: Tensor, theta: Degradation, generator: torch.Generator) -> Ten
     numbers = numbers.to(device, non_blocking=True)
     row, column, size = (part.squeeze(1) for part in numbers[:, :4].long().split([1, 1, 2], dim=1))
     longest = fast_length(max(max(step.height, step.width) for step in steps))
-    each = (
-        row,
-        size,
-        numbers[:, 4].float(),
-        blur_kernels(theta, device)[row, column],
-        mirrored(size, longest),
-        theta.colour_mix.to(device, non_blocking=True)[row],
-    )
+    kernels = blur_kernels(theta, device)[row, column]
+    mix = theta.colour_mix.to(device, non_blocking=True)[row]
+    each = (row, size, numbers[:, 4].float(), kernels, mirrored(size, longest), mix)
     each_turn = zip(*(part.split([len(steps) for _, steps in turns]) for part in each), strict=True)
     weights = resize_weights([steps for kind, steps in turns if kind == "resize"], device)
     x = hr.clone()
@@ -362,7 +357,8 @@ def plan(theta: Degradation, H: int, W: int, room: int) -> list[tuple[str, list[
         if kind == "resize" and i == 2:
             sizes[b] = (H // scale[b], W // scale[b])
         elif kind == "resize":
-            sizes[b] = tuple(max(1, int(np.float32(n) * np.float32(factor[b][i]))) for n in (H, W))
+            h_new, w_new = (int(np.float32(n) * np.float32(factor[b][i])) for n in (H, W))
+            sizes[b] = (max(1, h_new), max(1, w_new))
         return Step(b, i, h, w, values[kind][b][i], gray[b][i % 2], sizes[b])
 
     while any(waiting):
@@ -440,14 +436,13 @@ class Draw:
         index = torch.randint(len(values), (self.batch,), generator=self.generator)
         return torch.tensor(values)[index]
 
+    def mode(self, modes: tuple[str, ...]) -> Tensor:
+        """The place in MODES of one of these."""
+        return self.one_of(tuple(map(MODES.index, modes)))
+
     def around_one(self, low: float, high: float) -> Tensor:
         """Below or above one with even chance."""
         return torch.where(self.chance(0.5), self.uniform(low, 1.0), self.uniform(1.0, high))
-
-
-def indices(modes: tuple[str, ...]) -> tuple[int, ...]:
-    """Places in MODES."""
-    return tuple(map(MODES.index, modes))
 
 
 def step(name: str, performed: Tensor) -> Tensor:
@@ -505,7 +500,7 @@ def draw_rounds(theta: Degradation, draw: Draw, first: Round, second: Round, fin
         up, down = draw.uniform(1.0, options.resize[1]), draw.uniform(options.resize[0], 1.0)
         factor = torch.stack([up, down, torch.ones(len(theta))]).gather(0, direction[None])[0]
         theta.resize[:, i] = factor / (1 if i == 0 else theta.scale)
-        theta.resize_mode[:, i] = draw.one_of(indices(options.modes))
+        theta.resize_mode[:, i] = draw.mode(options.modes)
         gaussian = draw.chance(options.gaussian_prob)
         std, scale = draw.uniform(*options.gaussian) / 255, draw.uniform(*options.poisson)
         theta.gaussian_std[:, i] = torch.where(gaussian, std, 0.0)
@@ -520,7 +515,7 @@ def draw_rounds(theta: Degradation, draw: Draw, first: Round, second: Round, fin
             + step(f"poisson {i + 1}", theta.poisson_scale[:, i] > 0),
             step(f"jpeg {i + 1}", (theta.jpeg_quality[:, i] > 0) & compressed),
         ]
-    theta.resize_mode[:, 2] = draw.one_of(indices(Round.modes))
+    theta.resize_mode[:, 2] = draw.mode(Round.modes)
     theta.blur_size[:, 2] = draw.one_of(Round.sizes)
     sinc, cutoff = draw.chance(final.sinc_prob), draw.uniform(math.pi / 3, math.pi)
     sharpen = ~sinc & draw.chance(final.sharpen_prob)
@@ -545,8 +540,7 @@ def draw_bsrgan(theta: Degradation, draw: Draw) -> None:
     B = len(theta)
     always = torch.ones(B, dtype=torch.bool)
     halved = draw.chance(BSRGAN_HALVE_PROB) & (theta.scale == 4)
-    modes = indices(BSRGAN_MODES)
-    halving = torch.where(draw.chance(0.5), draw.one_of(modes), MODES.index("antialiased"))
+    halving = torch.where(draw.chance(0.5), draw.mode(BSRGAN_MODES), MODES.index("antialiased"))
     left = theta.scale / torch.where(halved, 2.0, 1.0)
     for i in range(2):
         aniso = draw.chance(BSRGAN_ANISO_PROB)[:, None]
@@ -565,8 +559,8 @@ def draw_bsrgan(theta: Degradation, draw: Draw) -> None:
     factor = torch.where(resized, draw.uniform(1, 2 * left), left)
     theta.resize[:, 0] = 0.5
     theta.resize[:, 1] = torch.where(halved, 0.5, 1.0) / factor
-    second = torch.where(resized, draw.one_of(modes), MODES.index("bilinear"))
-    theta.resize_mode[:] = torch.stack([halving, second, draw.one_of(modes)], 1)
+    second = torch.where(resized, draw.mode(BSRGAN_MODES), MODES.index("bilinear"))
+    theta.resize_mode[:] = torch.stack([halving, second, draw.mode(BSRGAN_MODES)], 1)
     colour, low, high = draw.choice(BSRGAN_NOISE_PROB), *BSRGAN_NOISE
     level = torch.where(colour == 2, high, draw.one_of(range(low, high + 1)))
     theta.gaussian_std[:, 0] = level / 255
@@ -582,18 +576,10 @@ def draw_bsrgan(theta: Degradation, draw: Draw) -> None:
     theta.jpeg_quality[:] = torch.stack([draw.one_of(range(low, high + 1)) for _ in range(2)], 1)
     place = torch.stack([draw.uniform() for _ in range(6)], 1)  # (B, 6) of the six operations
     place[:, 2:4] = place[:, 2:4].sort(1).values  # downsample 3 comes after downsample 2
-    codes = torch.stack(
-        [
-            step("blur 1", always),
-            step("blur 2", always),
-            step("blur 3", ~resized),
-            step("resize 2", always),
-            step("resize 3", always),
-            step("gaussian 1", always),
-            step("jpeg 1", draw.chance(BSRGAN_JPEG_PROB)),
-        ],
-        dim=1,
-    )
+    jpeg = step("jpeg 1", draw.chance(BSRGAN_JPEG_PROB))
+    names = ("blur 1", "blur 2", "blur 3", "resize 2", "resize 3", "gaussian 1")
+    steps = [step(name, ~resized if name == "blur 3" else always) for name in names]
+    codes = torch.stack([*steps, jpeg], dim=1)
     shuffled = place[:, [0, 1, 2, 2, 3, 4, 5]].argsort(dim=1, stable=True)
     theta.order[:, 0] = step("resize 1", halved)
     theta.order[:, 1:8] = codes.gather(1, shuffled)
@@ -721,24 +707,22 @@ def resize_weights(
     steps = [step for turn in turns for step in turn]
     old, new = np.array([[(step.height, step.width), step.new] for step in steps]).swapaxes(0, 1)
     mode = np.array([[step.value] * 2 for step in steps])
-    ratio = old / new
     # How far an output pixel looks to each side in the input, by mode.
-    covered, one = (1 + ratio) / 2, np.ones_like(ratio)
-    reach = np.choose(mode, [covered, one, 2 * one, 2 * ratio.clip(min=1), covered])
+    covered, one, wide = (1 + old / new) / 2, np.ones_like(old), 2 * (old / new).clip(min=1)
+    reach = np.choose(mode, [covered, one, 2 * one, wide, covered])
     taps, N = int(2 * reach.max()) + 1, int(new.max())
     numbers = torch.tensor(np.stack([old, new, reach, mode], axis=2)).to(device, non_blocking=True)
-    length, new_length, reach, mode = numbers[..., None, None].unbind(2)  # (n, 2, 1, 1)
-    ratio = length / new_length
+    length, new_length, half, index = numbers[..., None, None].unbind(2)  # (n, 2, 1, 1)
     i = torch.arange(N, dtype=torch.float64, device=device)[:, None].minimum(new_length - 1)
-    centre = (i + 0.5) * ratio - 0.5  # (n, 2, N, 1) in the input
-    j = (centre - reach).ceil() + torch.arange(taps, device=device)  # (n, 2, N, taps)
-    distance, ratio = (j - centre).abs().float(), ratio.float()
+    centre = (i + 0.5) * (length / new_length) - 0.5  # (n, 2, N, 1) in the input
+    j = (centre - half).ceil() + torch.arange(taps, device=device)  # (n, 2, N, taps)
+    distance, ratio = (j - centre).abs().float(), (length / new_length).float()
     weight, outside = torch.zeros_like(distance), (j < 0) | (j >= length)
     for number in {int(step.value) for step in steps}:
         profile = PROFILES[MODES[number]](distance, ratio)
         if MODES[number] not in REPEATS_EDGES:
             profile = profile.masked_fill(outside, 0.0)
-        weight = torch.where(mode == number, profile, weight)
+        weight = torch.where(index == number, profile, weight)
     at = j.clamp(min=0).minimum(length - 1).long()
     weight = weight / weight.sum(3, keepdim=True)
     counts = [len(turn) for turn in turns]
@@ -759,48 +743,46 @@ def resize(x: Tensor, at: Tensor, weight: Tensor, size: Size) -> Tensor:
 # ---- noise ------------------------------------------------------------------------------------
 
 
-def is_gray(gray: list[int], device: torch.device) -> Tensor:
-    """The same as a mask (B, 1, 1, 1) on the device."""
-    return torch.tensor(gray).bool().to(device, non_blocking=True)[:, None, None, None]
+def where_gray(gray: list[bool], x: Tensor, y: Tensor) -> Tensor:
+    """x[b] (B, 1, H, W) where image b has gray noise, else y[b] (B, 3, H, W)."""
+    if all(gray) or not any(gray):
+        return x if all(gray) else y
+    mask = torch.tensor(gray).to(x.device, non_blocking=True)
+    return torch.where(mask[:, None, None, None], x, y)
 
 
 def gaussian(
-    x: Tensor, std: Tensor, gray: list[int], mix: Tensor, generator: torch.Generator
+    x: Tensor, std: Tensor, gray: list[bool], mix: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Add Gaussian noise of std[b]: one for all channels if gray[b], else mixed by mix[b] (3, 3)."""
+    """Add Gaussian noise of std[b]: the same for all channels, or mixed by mix[b] (3, 3)."""
     shape = (len(x), 1 if all(gray) else 3, *x.shape[2:])
     eps = torch.randn(shape, generator=generator, device=generator.device).to(x.device)
-    if any(gray) and not all(gray):
-        eps = torch.where(is_gray(gray, x.device), eps[:, :1], eps)
-    noise = (std[:, None, None] * mix) @ eps.expand_as(x).flatten(2)
+    noise = (std[:, None, None] * mix) @ where_gray(gray, eps[:, :1], eps).expand_as(x).flatten(2)
     return noise.view_as(x).add_(x).clamp_(0, 1)
 
 
 def poisson(
-    x: Tensor, scale: Tensor, gray: list[int], size: Tensor, generator: torch.Generator
+    x: Tensor, scale: Tensor, gray: list[bool], size: Tensor, generator: torch.Generator
 ) -> Tensor:
     """Add scale[b] times the shot noise of an image with as many photons per unit as it has levels.
 
     The levels (8-bit values that occur in the image of size[b]) are rounded up to a power of two.
     """
     H, W = x.shape[2:]
-    source, mixed = x, any(gray) and not all(gray)
-    if any(gray):
-        source = 0.2989 * x[:, :1] + 0.5870 * x[:, 1:2] + 0.1140 * x[:, 2:]
-    if mixed:
-        source = torch.where(is_gray(gray, x.device), source, x)
-    source = source.clamp(0, 1).mul_(255).round_()  # (B, 1 or 3, H, W) whole numbers
-    inside = [torch.arange(n, device=x.device) < size[:, i, None] for i, n in enumerate((H, W))]
-    inside = inside[0][:, None, :, None] & inside[1][:, None, None]  # (B, 1, H, W)
+    luma = 0.2989 * x[:, :1] + 0.5870 * x[:, 1:2] + 0.1140 * x[:, 2:]
+    source = (
+        where_gray(gray, luma, x).clamp(0, 1).mul_(255).round_()
+    )  # (B, 1 or 3, H, W) whole numbers
+    down, across = (torch.arange(n, device=x.device) for n in (H, W))
+    inside = (down[:, None] < size[:, 0, None, None]) & (across < size[:, 1, None, None])
+    inside = inside[:, None]  # (B, 1, H, W)
     level = torch.where(inside, source, 256.0).long().flatten(1)
     levels = x.new_zeros(len(x), 257).scatter_(1, level, 1.0)[:, :256].sum(1)
     photons = torch.exp2(levels.log2().ceil())[:, None, None, None] / 255  # per level
     rate = (source * photons).mul_(inside).to(generator.device)
     counts = torch.poisson(rate, generator=generator).to(x.device)
     noise = (counts / photons).sub_(source).mul_((scale / 255)[:, None, None, None])
-    if mixed:
-        noise = torch.where(is_gray(gray, x.device), noise[:, :1], noise)
-    return (x + noise).clamp_(0, 1)
+    return (x + where_gray(gray, noise[:, :1], noise)).clamp_(0, 1)
 
 
 # ---- JPEG: libjpeg's integer arithmetic, followed exactly in floating point --------------------
@@ -815,6 +797,16 @@ BASE_TABLES = torch.tensor([[  # of luma
     24, 26, 56, 99, 99, 99, 99, 99,  47, 66, 99, 99, 99, 99, 99, 99,
     99, 99, 99, 99, 99, 99, 99, 99,  99, 99, 99, 99, 99, 99, 99, 99,
     99, 99, 99, 99, 99, 99, 99, 99,  99, 99, 99, 99, 99, 99, 99, 99]]).view(2, 8, 8)
+# One pass of libjpeg's slow DCT (jfdctint.c): its butterfly of 13-bit constants, on the identity.
+DCT = torch.tensor([
+    [  8192,   8192,   8192,   8192,   8192,   8192,   8192,   8192],
+    [ 11363,   9633,   6437,   2260,  -2260,  -6437,  -9633, -11363],
+    [ 10703,   4433,  -4433, -10703, -10703,  -4433,   4433,  10703],
+    [  9633,  -2259, -11362,  -6436,   6436,  11362,   2259,  -9633],
+    [  8192,  -8192,  -8192,   8192,   8192,  -8192,  -8192,   8192],
+    [  6437, -11362,   2261,   9633,  -9633,  -2261,  11362,  -6437],
+    [  4433, -10704,  10704,  -4433,  -4433,  10704, -10704,   4433],
+    [  2260,  -6436,   9633, -11363,  11363,  -9633,   6436,  -2260]]).double()
 # Colours in 16-bit fixed point: the last column is added, and all is shifted right by 16 bits.
 # Chroma is rounded a unit of 2^-16 lower.
 TO_YCC = torch.tensor([[ 19595.,  38470.,   7471., 2**15],
@@ -826,33 +818,6 @@ TO_RGB = torch.tensor([[     0.,  91881., 2**15],  # of chroma about 0, to be ad
 # fmt: on
 
 
-def dct_matrix() -> Tensor:
-    """The 8x8 integer matrix of one pass of libjpeg's slow integer DCT (jfdctint.c), float64.
-
-    The butterfly of Loeffler, Ligtenberg and Moschytz with 13-bit constants, run on the identity.
-    """
-    x = torch.eye(8, dtype=torch.float64)
-    t0, t1, t2, t3 = (x[i] + x[7 - i] for i in range(4))
-    t7, t6, t5, t4 = (x[i] - x[7 - i] for i in range(4))
-    even = (t1 - t2 + t0 - t3) * 4433
-    z1, z2, z3, z4 = t4 + t7, t5 + t6, t4 + t6, t5 + t7
-    z5 = (z3 + z4) * 9633
-    z3, z4 = z5 - z3 * 16069, z5 - z4 * 3196
-    z1, z2 = -z1 * 7373, -z2 * 20995
-    return torch.stack(
-        [
-            (t0 + t1 + t2 + t3) * 8192,
-            t7 * 12299 + z1 + z4,
-            even + (t0 - t3) * 6270,
-            t6 * 25172 + z2 + z3,
-            (t0 - t1 - t2 + t3) * 8192,
-            t5 * 16819 + z2 + z4,
-            even - (t1 - t2) * 15137,
-            t4 * 2446 + z1 + z3,
-        ]
-    )
-
-
 def scaled_tables() -> Tensor:
     """libjpeg's quantisation tables of luma and chroma for qualities 1 to 100: (100, 2, 8, 8)."""
     quality = torch.arange(1, 101)
@@ -860,7 +825,6 @@ def scaled_tables() -> Tensor:
     return ((BASE_TABLES * percent[:, None, None, None] + 50) // 100).clamp(1, 255)
 
 
-DCT = dct_matrix()
 # The passes of DCT and inverse, which libjpeg runs in integers and shifts right by so many bits.
 PASSES = torch.stack([DCT * 2.0**-11, DCT * 2.0**-15, DCT.T * 2.0**-11, DCT.T * 2.0**-18])
 TABLES = scaled_tables()
@@ -997,27 +961,6 @@ class Config:
     device: str = "auto"  # cpu, cuda or auto
 
 
-def earlier_pairs(out: Path, wanted: set[str]) -> dict[str, str]:
-    """Lines of pairs.jsonl by LR file, as earlier runs left them; UserError if others use `out`."""
-    table, lines = out / "pairs.jsonl", {}
-    for line in table.read_text(encoding="utf-8").splitlines() if table.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:  # a killed run may leave half a line
-            continue
-        ours = "theta" in row and {row["hr"][:3], row["lr"][:3]} == {"hr/", "lr/"}
-        common.require(ours, f"--out {out} holds pairs of another command: give another --out.")
-        lines[row["lr"]] = line
-    listed = wanted | {name for lr in lines for name in (lr, "hr/" + lr[3:])}
-    for folder in ("hr", "lr"):
-        for file in sorted((out / folder).glob("[!.]*")):
-            name = f"{folder}/{file.name}"
-            common.require(
-                name in listed, f"{file} is of no pair in {table}: move it or give another --out."
-            )
-    return lines
-
-
 def save_preview(path: Path, out: Path, rows: list[dict]) -> None:
     """Write a picture of a few pairs: the middle of HR | LR."""
     pairs = [[common.load_image(out / row[side]) for side in ("hr", "lr")] for row in rows]
@@ -1031,53 +974,43 @@ def save_preview(path: Path, out: Path, rows: list[dict]) -> None:
 def main(cfg: Config, rt: common.Runtime) -> None:
     """Degrade a folder: out/hr, out/lr with the same names, out/pairs.jsonl with theta.
 
-    A run again makes only what is missing; pairs that it would not make are removed.
+    Started again, it makes only what is missing and removes pairs that it would not make.
     """
     common.require(cfg.recipe in RECIPES, f"--recipe {cfg.recipe}: choose of {', '.join(RECIPES)}.")
     for flag, value in (("--scale", cfg.scale), ("--per-image", cfg.per_image)):
         common.require(value > 0, f"{flag} {value}: must be positive.")
-    common.require(
-        rt.world_size == 1, "degrade.py takes every core by itself: start it without torchrun."
-    )
-    out, table = Path(cfg.out), Path(cfg.out) / "pairs.jsonl"
+    alone = "degrade.py takes every core by itself: start it without torchrun."
+    common.require(rt.world_size == 1, alone)
+    out = Path(cfg.out)
     files = common.outside(common.find_photos(cfg.hr, "hr", "--hr"), out, "--hr")
-    numbers = [f"_{k}" if cfg.per_image > 1 else "" for k in range(cfg.per_image)]
+    ends = [""] if cfg.per_image == 1 else [f"_{k}" for k in range(cfg.per_image)]
     photos = list(zip(files, common.photo_names(files, cfg.hr), strict=True))
-    names = [f"{name}{number}.png" for _, name in photos for number in numbers]
-    before = earlier_pairs(out, {f"{folder}/{name}" for folder in ("hr", "lr") for name in names})
+    folder = common.PairFolder(out, [name + end for _, name in photos for end in ends], "theta")
 
-    def work(photo: tuple[Path, str]) -> list[str] | str:
-        """Lines for the table, once the photo's pairs are there; or why it can't be used."""
+    def work(photo: tuple[Path, str]) -> list[dict] | str:
+        """Rows for the table, once the photo's pairs are there; or why it can't be used."""
         file, name = photo
-        thetas, lines = [], []
-        for k, number in enumerate(numbers):
-            draw = common.generator(cfg.seed, name, k)
-            thetas.append(sample_degradation(1, cfg.recipe, cfg.scale, draw))
-            row = {"hr": f"hr/{name}{number}.png", "lr": f"lr/{name}{number}.png"}
-            row |= {"source": str(file), "theta": json.loads(thetas[k].to_json()[0])}
-            lines.append(json.dumps(row))
-        targets = [(out / f"hr/{name}{n}.png", out / f"lr/{name}{n}.png") for n in numbers]
-        # Only rows of an earlier run with these very parameters and this photo spare the work.
-        if {*lines} <= {*before.values()} and all(
-            path.is_file() and path.stat().st_mtime >= file.stat().st_mtime
-            for pair in targets
-            for path in pair
-        ):
-            return lines
+        draws = [common.generator(cfg.seed, name, k) for k in range(cfg.per_image)]
+        thetas = [sample_degradation(1, cfg.recipe, cfg.scale, draw) for draw in draws]
+        rows = [
+            folder.row(name + end, source=str(file), theta=json.loads(theta.to_json()[0]))
+            for end, theta in zip(ends, thetas, strict=True)
+        ]
+        if folder.has(rows, later_than=file):
+            return rows
         try:
             hr = common.crop_to_multiple(common.load_image(file), cfg.scale, file)
         except ValueError as error:
             return f"skipped: {error}"
         hr = common.to_uint8(hr).float() / 255  # as it is written, also of a 16-bit photo
-        first = targets[0][0]
-        common.save_image(first, hr)
-        for (hr_path, lr_path), theta in zip(targets, thetas, strict=True):
-            common.save_image(lr_path, degrade(hr[None].to(rt.device), theta)[0])
-            if hr_path != first:
-                common.copy_file(first, hr_path)
-        return lines
+        common.save_image(out / rows[0]["hr"], hr)
+        for row, theta in zip(rows, thetas, strict=True):
+            common.save_image(out / row["lr"], degrade(hr[None].to(rt.device), theta)[0])
+            if row is not rows[0]:
+                common.copy_file(out / rows[0]["hr"], out / row["hr"])
+        return rows
 
-    lines: list[str] = []
+    rows: list[dict] = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each thread below has a core to itself
     with plain_float32(rt.device):
@@ -1085,26 +1018,14 @@ def main(cfg: Config, rt: common.Runtime) -> None:
         for result in tqdm(results, total=len(photos), unit="photo"):
             if isinstance(result, str):
                 tqdm.write(result)
-                continue
-            lines += result
-            if not {*result} <= {*before.values()}:  # so that a killed run goes on
-                with open(table, "a", encoding="utf-8") as file:
-                    file.write("".join(line + "\n" for line in result))
-    common.require(bool(lines), "none of the HR images could be used; see the files named above.")
-    rows = [json.loads(line) for line in lines]
-    others = before.keys() - {row["lr"] for row in rows}
-    for lr in others:
-        for path in (out / lr, out / f"hr/{lr[3:]}"):
-            path.unlink(missing_ok=True)
-    text, preview = "".join(line + "\n" for line in lines), out / "preview.png"
-    if not preview.is_file() or table.read_text(encoding="utf-8") != text:
-        with common.replacing(table) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        save_preview(preview, out, rows[: 4 * cfg.per_image : cfg.per_image])
-    if others:
-        print(f"removed {len(others)} pairs of an earlier run that this one does not make")
-    skipped = len(files) - len(lines) // cfg.per_image
-    print(f"{len(lines)} pairs in {out}, {skipped} images skipped; look at {preview}")
+            else:
+                folder.add(result)
+                rows += result
+    common.require(bool(rows), "none of the HR images could be used; see the files named above.")
+    if folder.finish(rows):
+        save_preview(out / "preview.png", out, rows[: 4 * cfg.per_image : cfg.per_image])
+    skipped = len(files) - len(rows) // cfg.per_image
+    print(f"{len(rows)} pairs in {out}, {skipped} images skipped; look at {out / 'preview.png'}")
 
 
 if __name__ == "__main__":

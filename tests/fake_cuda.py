@@ -102,8 +102,13 @@ def fake_cuda() -> Iterator[Launches]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "generator_on", lambda device, source: source)
         # In C++ these ask for a device of that kind, even if the tensor is fake.
-        stand_ins = {"__getitem__": getitem, "__setitem__": setitem, "copy_": copy_,
-                     "contiguous": contiguous, "__invert__": lambda x: torch.bitwise_not(x)}  # fmt: skip
+        stand_ins = {
+            "__getitem__": getitem,
+            "__setitem__": setitem,
+            "__invert__": lambda x: torch.bitwise_not(x),
+            "copy_": copy_,
+            "contiguous": contiguous,
+        }
         for name, function in stand_ins.items():
             patch.setattr(Tensor, name, function)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
