@@ -4,7 +4,7 @@ Each rate is also given as a ratio that carries over between machines: on a CPU 
 round trip of 256 x 256 pixels, on a GPU a step's operations to a product of bf16 matrices.
 
     python -m bench.speed
-    python -m bench.speed --batch-size 256 --preset paper --works stage
+    python -m bench.speed --batch-size 256 --size paper --works stage
 """
 
 import io
@@ -32,7 +32,7 @@ class Config:
 
     works: tuple[str, ...] = ("D", "stage", "generate")  # which rows: beginnings of their names
     batch_size: int = 16  # images; at least 8
-    preset: str = "small"  # of the training steps: small or paper
+    size: str = "small"  # of the networks in training: small or paper
     runs: int = 3  # of which the best counts, behind one that warms up
     bf16: bool = True  # where the device has it
     seed: int = 0
@@ -101,8 +101,8 @@ def degrading(cfg: Config, device: torch.device) -> dict[str, Work]:
 
 def training(cfg: Config, rt: common.Runtime) -> dict[str, Work]:
     """Rows of a training step: loss, gradient, AdamW."""
-    stage_1 = extractors.Config(**extractors.PRESETS[cfg.preset])
-    stage_2 = diffusion.Config(**diffusion.PRESETS[cfg.preset])
+    stage_1 = extractors.Config(**extractors.PRESETS[cfg.size])
+    stage_2 = diffusion.Config(**diffusion.PRESETS[cfg.size])
     nets = extractors.Extractors(stage_1)
     nets.to(rt.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     net = diffusion.build(asdict(stage_2), asdict(stage_1))
@@ -176,7 +176,7 @@ def main(cfg: Config, rt: common.Runtime) -> None:
              "generate": lambda: generating(cfg, rt)}  # fmt: skip
     for name in cfg.works:
         common.require(name in known, f"--works {name}: choose of {', '.join(known)}.")
-    common.require(cfg.preset in ("small", "paper"), f"--preset {cfg.preset}: small or paper.")
+    common.require(cfg.size in ("small", "paper"), f"--size {cfg.size}: small or paper.")
     for flag, value, least in (("--batch-size", cfg.batch_size, 8), ("--runs", cfg.runs, 1)):
         common.require(value >= least, f"{flag} {value}: must be at least {least}.")
     on_gpu = rt.device.type == "cuda"

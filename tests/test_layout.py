@@ -53,6 +53,12 @@ def imported(name: str) -> set[str]:
 
 def test_these_files_and_no_other_hold_the_project():
     assert {p.stem for p in REPO.glob("*.py")} == set(ORDER)
+    assert {p.stem for p in REPO.glob("bench/*.py")} == {"speed"}
+
+
+def test_no_stage_imports_a_room_of_the_benchmark():
+    for name in ORDER[: ORDER.index("benchmark")]:
+        assert "bench" not in imported(name)
 
 
 @pytest.mark.parametrize("name", ORDER)

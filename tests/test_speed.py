@@ -1,0 +1,48 @@
+"""bench/speed.py: the table it prints, and what it refuses."""
+
+import sys
+
+import pytest
+
+import common
+from bench import speed
+
+
+def launch(monkeypatch, *argv: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["speed.py", *map(str, argv)])
+    common.launch(speed.main, speed.Config, {}, speed.__doc__)
+
+
+def test_the_table_has_a_row_for_every_recipe_and_the_ratio_of_each_rate(monkeypatch, capsys):
+    launch(monkeypatch, "--works", "D", "--batch-size", 8, "--runs", 1, "--device", "cpu")
+    lines = capsys.readouterr().out.splitlines()
+    jpeg = next(float(line.split()[2]) for line in lines if line.startswith("Pillow's JPEG:"))
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| D ")]
+    names = {row[0] for row in rows}
+    assert {f"D {recipe}" for recipe in speed.degrade.RECIPES} <= names and "D JPEG" in names
+    for _, rate, milliseconds, ratio in rows:
+        assert float(rate) * float(milliseconds) == pytest.approx(8000, rel=0.02)
+        assert float(ratio) == pytest.approx(float(rate) / jpeg, rel=0.05, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_training_steps_and_generation_are_timed(monkeypatch, capsys):
+    launch(monkeypatch, "--works", "stage", "generate", "--batch-size", 8, "--runs", 1)
+    text = capsys.readouterr().out
+    for name in (
+        "stage 1 VQ-VAE",
+        "stage 1 E_cont",
+        "stage 1 E_deg",
+        "stage 2",
+        "generate, default",
+    ):
+        assert f"| {name} |" in text
+
+
+@pytest.mark.parametrize(
+    "argv", [["--works", "F"], ["--size", "huge"], ["--batch-size", 4], ["--runs", 0]]
+)
+def test_a_wrong_flag_is_one_sentence(monkeypatch, capsys, argv):
+    with pytest.raises(SystemExit) as stopped:
+        launch(monkeypatch, *argv)
+    assert stopped.value.code == 2 and f"error: {argv[0]} {argv[1]}" in capsys.readouterr().err
