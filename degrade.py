@@ -8,6 +8,8 @@ own order: two rounds for Real-ESRGAN (arXiv:2107.10833), shuffled for BSRGAN (a
     python degrade.py --hr data/hr --out out/bsrgan --recipe bsrgan --per-image 4 --seed 1
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import math
@@ -57,9 +59,9 @@ class Final:
 
 # fmt: off
 ROUNDS = {
-    # Real-ESRGAN x4plus, as published. Deviation: its training recipe sharpens HR first (that is
-    # not D), its sizes drift by rounding, its JPEG is not libjpeg's (a transposed luma table) and
-    # has broken qualities. With the same theta its LR is .26 dB nearer to bicubic than this one.
+    # Real-ESRGAN x4plus, as published. Deviation: the public code sharpens HR before D (a matter
+    # of its training, not of D), its sizes drift by rounding, its JPEG is not libjpeg's and takes
+    # fractional qualities. With the same theta this LR is .26 dB nearer to bicubic than theirs.
     "realesrgan": (
         Round(),
         Round(blur_prob=0.8, blur_sigma=(0.2, 1.5), resize_prob=(0.3, 0.4, 0.3), resize=(0.3, 1.2),
@@ -115,8 +117,6 @@ BSRGAN_JPEG_PROB, BSRGAN_JPEG = 0.9, (30, 95)
 # fmt: on
 RECIPES = (*ROUNDS, "bsrgan", "bicubic")
 
-# ---- theta ------------------------------------------------------------------------------------
-
 KERNEL_SIZE = 25  # of all kernels; smaller ones are padded with zeros
 # Of resizing: torch's area, bilinear, bicubic; Pillow's bicubic; OpenCV's area, by coverage.
 MODES = ("area", "bilinear", "bicubic", "antialiased", "coverage")
@@ -124,120 +124,6 @@ MODES = ("area", "bilinear", "bicubic", "antialiased", "coverage")
 OPERATIONS = ("", "blur 1", "blur 2", "blur 3", "resize 1", "resize 2", "resize 3",
               "gaussian 1", "gaussian 2", "poisson 1", "poisson 2", "jpeg 1", "jpeg 2")  # fmt: skip
 STEPS = 10
-
-
-@dataclass
-class Degradation:
-    """Parameters theta of D, one row per image; only what an operation in `order` reads counts."""
-
-    order: Tensor  # (B, 10) indices into OPERATIONS; 0 does nothing
-    blur_sigma: Tensor  # (B, 3, 2) widths along both axes, pixels
-    blur_angle: Tensor  # (B, 3) radians
-    blur_shape: Tensor  # (B, 3) exponent beta; 1 is a Gaussian
-    blur_plateau: Tensor  # (B, 3) bool: 1 / (1 + q^beta) instead of exp(-q^beta / 2)
-    blur_size: Tensor  # (B, 3) kernel size, odd
-    sinc_cutoff: Tensor  # (B, 3) radians per pixel; 0 is no sinc
-    sharpen: Tensor  # (B, 3) amount: adds that times what the blur takes away; 0 is a blur
-    resize: Tensor  # (B, 2) new size / HR size; the third resize is to LR
-    resize_mode: Tensor  # (B, 3) index into MODES
-    gaussian_std: Tensor  # (B, 2) on [0, 1]
-    poisson_scale: Tensor  # (B, 2)
-    gray_noise: Tensor  # (B, 2) bool: the same noise in all channels
-    colour_mix: Tensor  # (B, 3, 3) mixes the channels of coloured Gaussian noise
-    jpeg_quality: Tensor  # (B, 2) 1..100
-    scale: Tensor  # (B,) HR size / LR size
-    seed: Tensor  # (B,) of the noise
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.seed)
-
-    def __getitem__(self, rows: "slice | Tensor | list[int]") -> "Degradation":
-        """Select rows: a slice, an index tensor, a mask or a list."""
-        return Degradation(*(getattr(self, f.name)[rows] for f in fields(self)))
-
-    def to(self, device: torch.device | str) -> "Degradation":
-        """Move all tensors; a GPU is not waited for."""
-        wait = torch.device(device).type == "cpu"
-        columns = (getattr(self, f.name) for f in fields(self))
-        return Degradation(*(column.to(device, non_blocking=not wait) for column in columns))
-
-    @staticmethod
-    def cat(parts: "list[Degradation]") -> "Degradation":
-        """Join rows."""
-        columns = (torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Degradation))
-        return Degradation(*columns)
-
-    def to_json(self) -> list[str]:
-        """One JSON object per row; floats survive the round trip exactly."""
-        columns = {f.name: getattr(self, f.name).tolist() for f in fields(self)}
-        columns["order"] = [[OPERATIONS[i] for i in row] for row in columns["order"]]
-        rows = zip(*columns.values(), strict=True)
-        return [json.dumps(dict(zip(columns, row, strict=True))) for row in rows]
-
-    @staticmethod
-    def from_json(lines: list[str]) -> "Degradation":
-        """Read what to_json wrote."""
-        rows = [json.loads(line) for line in lines]
-        for row in rows:
-            row["order"] = [OPERATIONS.index(name) for name in row["order"]]
-        columns = (torch.tensor([row[f.name] for row in rows]) for f in fields(Degradation))
-        return Degradation(*columns)
-
-    def performed(self, kind: str) -> tuple[Tensor, Tensor]:
-        """Which steps are of this kind, and the column of theta that each reads: (B, 10) each."""
-        codes = [i for i, name in enumerate(OPERATIONS) if name.startswith(kind)]
-        column = self.order - codes[0]
-        return (column >= 0) & (column < len(codes)), column.clamp(0, len(codes) - 1)
-
-    def physical(self) -> Tensor:
-        """What theta means for the LR image: (B, 5), each about in [0, 1].
-
-        Blur width (log LR pixels), resolution lost by resizing (log), ringing, noise, JPEG loss.
-        Noise and JPEG that all came before a resize can't be told from the image: NaN.
-        """
-        scale = self.scale.float()[:, None]
-        resized, column = self.performed("resize")
-        to_lr = torch.ones_like(scale)
-        factor = torch.cat([self.resize * scale, to_lr], dim=1).gather(1, column)
-        step = torch.arange(STEPS, device=scale.device)
-        last = step.where(resized, -1).cummax(1).values  # the last resize up to this step
-        grid = factor.gather(1, last.clamp(min=0)).where(last >= 0, scale)  # pixels per LR pixel
-        seen = grid == 1
-        # Of the kernels as they are: a wide one of few pixels is cut off.
-        squares = (torch.arange(KERNEL_SIZE, device=scale.device) - KERNEL_SIZE // 2).square()
-        moment = (blur_kernels(self) * (squares + squares[:, None])).sum((2, 3)) / 2  # (B, 3)
-        edges = (1 - self.sinc_cutoff / math.pi).where(self.sinc_cutoff > 0, self.sharpen)
-        blurred, column = self.performed("blur")
-        smooth = blurred & ((self.sinc_cutoff == 0) & (self.sharpen == 0)).gather(1, column)
-        blur_variance = (moment.gather(1, column) / grid.square()).where(smooth, 0.0).sum(1)
-        ringing = edges.gather(1, column).where(blurred, 0.0).amax(1)
-        gaussian, column = self.performed("gaussian")
-        std = self.gaussian_std.gather(1, column)
-        poisson, column = self.performed("poisson")
-        # Poisson: the std that scale has at a mid gray of 8 bits.
-        std = std.where(gaussian, self.poisson_scale.gather(1, column) * 0.04)
-        noisy = gaussian | poisson
-        noise_variance = std.square().where(noisy & seen, 0.0).sum(1)
-        compressed, column = self.performed("jpeg")
-        quality = self.jpeg_quality.gather(1, column).where(compressed & seen, 100).amin(1).float()
-        noise_hidden = (noisy & ~seen).any(1) & (noise_variance == 0)
-        jpeg_hidden = (compressed & ~seen).any(1) & (quality == 100)
-        meaning = [
-            (blur_variance + 0.01).log() / 4.6 + 1,
-            -torch.minimum(grid.amin(1), scale[:, 0]).clamp(max=1).log(),
-            ringing,
-            ((noise_variance.sqrt() * 255 + 1).log() / 3.5).where(~noise_hidden, math.nan),
-            (1 - quality / 100).where(~jpeg_hidden, math.nan),
-        ]
-        return torch.stack(meaning, dim=1)
-
-
-def noise_and_quality(physical: Tensor) -> tuple[Tensor, Tensor]:
-    """Noise, a std on [0, 1], and JPEG quality 1..100 (B,) of Degradation.physical's (B, 5)."""
-    noise = (3.5 * physical[:, 3]).exp().sub(1).div(255).clamp(min=0)
-    return noise, (100 * (1 - physical[:, 4])).round().clamp(1, 100).long()
-
 
 # ---- D ----------------------------------------------------------------------------------------
 
@@ -322,7 +208,7 @@ Size = tuple[int, int]  # height and width
 
 
 class Step(NamedTuple):
-    """What one image goes through in a turn; a number in `order`, on the host."""
+    """What one image goes through in a turn, as the host knows it beforehand."""
 
     row: int  # of the batch
     column: int  # of theta, that it reads
@@ -406,6 +292,122 @@ def plain_float32(device: torch.device) -> Iterator[None]:
             yield
     finally:
         matmul.allow_tf32 = allowed
+
+
+# ---- theta ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Degradation:
+    """Parameters theta of D, one row per image; only what an operation in `order` reads counts."""
+
+    order: Tensor  # (B, 10) indices into OPERATIONS; 0 does nothing
+    blur_sigma: Tensor  # (B, 3, 2) widths along both axes, pixels
+    blur_angle: Tensor  # (B, 3) radians
+    blur_shape: Tensor  # (B, 3) exponent beta; 1 is a Gaussian
+    blur_plateau: Tensor  # (B, 3) bool: 1 / (1 + q^beta) instead of exp(-q^beta / 2)
+    blur_size: Tensor  # (B, 3) kernel size, odd
+    sinc_cutoff: Tensor  # (B, 3) radians per pixel; 0 is no sinc
+    sharpen: Tensor  # (B, 3) amount: adds that times what the blur takes away; 0 is a blur
+    resize: Tensor  # (B, 2) new size / HR size; the third resize is to LR
+    resize_mode: Tensor  # (B, 3) index into MODES
+    gaussian_std: Tensor  # (B, 2) on [0, 1]
+    poisson_scale: Tensor  # (B, 2)
+    gray_noise: Tensor  # (B, 2) bool: the same noise in all channels
+    colour_mix: Tensor  # (B, 3, 3) mixes the channels of coloured Gaussian noise
+    jpeg_quality: Tensor  # (B, 2) 1..100
+    scale: Tensor  # (B,) HR size / LR size
+    seed: Tensor  # (B,) of the noise
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.seed)
+
+    def __getitem__(self, rows: slice | Tensor | list[int]) -> Degradation:
+        """Select rows: a slice, an index tensor, a mask or a list."""
+        return Degradation(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+    def to(self, device: torch.device | str) -> Degradation:
+        """Move all tensors; a GPU is not waited for."""
+        wait = torch.device(device).type == "cpu"
+        columns = (getattr(self, f.name) for f in fields(self))
+        return Degradation(*(column.to(device, non_blocking=not wait) for column in columns))
+
+    @staticmethod
+    def cat(parts: list[Degradation]) -> Degradation:
+        """Join rows."""
+        columns = (torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Degradation))
+        return Degradation(*columns)
+
+    def to_json(self) -> list[str]:
+        """One JSON object per row; floats survive the round trip exactly."""
+        columns = {f.name: getattr(self, f.name).tolist() for f in fields(self)}
+        columns["order"] = [[OPERATIONS[i] for i in row] for row in columns["order"]]
+        rows = zip(*columns.values(), strict=True)
+        return [json.dumps(dict(zip(columns, row, strict=True))) for row in rows]
+
+    @staticmethod
+    def from_json(lines: list[str]) -> Degradation:
+        """Read what to_json wrote."""
+        rows = [json.loads(line) for line in lines]
+        for row in rows:
+            row["order"] = [OPERATIONS.index(name) for name in row["order"]]
+        columns = (torch.tensor([row[f.name] for row in rows]) for f in fields(Degradation))
+        return Degradation(*columns)
+
+    def performed(self, kind: str) -> tuple[Tensor, Tensor]:
+        """Which steps are of this kind, and the column of theta that each reads: (B, 10) each."""
+        codes = [i for i, name in enumerate(OPERATIONS) if name.startswith(kind)]
+        column = self.order - codes[0]
+        return (column >= 0) & (column < len(codes)), column.clamp(0, len(codes) - 1)
+
+    def physical(self) -> Tensor:
+        """What theta means for the LR image: (B, 5), each about in [0, 1].
+
+        Blur width (log LR pixels), resolution lost by resizing (log), ringing, noise, JPEG loss.
+        Noise and JPEG that all came before a resize can't be told from the image: NaN.
+        """
+        scale = self.scale.float()[:, None]
+        resized, column = self.performed("resize")
+        to_lr = torch.ones_like(scale)
+        factor = torch.cat([self.resize * scale, to_lr], dim=1).gather(1, column)
+        step = torch.arange(STEPS, device=scale.device)
+        last = step.where(resized, -1).cummax(1).values  # the last resize up to this step
+        grid = factor.gather(1, last.clamp(min=0)).where(last >= 0, scale)  # pixels per LR pixel
+        seen = grid == 1
+        # Of the kernels as they are: a wide one of few pixels is cut off.
+        squares = (torch.arange(KERNEL_SIZE, device=scale.device) - KERNEL_SIZE // 2).square()
+        moment = (blur_kernels(self) * (squares + squares[:, None])).sum((2, 3)) / 2  # (B, 3)
+        edges = (1 - self.sinc_cutoff / math.pi).where(self.sinc_cutoff > 0, self.sharpen)
+        blurred, column = self.performed("blur")
+        smooth = blurred & ((self.sinc_cutoff == 0) & (self.sharpen == 0)).gather(1, column)
+        blur_variance = (moment.gather(1, column) / grid.square()).where(smooth, 0.0).sum(1)
+        ringing = edges.gather(1, column).where(blurred, 0.0).amax(1)
+        gaussian, column = self.performed("gaussian")
+        std = self.gaussian_std.gather(1, column)
+        poisson, column = self.performed("poisson")
+        # Poisson: the std that scale has at a mid gray of 8 bits.
+        std = std.where(gaussian, self.poisson_scale.gather(1, column) * 0.04)
+        noisy = gaussian | poisson
+        noise_variance = std.square().where(noisy & seen, 0.0).sum(1)
+        compressed, column = self.performed("jpeg")
+        quality = self.jpeg_quality.gather(1, column).where(compressed & seen, 100).amin(1).float()
+        noise_hidden = (noisy & ~seen).any(1) & (noise_variance == 0)
+        jpeg_hidden = (compressed & ~seen).any(1) & (quality == 100)
+        meaning = [
+            (blur_variance + 0.01).log() / 4.6 + 1,
+            -torch.minimum(grid.amin(1), scale[:, 0]).clamp(max=1).log(),
+            ringing,
+            ((noise_variance.sqrt() * 255 + 1).log() / 3.5).where(~noise_hidden, math.nan),
+            (1 - quality / 100).where(~jpeg_hidden, math.nan),
+        ]
+        return torch.stack(meaning, dim=1)
+
+
+def noise_and_quality(physical: Tensor) -> tuple[Tensor, Tensor]:
+    """Noise, a std on [0, 1], and JPEG quality 1..100 (B,) of Degradation.physical's (B, 5)."""
+    noise = (3.5 * physical[:, 3]).exp().sub(1).div(255).clamp(min=0)
+    return noise, (100 * (1 - physical[:, 4])).round().clamp(1, 100).long()
 
 
 # ---- drawing theta ----------------------------------------------------------------------------
@@ -770,18 +772,16 @@ def poisson(
     """
     H, W = x.shape[2:]
     luma = 0.2989 * x[:, :1] + 0.5870 * x[:, 1:2] + 0.1140 * x[:, 2:]
-    source = (
-        where_gray(gray, luma, x).clamp(0, 1).mul_(255).round_()
-    )  # (B, 1 or 3, H, W) whole numbers
+    levels = where_gray(gray, luma, x).clamp(0, 1).mul_(255).round_()  # (B, 1 or 3, H, W)
     down, across = (torch.arange(n, device=x.device) for n in (H, W))
     inside = (down[:, None] < size[:, 0, None, None]) & (across < size[:, 1, None, None])
     inside = inside[:, None]  # (B, 1, H, W)
-    level = torch.where(inside, source, 256.0).long().flatten(1)
-    levels = x.new_zeros(len(x), 257).scatter_(1, level, 1.0)[:, :256].sum(1)
-    photons = torch.exp2(levels.log2().ceil())[:, None, None, None] / 255  # per level
-    rate = (source * photons).mul_(inside).to(generator.device)
+    found = torch.where(inside, levels, 256.0).long().flatten(1)
+    number = x.new_zeros(len(x), 257).scatter_(1, found, 1.0)[:, :256].sum(1)  # of levels
+    photons = torch.exp2(number.log2().ceil())[:, None, None, None] / 255  # per level
+    rate = (levels * photons).mul_(inside).to(generator.device)
     counts = torch.poisson(rate, generator=generator).to(x.device)
-    noise = (counts / photons).sub_(source).mul_((scale / 255)[:, None, None, None])
+    noise = (counts / photons).sub_(levels).mul_((scale / 255)[:, None, None, None])
     return (x + where_gray(gray, noise[:, :1], noise)).clamp_(0, 1)
 
 
