@@ -40,6 +40,7 @@ class Config:
 
 
 Work = Callable[[], object]
+Rows = dict[str, tuple[Work, int]]  # by name: what is timed, and how many images it makes
 
 
 def best(work: Work, runs: int, device: torch.device) -> float:
@@ -82,7 +83,7 @@ def matrix_rate(device: torch.device, runs: int) -> float:
     return 2 * n**3 / best(lambda: a @ a, runs, device)
 
 
-def degrading(cfg: Config, device: torch.device) -> dict[str, Work]:
+def degrading(cfg: Config, device: torch.device) -> Rows:
     """Rows of D at 256 x 256 pixels: each recipe in a batch, one replayed image, JPEG."""
     hr = sample_photos("hr", cfg.batch_size, 256, device)
     draw = common.generator(cfg.seed)
@@ -91,15 +92,15 @@ def degrading(cfg: Config, device: torch.device) -> dict[str, Work]:
         theta = degrade.sample_degradation(len(hr), recipe, generator=draw)
         return lambda: degrade.degrade(hr, theta, draw)
 
-    works = {f"D {recipe}": batch(recipe) for recipe in degrade.RECIPES}
+    works: dict[str, Work] = {f"D {recipe}": batch(recipe) for recipe in degrade.RECIPES}
     theta = degrade.sample_degradation(len(hr), generator=draw)
     works["D realesrgan, replayed"] = lambda: degrade.degrade(hr, theta)
     works["D drawing theta"] = lambda: degrade.sample_degradation(len(hr), generator=draw)
     works["D JPEG"] = lambda: degrade.jpeg(hr, 60)
-    return works
+    return {name: (work, len(hr)) for name, work in works.items()}
 
 
-def training(cfg: Config, rt: common.Runtime) -> dict[str, Work]:
+def training(cfg: Config, rt: common.Runtime) -> Rows:
     """Rows of a training step: loss, gradient, AdamW."""
     stage_1 = extractors.Config(**extractors.PRESETS[cfg.size])
     stage_2 = diffusion.Config(**diffusion.PRESETS[cfg.size])
@@ -124,7 +125,7 @@ def training(cfg: Config, rt: common.Runtime) -> dict[str, Work]:
 
         return work
 
-    return {
+    works = {
         "stage 1 VQ-VAE": step(
             nets.vqvae, lambda: extractors.vqvae_loss(nets, photos[stage_1.vq_crop], draw)
         ),
@@ -142,12 +143,14 @@ def training(cfg: Config, rt: common.Runtime) -> dict[str, Work]:
             ),
         ),
     }
+    return {name: (work, B) for name, work in works.items()}
 
 
-def generating(cfg: Config, rt: common.Runtime) -> dict[str, Work]:
+def generating(cfg: Config, rt: common.Runtime) -> Rows:
     """Rows of generation with the shipped weights, 512 x 512 pixels."""
     net = generate.load_generator("", rt.device, grain=True)
-    hr = sample_photos("hr", cfg.batch_size, 512, rt.device)
+    batch = cfg.batch_size if rt.device.type == "cuda" else 2  # a CPU takes them one by one
+    hr = sample_photos("hr", batch, 512, rt.device)
     lr_ref, seeds = list(sample_photos("lr", len(hr), 128, rt.device)), range(len(hr))
 
     def work(t_start: int, num_steps: int) -> Work:
@@ -157,8 +160,8 @@ def generating(cfg: Config, rt: common.Runtime) -> dict[str, Work]:
 
     default = generate.Config()
     return {
-        "generate, default": work(default.t_start, default.num_steps),
-        "generate, T = 200, 10 steps": work(200, 10),
+        "generate, default": (work(default.t_start, default.num_steps), batch),
+        "generate, T = 200, 10 steps": (work(200, 10), batch),
     }
 
 
@@ -171,7 +174,7 @@ def operations(work: Work) -> int:
 
 def main(cfg: Config, rt: common.Runtime) -> None:
     """Print the table."""
-    known: dict[str, Callable[[], dict[str, Work]]]
+    known: dict[str, Callable[[], Rows]]
     known = {"D": lambda: degrading(cfg, rt.device), "stage": lambda: training(cfg, rt),
              "generate": lambda: generating(cfg, rt)}  # fmt: skip
     for name in cfg.works:
@@ -191,12 +194,12 @@ def main(cfg: Config, rt: common.Runtime) -> None:
     print(f"\n| work | images/s | ms | {ratio} |{' GiB |' if on_gpu else ''}")
     print(f"|---|---|---|---|{'---|' if on_gpu else ''}")
     for group in cfg.works:
-        for row, work in known[group]().items():
+        for row, (work, images) in known[group]().items():
             flops = operations(work) if on_gpu and group != "D" else 0
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats(rt.device)
             seconds = best(work, cfg.runs, rt.device)
-            rate = cfg.batch_size / seconds
+            rate = images / seconds
             share = flops / seconds / matrix if on_gpu else rate / jpeg_rate
             memory = (
                 f" {torch.cuda.max_memory_allocated(rt.device) / 2**30:.1f} |" if on_gpu else ""
