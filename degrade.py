@@ -454,25 +454,19 @@ def step(name: str, performed: Tensor) -> Tensor:
 
 def bicubic(batch: int, scale: int) -> Degradation:
     """Parameters of a plain reduction to LR: what the recipes start from."""
+
+    def full(value: float, *shape: int) -> Tensor:
+        return torch.full((batch, *shape), value)
+
     theta = Degradation(
-        order=torch.zeros(batch, STEPS, dtype=torch.long),
-        blur_sigma=torch.ones(batch, 3, 2),
-        blur_angle=torch.zeros(batch, 3),
-        blur_shape=torch.ones(batch, 3),
-        blur_plateau=torch.zeros(batch, 3, dtype=torch.bool),
-        blur_size=torch.ones(batch, 3, dtype=torch.long),
-        sinc_cutoff=torch.zeros(batch, 3),
-        sharpen=torch.zeros(batch, 3),
-        resize=torch.ones(batch, 2),
-        resize_mode=torch.full((batch, 3), MODES.index("antialiased")),
-        gaussian_std=torch.zeros(batch, 2),
-        poisson_scale=torch.zeros(batch, 2),
-        gray_noise=torch.zeros(batch, 2, dtype=torch.bool),
-        colour_mix=torch.eye(3).repeat(batch, 1, 1),
-        jpeg_quality=torch.full((batch, 2), 100),
-        scale=torch.full((batch,), scale),
-        seed=torch.zeros(batch, dtype=torch.long),
-    )
+        order=full(0, STEPS), blur_sigma=full(1.0, 3, 2), blur_angle=full(0.0, 3),
+        blur_shape=full(1.0, 3), blur_plateau=full(False, 3), blur_size=full(1, 3),
+        sinc_cutoff=full(0.0, 3), sharpen=full(0.0, 3), resize=full(1.0, 2),
+        resize_mode=full(MODES.index("antialiased"), 3), gaussian_std=full(0.0, 2),
+        poisson_scale=full(0.0, 2), gray_noise=full(False, 2),
+        colour_mix=torch.eye(3).repeat(batch, 1, 1), jpeg_quality=full(100, 2),
+        scale=full(scale), seed=full(0),
+    )  # fmt: skip
     theta.order[:, 0] = OPERATIONS.index("resize 3")
     return theta
 
