@@ -128,6 +128,9 @@ def runtime(device: str = "auto", seed: int = 0) -> Iterator[Runtime]:
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world_size > 1:
+        # Imported later (FlopCounterMode does), its default arguments would keep the group and its
+        # threads alive behind destroy_process_group, and the process would abort at its end.
+        importlib.import_module("torch.distributed.nn")
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # to wait for others
     torch.manual_seed(seed)
@@ -332,7 +335,7 @@ def centre(image: Tensor, size: int, side: int) -> Tensor:
 def save_sheet(path: str | Path, titles: Sequence[str], rows: Sequence[Sequence[Tensor]]) -> None:
     """Write rows of pictures (3, side, side) under a line of titles."""
     lines = [torch.cat([F.pad(x, (2, 2, 2, 2), value=1.0) for x in row], dim=2) for row in rows]
-    body = torch.cat(lines, dim=1)
+    body = torch.cat(lines, dim=1).cpu()
     head = Image.new("RGB", (body.shape[2], 18), "white")
     for i, title in enumerate(titles):
         ImageDraw.Draw(head).text((6 + i * body.shape[2] // len(titles), 3), title, fill="black")

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import common
+from tests.fake_cuda import fake_cuda
 
 REPO = Path(__file__).resolve().parents[1]
 CPU = common.Runtime(torch.device("cpu"))
@@ -752,3 +753,36 @@ def test_names_of_photos_are_never_equal_but_for_their_case(tmp_path):
     assert len({name.casefold() for name in names}) == len(files)
     turned = common.photo_names(files[::-1], [*map(str, folders)])
     assert turned == names[::-1]
+
+
+def test_a_sheet_of_pictures_that_are_on_a_gpu_is_written(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(common, "save_image", lambda path, x: written.append(x))
+    with fake_cuda():
+        picture = torch.zeros(3, 20, 20, device="cuda:0")
+        common.save_sheet(tmp_path / "sheet.png", ("HR", "LR"), [[picture, picture]] * 2)
+    assert written[0].device.type == "cpu" and written[0].shape == (3, 18 + 48, 48)
+
+
+THREADS = """
+import threading, torch, common
+with common.runtime("cpu") as rt:
+    before = open("/proc/self/status").read()
+    torch.distributed.all_reduce(torch.ones(1))
+    def loss(x, number): return {"loss": (x @ x).sum()}
+    common.count_flops(loss, torch.ones(2, 2, requires_grad=True), number=0)
+status = dict(line.split(":", 1) for line in open("/proc/self/status").read().splitlines())
+print("threads", int(status["Threads"]), flush=True)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="counts threads in /proc")
+def test_no_thread_outlives_the_processes_group(tmp_path):
+    (tmp_path / "threads.py").write_text(THREADS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, tmp_path / "threads.py"], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["threads", "1"] * 2
