@@ -1,7 +1,7 @@
 """What a GPU would do, found out without one: fake tensors of cuda:0 know their device and shape.
 
 An operation that mixes devices raises an error, and the operations that would start a kernel are
-counted. Numbers that decide on the host (parameters theta) have to be real, drawn beforehand.
+counted. Only theta, which decides on the host what is launched, is drawn really.
 """
 
 import contextlib
@@ -11,10 +11,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
+import degrade
 
 
 class Launches(TorchDispatchMode):
@@ -96,6 +97,16 @@ real_copy_, real_contiguous = Tensor.copy_, Tensor.contiguous
 real_getitem, real_setitem = Tensor.__getitem__, Tensor.__setitem__
 
 
+def really(function):
+    """The function with real tensors: parameters theta decide on the host what is launched."""
+
+    def called(*args, **kwargs):
+        with unset_fake_temporarily():
+            return function(*args, **kwargs)
+
+    return called
+
+
 @contextlib.contextmanager
 def fake_cuda() -> Iterator[Launches]:
     """Tensors made inside are fake, and may be of cuda:0; generators stay on the CPU."""
@@ -111,6 +122,8 @@ def fake_cuda() -> Iterator[Launches]:
         }
         for name, function in stand_ins.items():
             patch.setattr(Tensor, name, function)
+        patch.setattr(degrade, "sample_degradation", really(degrade.sample_degradation))
+        patch.setattr(degrade.Degradation, "cat", staticmethod(really(degrade.Degradation.cat)))
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode, Launches() as launches:
             yield launches

@@ -15,6 +15,7 @@ import common
 import diffusion
 import extractors
 from diffusion import ALPHAS_CUMPROD, BETAS, Config
+from tests.fake_cuda import fake_cuda, really
 
 CPU = common.Runtime(torch.device("cpu"))
 STAGE_1 = extractors.Config(
@@ -634,3 +635,17 @@ def test_senseless_settings_end_in_one_sentence(tmp_path, data, changes):
     with pytest.raises(common.UserError, match="--"):
         diffusion.train(cfg, CPU)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("preset", ["small", "paper"])
+def test_no_operation_of_the_loss_leaves_the_gpu(preset, monkeypatch):
+    cfg = Config(**diffusion.PRESETS[preset])
+    stage_1 = extractors.Config(**extractors.PRESETS[preset])
+    monkeypatch.setattr(extractors, "sample_mixed", really(extractors.sample_mixed))
+    with fake_cuda(), torch.no_grad():
+        with torch.device("cuda:0"):
+            net = diffusion.build(asdict(cfg), asdict(stage_1))
+            lr = torch.zeros(2, 3, cfg.crop, cfg.crop)
+            hr = torch.zeros(2, 3, 4 * cfg.crop, 4 * cfg.crop)
+        loss = diffusion.decoupled_loss(net, lr, hr, cfg, torch.Generator())["loss"]
+        assert loss.device == lr.device

@@ -15,6 +15,7 @@ import common
 import degrade
 import extractors
 from extractors import Config, Extractors
+from tests.fake_cuda import fake_cuda, really
 
 CPU = common.Runtime(torch.device("cpu"))
 TINY = Config(
@@ -599,3 +600,21 @@ def test_every_50th_photo_is_held_out(tmp_path, capsys):
         "content.png",
         "last.png",
     }
+
+
+@pytest.mark.parametrize("preset", ["small", "paper"])
+def test_no_operation_of_the_losses_leaves_the_gpu(preset, monkeypatch):
+    cfg = Config(**extractors.PRESETS[preset])
+    monkeypatch.setattr(extractors, "sample_mixed", really(extractors.sample_mixed))
+    draw = torch.Generator()
+    with fake_cuda(), torch.no_grad():
+        with torch.device("cuda:0"):
+            nets = Extractors(cfg)
+            photos = torch.zeros(8, 3, cfg.vq_crop, cfg.vq_crop)
+            crops = torch.zeros(8, 3, cfg.crop, cfg.crop)
+        for numbers in (
+            extractors.vqvae_loss(nets, photos),
+            extractors.content_loss(nets, photos, cfg, draw),
+            extractors.degradation_loss(nets, crops, cfg, draw),
+        ):
+            assert {value.device for value in numbers.values()} == {crops.device}
