@@ -447,7 +447,7 @@ class Draw:
         return torch.where(self.chance(0.5), self.uniform(low, 1.0), self.uniform(1.0, high))
 
 
-def step(name: str, performed: Tensor) -> Tensor:
+def coded(name: str, performed: Tensor) -> Tensor:
     """The code of an operation where it is performed, else 0: (B,)."""
     return OPERATIONS.index(name) * performed.long()
 
@@ -505,11 +505,11 @@ def draw_rounds(theta: Degradation, draw: Draw, first: Round, second: Round, fin
         theta.jpeg_quality[:, i] = draw.one_of(range(options.jpeg[0], options.jpeg[1] + 1))
         compressed = always if options.jpeg_prob == 1 else draw.chance(options.jpeg_prob)
         steps += [
-            step(f"blur {i + 1}", draw.chance(options.blur_prob)),
-            step(f"resize {i + 1}", (direction < 2) | (i > 0)),
-            step(f"gaussian {i + 1}", theta.gaussian_std[:, i] > 0)
-            + step(f"poisson {i + 1}", theta.poisson_scale[:, i] > 0),
-            step(f"jpeg {i + 1}", (theta.jpeg_quality[:, i] > 0) & compressed),
+            coded(f"blur {i + 1}", draw.chance(options.blur_prob)),
+            coded(f"resize {i + 1}", (direction < 2) | (i > 0)),
+            coded(f"gaussian {i + 1}", theta.gaussian_std[:, i] > 0)
+            + coded(f"poisson {i + 1}", theta.poisson_scale[:, i] > 0),
+            coded(f"jpeg {i + 1}", (theta.jpeg_quality[:, i] > 0) & compressed),
         ]
     theta.resize_mode[:, 2] = draw.mode(Round.modes)
     theta.blur_size[:, 2] = draw.one_of(Round.sizes)
@@ -517,7 +517,7 @@ def draw_rounds(theta: Degradation, draw: Draw, first: Round, second: Round, fin
     sharpen = ~sinc & draw.chance(final.sharpen_prob)
     theta.sinc_cutoff[:, 2] = torch.where(sinc, cutoff, 0.0)
     theta.sharpen[:, 2] = torch.where(sharpen, draw.uniform(*final.sharpen), 0.0)
-    jpeg, to_lr, filtered = steps.pop(), step("resize 3", always), step("blur 3", sinc | sharpen)
+    jpeg, to_lr, filtered = steps.pop(), coded("resize 3", always), coded("blur 3", sinc | sharpen)
     jpeg_last = draw.chance(0.5)
     steps += [
         torch.where(jpeg_last, to_lr, jpeg),
@@ -572,14 +572,14 @@ def draw_bsrgan(theta: Degradation, draw: Draw) -> None:
     theta.jpeg_quality[:] = torch.stack([draw.one_of(range(low, high + 1)) for _ in range(2)], 1)
     place = torch.stack([draw.uniform() for _ in range(6)], 1)  # (B, 6) of the six operations
     place[:, 2:4] = place[:, 2:4].sort(1).values  # downsample 3 comes after downsample 2
-    jpeg = step("jpeg 1", draw.chance(BSRGAN_JPEG_PROB))
+    jpeg = coded("jpeg 1", draw.chance(BSRGAN_JPEG_PROB))
     names = ("blur 1", "blur 2", "blur 3", "resize 2", "resize 3", "gaussian 1")
-    steps = [step(name, ~resized if name == "blur 3" else always) for name in names]
+    steps = [coded(name, ~resized if name == "blur 3" else always) for name in names]
     codes = torch.stack([*steps, jpeg], dim=1)
     shuffled = place[:, [0, 1, 2, 2, 3, 4, 5]].argsort(dim=1, stable=True)
-    theta.order[:, 0] = step("resize 1", halved)
+    theta.order[:, 0] = coded("resize 1", halved)
     theta.order[:, 1:8] = codes.gather(1, shuffled)
-    theta.order[:, 8] = step("jpeg 2", always)
+    theta.order[:, 8] = coded("jpeg 2", always)
 
 
 def sample_degradation(
