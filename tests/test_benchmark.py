@@ -359,7 +359,6 @@ def test_lr_stored_at_the_hr_size_is_shrunk_as_answer_and_as_reference(
     assert rows["RealDGen, other scene"]["mean"]["PSNR RGB"] < 20
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["RealSR", "DRealSR"])
 def test_bicubic_rows_of_the_shared_pairs_are_reproduced_without_our_code(shared, name):
     """As `python tests/bicubic_rows.py`, for those who would rather see the numbers."""
