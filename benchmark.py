@@ -65,6 +65,7 @@ from metrics import (  # noqa: F401  (all are names of benchmark, too)
     fid,
     kid,
     lpips_distance,
+    perceptual_net,
     psnr,
     ssim,
 )
@@ -424,7 +425,7 @@ def resolved(cfg: Config, rt: common.Runtime) -> Config:
             common.require(not cfg.syndiff, f"--syndiff {syndiff}: no such file.")
             data = tuple(name for name in data if name != "syndiff")
             if rt.is_main:
-                make = "`python diffusion.py --without content degradation --content-from lr"
+                make = "`python diffusion.py --without content degradation"
                 print(f"no SynDiff: train its generator by {make} --out runs/syndiff`")
         here = Path(__file__).parent / "data"
         pairs = pairs or tuple(
@@ -555,7 +556,7 @@ def main(cfg: Config, rt: common.Runtime) -> None:
         net = generate.load_generator(cfg.checkpoint, rt.device, cfg.grain)
     check_weights(cfg)
     if cfg.perceptual_weight > 0 and "1" in used:
-        common.perceptual_net("LPIPS", "vgg", rt.device)  # missing weights are said now
+        perceptual_net("LPIPS", "vgg", rt.device)  # fails early where weights are missing
     metrics = available_metrics(rt.device) if sets else []
     print(cfg)
     gpu = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else ""

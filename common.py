@@ -1,4 +1,4 @@
-"""Plumbing shared by the five stages: command line, processes, the training loop, files.
+"""Plumbing shared by the five stages: command line, processes, files, crops, the run of a training.
 
 Nothing of the method is here; a reader who skips this file loses no idea of the paper.
 """
@@ -8,20 +8,19 @@ import collections
 import contextlib
 import dataclasses
 import datetime
-import functools
 import importlib
 import inspect
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
 import sys
 import time
-import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,9 +32,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, library, nn
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 A = TypeVar("A")
@@ -68,9 +65,7 @@ def parse_args(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     if presets:
-        small = "small" in presets and not torch.cuda.is_available()
-        default = "small" if small else next(iter(presets))
-        parser.add_argument("--preset", choices=list(presets), default=default)
+        parser.add_argument("--preset", choices=list(presets), default=next(iter(presets)))
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         options: dict[str, Any] = {
             "default": None,
@@ -89,6 +84,8 @@ def parse_args(
     values = dict(presets.get(preset, {})) | {
         k: tuple(v) if isinstance(v, list) else v for k, v in given.items()
     }
+    seed = values.get("seed", 0)
+    require(0 <= seed < 2**63, f"--seed {seed}: must be in 0..2^63 - 1.")
     if preset and int(os.environ.get("RANK", 0)) == 0:
         print(f"preset {preset}")
     return config(**values)
@@ -349,8 +346,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode  # by umask; safetensors would let nobody else read the file
     try:
         yield temporary
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -417,140 +417,43 @@ class PairFolder:
         return not same or not (self.out / "preview.png").is_file()
 
 
-@functools.cache  # once in each process; a data set holds no map, which pickling would copy
-def open_pack(path: Path) -> np.ndarray:
-    """Crops (N, 3, side, side) written by data/pack.py, uint8, left on disk; UserError if not."""
-    try:
-        crops = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: no readable .npy file ({error}).") from None
-    found = f"{crops.dtype} of shape {crops.shape}"
-    right = crops.dtype == np.uint8 and crops.ndim == 4 and crops.shape[1] == 3 and len(crops) > 0
-    require(right, f"{path}: {found}, not uint8 (N, 3, side, side): make it with data/pack.py.")
-    return crops
-
-
-class PhotoCrops(Dataset[Tensor]):
-    """Random crops (3, size, size): item i depends on (seed, stream, i) alone.
-
-    Photos that can't be read or are smaller than the crop are left out and counted. Of files of
-    data/pack.py, each row counts as a photo.
-    """
-
-    grid = 8  # crops begin at its multiples, so that the blocks of a photo's JPEG begin at the edge
-
-    def __init__(
-        self, files: list[Path], size: int, batch_size: int, seed: int, rt: Runtime, stream: int = 0
-    ) -> None:
-        self.size, self.batch_size, self.key = size, batch_size, (seed, stream)
-        self.cache: dict[int, Tensor] = {}
-        self.left = 2**28  # bytes of photos that may stay in memory, in each loading process
-        self.files: list[Path] = []
-        self.bad: set[int] = set()
-        self.packs = [file for file in files if file.suffix == ".npy"]
-        for pack in self.packs:
-            side = min(open_pack(pack).shape[2:])
-            small = f"{pack}: crops of {side} pixels, too small to train on {size}"
-            require(side >= size, f"{small}: pack them again with --size {size} or more.")
-        self.count = sum(len(open_pack(pack)) for pack in self.packs)
-        bad: list[Path] = []
-        photos = [file for file in files if file.suffix != ".npy"]
-        for file in photos:
-            try:
-                with Image.open(file) as image:
-                    (self.files if min(image.size) >= size else bad).append(file)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-                bad.append(file)
-        if bad and rt.is_main:
-            print(f"skipped {len(bad)} of {len(photos)} photos: unreadable or under {size} pixels "
-                  f"(the first: {bad[0]})")  # fmt: skip
-        need = f"no photo of at least {size} x {size} pixels among {len(files)} files"
-        self.count += len(self.files)
-        require(self.count > 0, f"{need} ({files[0]}, ...).")
-
-    def read(self, file: Path) -> Tensor:
-        """A photo as uint8 (3, H, W)."""
-        return to_uint8(load_image(file))
-
-    def photo(self, index: int) -> Tensor:
-        """Photo as uint8 (3, H, W); kept in memory as long as there is room, unless packed."""
-        for crops in map(open_pack, self.packs):
-            if index < len(crops):
-                return torch.from_numpy(np.array(crops[index]))
-            index -= len(crops)
-        if index not in self.cache:
-            pixels = self.read(self.files[index])
-            if pixels.numel() > self.left:
-                return pixels
-            self.cache[index], self.left = pixels, self.left - pixels.numel()
-        return self.cache[index]
-
-    def turned(self, crop: Tensor, draw: int) -> Tensor:
-        """A crop, flipped where the draw is odd."""
-        return crop.flip(2) if draw % 2 else crop
-
-    def __getitem__(self, i: int) -> Tensor:
-        """Crop i, turned at random."""
-        for attempt in range(20):
-            gen = generator(*self.key, i, attempt)
-            index, top, left, draw = torch.randint(2**30, (4,), generator=gen).tolist()
-            index %= self.count
-            if index in self.bad:
-                continue
-            try:
-                photo = self.photo(index)
-            except ValueError as error:
-                self.bad.add(index)
-                print(f"skipped: {error}")
-                continue
-            top, left = (
-                place % (n - self.size + 1) // self.grid * self.grid
-                for place, n in zip((top, left), photo.shape[1:], strict=True)
-            )
-            crop = photo[:, top : top + self.size, left : left + self.size]
-            return self.turned(crop, draw).float() / 255
-        raise UserError("20 photos in a row could not be read; look at the files named above.")
-
-    def batches(self, numbers: Iterable[int], device: torch.device) -> Iterator[Tensor]:
-        """The batches (B, 3, size, size) of these numbers, on the device."""
-        B = self.batch_size
-        loader = DataLoader(
-            self,
-            B,
-            sampler=[n * B + b for n in numbers for b in range(B)],
-            num_workers=0 if device.type == "cpu" else min(8, os.cpu_count() or 1),
-            pin_memory=device.type == "cuda",
-        )
-        for batch in loader:
-            batch = batch.to(device, non_blocking=True)  # as it is pinned, not rearranged
-            yield batch.contiguous(memory_format=torch.channels_last)
-
-
 # ---- weights ----------------------------------------------------------------------------------
 
 
-def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Write state dicts and plain values: whole or not at all."""
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
-
-
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint (.pt of ours, or .safetensors with a JSON config); nothing is unpickled."""
+    """Read a checkpoint: a dict with "ema", the averaged weights, and "config"; it runs no code.
+
+    Besides ours (.pt, or .safetensors with a JSON config) those of others: weights alone, or under
+    params_ema, params (BasicSR) or state_dict (Lightning). UserError for anything else.
+    """
     try:
         if str(path).endswith(".safetensors"):
             with safe_open(path, "pt") as file:
-                weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+                weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 return {
-                    "ema": weights,
+                    "ema": {
+                        k: v.float() if v.is_floating_point() else v for k, v in weights.items()
+                    },
                     "config": json.loads((file.metadata() or {}).get("config", "{}")),
                 }
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
         reason = (str(error).splitlines() or ["it is empty"])[0]
         raise UserError(f"{path}: no readable checkpoint ({reason}).") from None
-    except Exception as error:  # torch raises pickle errors of several kinds for a damaged file
+    except pickle.UnpicklingError:
+        way_out = "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pt')"
+        found = "it is damaged, or holds Python objects"
+        raise UserError(
+            f"{path}: {found}. If you trust it, store its weights: {way_out}."
+        ) from None
+    except Exception as error:  # torch raises errors of several kinds for a damaged file
         raise UserError(f"{path}: no readable checkpoint ({type(error).__name__}).") from None
+    require(
+        isinstance(state, dict), f"{path}: holds a {type(state).__name__}, not weights by name."
+    )
+    names = ("ema", "params_ema", "params", "state_dict")
+    weights = next((state[name] for name in names if name in state), state)
+    return {"config": {}} | (state if "config" in state else {}) | {"ema": weights}
 
 
 def find_checkpoint(given: str, stage: str, make: str) -> Path:
@@ -567,17 +470,33 @@ def find_checkpoint(given: str, stage: str, make: str) -> Path:
     )
 
 
-def fingerprint(path: str | Path) -> str:
-    """Eight digits that differ between files, whatever they are called."""
-    return f"{zlib.crc32(Path(path).read_bytes()):08x}"
+def fingerprint(source: str | Path | nn.Module) -> str:
+    """Eight digits that differ between files, or between networks of different weights."""
+    if not isinstance(source, nn.Module):
+        return f"{zlib.crc32(Path(source).read_bytes()):08x}"
+    total = 0
+    for value in source.state_dict().values():
+        total = zlib.crc32(value.cpu().contiguous().numpy().data, total)
+    return f"{total:08x}"
+
+
+def check_weights(weights: Any, net: nn.Module, name: str) -> None:
+    """UserError unless these are weights of the network: names, shapes and types, all finite."""
+    require(isinstance(weights, dict), f"{name}: holds no weights by name.")
+    needed = {key: value.shape for key, value in net.state_dict().items()}
+    given = {key: getattr(value, "shape", None) for key, value in weights.items()}
+    require(given == needed, f"{name}: weights of another configuration, --preset or version.")
+    for key, value in net.state_dict().items():
+        alike = weights[key].is_floating_point() == value.is_floating_point()
+        require(alike, f"{name}: {key} holds numbers of type {weights[key].dtype}.")
+        require(bool(weights[key].isfinite().all()), f"{name}: {key} is not finite: do not use it.")
 
 
 def put_weights(net: nn.Module, state: dict[str, Any], name: str) -> None:
-    """Give a network the averaged weights of what a checkpoint holds; UserError if they misfit."""
-    weights = state.get("ema", {})
-    given, needed = ({k: v.shape for k, v in w.items()} for w in (weights, net.state_dict()))
-    require(given == needed, f"{name}: weights of another configuration, --preset or version.")
-    net.load_state_dict(weights)
+    """Give a network, also an empty one of device meta, the averaged weights of a checkpoint."""
+    check_weights(state["ema"], net, name)
+    weights = {k: v.float() if v.is_floating_point() else v for k, v in state["ema"].items()}
+    net.load_state_dict(weights, assign=True)
 
 
 def load_weights(net: nn.Module, path: str, flag: str) -> None:
@@ -586,91 +505,62 @@ def load_weights(net: nn.Module, path: str, flag: str) -> None:
     put_weights(net, load_checkpoint(path), f"{flag} {path}")
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint of ours, without reading its weights."""
+    return torch.load(path, mmap=True, weights_only=True)["step"] if path.is_file() else 0
+
+
 def count_parameters(net: nn.Module) -> str:
     """Number of parameters in millions, for people."""
     return f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters"
 
 
-def from_dict(config: type[C], values: dict[str, Any]) -> C:
-    """A dataclass from a stored dict: lists become tuples, unknown fields are dropped."""
-    known = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
-    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
-    return config(**tuples)
+def check_parts(cfg: Any, least: int = 1, sources: int = 1) -> None:
+    """UserError unless the batch, of so many sources of photos, can be divided as the flag says."""
+    batch, parts = cfg.batch_size // sources, cfg.accumulate or 1
+    fits = batch % parts == 0 and batch // parts >= least
+    size = f"--batch-size {cfg.batch_size}" + f" of {sources} kinds" * (sources > 1)
+    require(fits, f"--accumulate {parts}: {size} has not so many equal parts of {least} or more.")
 
 
-# ---- networks that judge images ----------------------------------------------------------------
-
-WEIGHTS = {  # by network: the features that LPIPS, DISTS, FID and the CLIP-Score look at
-    "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
-    "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
-    "squeeze": "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth",
-    "inception": "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-    "pt_inception-2015-12-05-6726825d.pth",
-    "clip": "https://huggingface.co/timm/vit_base_patch32_clip_224.openai/resolve/main/"
-    "open_clip_model.safetensors",
-}
-
-
-@functools.cache  # which also keeps the declarations alive
-def import_torchvision() -> library.Library | None:
-    """Import torchvision, even where its compiled operators do not load; nothing here calls them.
-
-    The PyPI wheel of torchvision is a CUDA build: beside a CPU-only torch its operators are missing
-    and the import fails. It is enough to declare them first, with any schema.
-    """
-    try:
-        importlib.import_module("torchvision")
-        return None
-    except RuntimeError as error:
-        if "operator torchvision::" not in str(error):
-            raise
-    both_ways = ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d")
-    declared = library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms", "qroi_align", *both_ways, *(f"_{n}_backward" for n in both_ways)):
-        declared.define(f"{name}() -> ()")
-    importlib.import_module("torchvision")
-    return declared
+def from_dict(config: type[C], values: Any, name: str) -> C:
+    """A dataclass from a dict stored in the file `name`; UserError for another field or type."""
+    fields = {f.name: f.default for f in dataclasses.fields(config)}  # type: ignore[arg-type]
+    require(isinstance(values, dict), f"{name}: its configuration is no dict.")
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    for key, value in values.items():
+        wrong = f"{name}: {key} = {value!r} in its configuration: of another version, or damaged."
+        require(key in fields, wrong)
+        sample: Any = fields[key]
+        alike = isinstance(value, type(sample)) and isinstance(value, bool) == isinstance(
+            sample, bool
+        )
+        if isinstance(sample, float):
+            alike = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(sample, tuple) and alike:
+            kind = type(sample[0]) if sample else str
+            alike = all(type(v) is kind for v in value) and len(value) <= 16
+        require(alike, wrong)
+    return config(**values)
 
 
-def weights_file(net: str) -> Path:
-    """Where the weights of a network have to be."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / Path(WEIGHTS[net]).name
+def check_ranges(cfg: Any, ranges: Mapping[str, tuple[float, float]], name: str = "") -> None:
+    """UserError that names the flag, and the file it is from, for a number out of its range."""
+    for key, (low, high) in ranges.items():
+        value = getattr(cfg, key)
+        for number in value if isinstance(value, tuple) else (value,):
+            flag = f"{name}--{key.replace('_', '-')} {number}"
+            require(low <= number <= high, f"{flag}: must be in {low:g}..{high:g}.")
 
 
-def missing_weights(net: str) -> str:
-    """What to do about the weights of a network; empty where they are in place."""
-    file = weights_file(net)
-    missing = f"put {WEIGHTS[net]} into {file.parent} (or set TORCH_HOME)"
-    return "" if file.is_file() else missing
+# ---- the run of a training ----------------------------------------------------------------------
 
-
-@functools.cache
-def perceptual_net(metric: str, net: str, device: torch.device) -> nn.Module:
-    """The network of a metric ("LPIPS" or "DISTS"), frozen; UserError instead of a download."""
-    missing = missing_weights(net)
-    require(not missing, f"{metric} needs weights: {missing}.")
-    import_torchvision()
-    import DISTS_pytorch
-    import lpips
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # both packages spell torchvision's options the old way
-            if metric == "LPIPS":
-                model = lpips.LPIPS(net=net, version="0.1", verbose=False)
-            else:
-                model = DISTS_pytorch.DISTS(load_weights=False)
-    except Exception as error:  # torch raises errors of several kinds for a damaged file
-        name = type(error).__name__
-        raise UserError(f"{weights_file(net)}: no readable weights ({name}).") from None
-    if metric == "DISTS":  # its own loader looks for them outside of the package
-        file = Path(DISTS_pytorch.__file__).with_name("weights.pt")
-        own = torch.load(file, map_location="cpu", weights_only=True)
-        model.alpha.data, model.beta.data = own["alpha"].data, own["beta"].data
-    return model.to(device).eval().requires_grad_(False)
-
-
-# ---- training loop ----------------------------------------------------------------------------
+# What all trainings have in common, and how large it may be.
+TRAINING_RANGES = {"accumulate": (0, 2**16), "log_every": (1, 2**31), "save_every": (1, 2**31),
+                   "cooldown": (0, 1), "ema_decay": (0, 1)}  # fmt: skip
+# What may change when a run goes on: length, batch, log, machine; and files, which `began` tells.
+MAY_CHANGE = ("out", "checkpoint", "start_from", "vqvae", "steps", "batch_size", "accumulate",
+              "log_every", "save_every", "cooldown", "compile", "bf16", "device")  # fmt: skip
 
 
 def broadcast(x: Tensor) -> None:
@@ -694,172 +584,244 @@ def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
         )
 
 
-def any_process(flag: bool, rt: Runtime) -> bool:
-    """True in every process if it is in one."""
-    if rt.world_size == 1:
-        return flag
-    flags = torch.tensor([float(flag)], device=rt.device)
-    dist.all_reduce(flags)
-    return bool(flags)
+def largest(value: float, rt: Runtime) -> float:
+    """The largest of all processes' values."""
+    if rt.world_size > 1:
+        values = torch.tensor([float(value)], device=rt.device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values.item()
+    return value
 
 
-def count_flops(compute: Callable[..., dict[str, Tensor]], *batches: Tensor, number: int) -> int:
-    """Floating-point operations of a loss and its gradient: matrix products and convolutions."""
-    eager = torch.compiler.set_stance("force_eager")  # what is compiled can't be counted
-    with eager, FlopCounterMode(display=False) as counter:
-        compute(*batches, number=number)["loss"].backward()
-    return counter.get_total_flops()
+def parts_that_fit(batch: int, least: int, cost: float, room: float) -> int:
+    """Into how few equal parts a batch has to go, if `least` images take `cost` bytes of `room`."""
+    possible = [n for n in range(1, batch // least + 1) if batch % n == 0]
+    return next((n for n in possible if cost * batch / n / least <= room), possible[-1])
 
 
-def open_log(path: Path, tensorboard: bool) -> Callable[[int, dict[str, float]], None]:
-    """A function that appends a step's numbers to log.jsonl beside path, and to TensorBoard."""
-    writer: Any = None
-    if tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--tensorboard needs `pip install tensorboard`.") from None
-        writer = SummaryWriter(str(path.parent / "tensorboard" / path.stem))
-
-    def log(step: int, numbers: dict[str, float]) -> None:
-        with open(path.with_name("log.jsonl"), "a", encoding="utf-8") as file:
-            file.write(json.dumps({"part": path.stem, "step": step, **numbers}) + "\n")
-        for name, value in numbers.items() if writer else ():
-            writer.add_scalar(name, value, step)
-
-    return log
-
-
-def fit(
-    rt: Runtime,
-    net: nn.Module,
-    loss: Callable[..., dict[str, Tensor]],
-    data: Sequence[PhotoCrops],
-    groups: list[dict[str, Any]],
-    path: Path,
-    cfg: Any,
-    steps: int,
-    config: dict[str, Any],
-    compiled: Sequence[nn.Module] = (),
-    preview: Callable[[], dict[str, float]] | None = None,
-    refresh: Callable[..., None] | None = None,
-) -> nn.Module:
-    """Minimise loss(net, *batches, generator=...)["loss"]; return the net with averaged weights.
-
-    Resumes from `path` if it exists and leaves the result there: a dict with step, net, ema, opt,
-    config. A step averages the gradients of cfg.accumulate batches in each process; batch and draws
-    depend on (seed, step, number of the batch) alone, so that 1 process with 2 batches does what 2
-    processes with 1 do. `groups` are AdamW parameter groups; parameters outside of them are frozen.
-    The learning rate falls to 0 over the last cfg.cooldown (a share) of the steps.
-    preview() may draw a picture and returns numbers to log. Every ten steps refresh(*batches,
-    generator) may change weights by other means than gradients, in the first process for all.
-    """
-    require(0 <= cfg.cooldown <= 1, f"--cooldown {cfg.cooldown}: a share of the steps, in 0..1.")
-    for name in ("save_every", "log_every", "accumulate"):
-        flag, value = name.replace("_", "-"), getattr(cfg, name)
-        require(value >= 1, f"--{flag} {value}: must be at least 1.")
-    for group in groups:
-        require(group["lr"] >= 0, f"a learning rate of {group['lr']}: must be at least 0.")
-    net.to(rt.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    trained = [p for group in groups for p in group["params"]]
-    require(bool(trained) or steps == 0, "all learning rates are 0: there is nothing to train.")
-    net.requires_grad_(False)
-    for p in trained:
-        p.requires_grad_(True)
-    rates = [group["lr"] for group in groups]
-    opt = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-    ema = {key: value.detach().clone() for key, value in net.state_dict().items()}
-    start = 0
-    if path.is_file():
-        state = load_checkpoint(path)
-        same = {k: v.shape for k, v in state["net"].items()} == {
-            k: v.shape for k, v in net.state_dict().items()
-        }
-        tuned = [len(group["params"]) for group in state["opt"]["param_groups"]]
-        same &= tuned == [len(group["params"]) for group in opt.param_groups]
-        wrong = f"{path} belongs to another configuration: give another --out or delete it."
-        require(same, wrong)
-        net.load_state_dict(state["net"])
-        opt.load_state_dict(state["opt"])
-        ema = {key: value.to(rt.device) for key, value in state["ema"].items()}
-        start = state["step"]
-        if rt.is_main and start < steps:
-            print(f"resuming {path} at step {start}")
-
-    def save(step: int) -> None:
-        if rt.is_main:
-            state = {"step": step, "net": net.state_dict(), "ema": ema, "opt": opt.state_dict()}
-            save_checkpoint(path, state | {"config": config})
-
-    def compute(*batches: Tensor, number: int) -> dict[str, Tensor]:
-        with rt.autocast(cfg.bf16):
-            return loss(net, *batches, generator=generator(cfg.seed, number, device=rt.device))
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    log = open_log(path, cfg.tensorboard)
-    stop: list[bool] = []
-    previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    per_step = rt.world_size * cfg.accumulate  # batches of all processes
-    mine = [
-        step * per_step + i
-        for step in range(start, steps)
-        for i in range(rt.rank, per_step, rt.world_size)
-    ]
+def compile_networks(networks: Sequence[nn.Module], rt: Runtime) -> None:
+    """torch.compile where it works; where it does not, one sentence and the plain path."""
     try:
-        began, began_step, net_state = time.time(), start, net.state_dict()
-        averaged = [(ema[k], v) for k, v in net_state.items() if v.is_floating_point()]
-        streams = zip(mine, *(d.batches(mine, rt.device) for d in data), strict=True)
-        images_per_batch = sum(d.batch_size for d in data)
-        flops = 0
-        for step in range(start, steps):
-            left = (steps - step) / max(1, cfg.cooldown * steps)
-            for group, rate in zip(opt.param_groups, rates, strict=True):
-                group["lr"] = rate * min(1, left)
-            opt.zero_grad(set_to_none=True)
-            for part in range(cfg.accumulate):
-                number, *batches = next(streams)
-                if refresh and part == 0 and step % 10 == 0:
-                    refresh(*batches, generator(cfg.seed, -1 - step, device=rt.device))
-                if step == start and part == 0:
-                    flops = count_flops(compute, *batches, number=number) if rt.is_main else 0
-                    opt.zero_grad(set_to_none=True)
-                    for module in compiled if cfg.compile else ():
-                        module.compile()
-                values = compute(*batches, number=number)
-                (values["loss"] / cfg.accumulate).backward()
-            average_gradients(trained, rt.world_size)
-            norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
-            opt.step()
-            # A warm-up of the average, so that a short run does not ship its initialisation.
-            decay = min(cfg.ema_decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_([a for a, _ in averaged], [v for _, v in averaged], 1 - decay)
-            done = step + 1
-            together = rt.world_size == 1 or done % 10 == 0  # all processes stop at the same step
-            stopping = together and any_process(bool(stop), rt)
-            saving = done % cfg.save_every == 0 or done == steps or stopping
-            if rt.is_main and (saving or done % cfg.log_every == 0):
-                shown = {key: value.item() for key, value in values.items()}
-                images = (done - began_step) * images_per_batch * per_step
-                rate = images / (time.time() - began)
-                if saving and preview:
-                    shown |= preview()
-                text = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
-                speed = f"{rate:.1f} images/s, {rate * flops / images_per_batch / 1e12:.3g} TFLOP/s"
-                name = f"{path.parent.name}/{path.stem}"
-                print(f"{name} {done}/{steps}  {text}  {speed}", flush=True)
-                log(done, shown)
-                if not math.isfinite(shown["loss"]) or not norm.isfinite():
-                    found = f"the loss is {shown['loss']}, its gradient {norm.item()}"
-                    before = f"{path} is" if path.is_file() else "no checkpoint is there"
-                    raise UserError(f"{found} at step {done}; {before} from before.")
-            if saving:
-                save(done)
-            if stopping:
-                raise SystemExit(f"stopped at step {done}; the same command goes on from there")
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    net.load_state_dict(ema)
-    return net.eval().requires_grad_(False)
+        torch.compile(torch.sin)(torch.zeros(2, device=rt.device))
+    except Exception as error:  # of many kinds, most often for want of a C++ compiler
+        if rt.is_main:
+            print(f"torch.compile does not work here ({type(error).__name__}): training without it")
+        return
+    for net in networks:
+        net.compile()
+
+
+class Run:
+    """A training of a network: everything but the loss.
+
+        run = Run(...)
+        for *images, draw in run.batches(crops):
+            with rt.autocast(cfg.bf16):
+                losses = ...        # a dict of numbers, of which "loss" is minimised
+            run.update(losses)
+
+    It goes on from `path` if that is there, of the same configuration, and leaves the result there:
+    a dict with step, steps, net, ema, opt, config. At the end the network has averaged weights.
+    Batch and draws depend on (seed, step, number of the part) alone, so that 1 process with 2 parts
+    does what 2 processes do. `groups` are AdamW's; all other parameters are frozen. preview() may
+    draw a picture and returns numbers to log. What the run begins from is told in `facts`.
+    """
+
+    def __init__(
+        self,
+        cfg: Any,
+        rt: Runtime,
+        net: nn.Module,
+        groups: list[dict[str, Any]],
+        path: Path,
+        steps: int,
+        preview: Callable[[], dict[str, Tensor]] = dict,
+        **facts: Any,
+    ) -> None:
+        self.cfg, self.rt, self.net, self.path, self.steps = cfg, rt, net, path, steps
+        self.preview, self.config = preview, dataclasses.asdict(cfg) | facts
+        self.step, self.part, self.parts, self.trying = 0, 0, 1, False
+        self.trained = [p for group in groups for p in group["params"]]
+        moves = any(group["lr"] > 0 for group in groups) or steps == 0
+        require(moves, "all learning rates are 0: there is nothing to train.")
+        net.to(rt.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        net.requires_grad_(False)
+        for p in self.trained:
+            p.requires_grad_(True)
+        self.rates = [group["lr"] for group in groups]
+        self.opt = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        self.ema = {key: value.detach().clone() for key, value in net.state_dict().items()}
+        self.before = path.with_name(
+            "before.pt" if path.name == "last.pt" else f"before-{path.name}"
+        )
+        if path.is_file() or self.before.is_file():
+            self.resume(self.read())
+
+    def read(self) -> dict[str, Any]:
+        """What the checkpoint holds, or, where it is damaged or missing, the one before it."""
+        try:
+            require(self.path.is_file(), f"{self.path} is missing.")
+            return load_checkpoint(self.path)
+        except UserError as error:
+            if not self.before.is_file():
+                raise
+            if self.rt.is_main:
+                print(f"{error} Going on from {self.before}.")
+                if self.path.is_file():
+                    os.replace(self.path, self.path.with_suffix(".damaged"))
+            return load_checkpoint(self.before)
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint; UserError unless it is one of this very run."""
+        path, missing = self.path, object()
+        elsewhere = f"give another --{'name' if 'name' in self.config else 'out'} or delete it"
+        stored = state["config"] if isinstance(state["config"], dict) else {}
+        different = [key for key, value in self.config.items() if stored.get(key, missing) != value]
+        for key in different:
+            flag = f"--{key.replace('_', '-')}"
+            if key in MAY_CHANGE:
+                if self.rt.is_main and key in stored:
+                    print(f"{path}: from now on {flag} {self.config[key]} ({stored[key]} before)")
+                continue
+            values = f"{flag} is {self.config[key]}, in {path} {stored.get(key, 'missing')}"
+            if key == "began":
+                values = f"{path} began from other weights"
+            raise UserError(f"{values}: {elsewhere}.")
+        wrong = f"{path} is no checkpoint of this training: {elsewhere}."
+        require({"step", "steps", "net", "ema", "opt"} <= state.keys(), wrong)
+        step, steps = state["step"], state["steps"]
+        sound = type(step) is int and type(steps) is int and 0 <= step <= steps
+        require(sound, f"{path}: its step is {step} of {steps}: {elsewhere}.")
+        for part in ("net", "ema"):
+            check_weights(state[part], self.net, str(path))
+        try:
+            self.opt.load_state_dict(state["opt"])
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise UserError(wrong) from None
+        self.net.load_state_dict(state["net"])
+        self.ema = {key: value.to(self.rt.device) for key, value in state["ema"].items()}
+        self.step = step
+        if self.rt.is_main and step < self.steps:
+            print(f"resuming {path} at step {step}")
+        elif self.rt.is_main and self.steps > 0:
+            print(f"{path} is finished: it has {step} steps; more --steps go on from there")
+
+    def draw(self, number: int) -> torch.Generator:
+        """The generator of a part of a batch."""
+        return generator(self.cfg.seed, number, device=self.rt.device)
+
+    def batches(self, *crops: Any, least: int = 1) -> Iterator[tuple[Any, ...]]:
+        """Batches of all crops and a generator, until the last step is done.
+
+        A batch is divided where the memory of a GPU asks for it, or as --accumulate says; a part
+        has at least `least` images.
+        """
+        cfg, rt, sizes = self.cfg, self.rt, [c.batch_size for c in crops]
+        if self.step < self.steps and rt.device.type == "cuda" and not cfg.accumulate:
+            yield from self.trial(crops, least)
+        else:
+            self.parts = cfg.accumulate or 1
+        per_step, start = rt.world_size * self.parts, self.step
+
+        def numbers() -> Iterator[int]:  # of this process
+            for step in range(start, self.steps):
+                yield from range(step * per_step + rt.rank, (step + 1) * per_step, rt.world_size)
+
+        streams = [c.batches(numbers(), c.batch_size // self.parts, rt.device) for c in crops]
+        self.images = sum(sizes) * rt.world_size
+        self.stop: list[bool] = []
+        before = signal.signal(signal.SIGTERM, lambda *_: self.stop.append(True))
+        try:
+            for number, *images in zip(numbers(), *streams, strict=True):
+                yield *images, self.draw(number)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        self.net.load_state_dict(self.ema)
+        self.net.eval().requires_grad_(False)
+
+    def trial(self, crops: Sequence[Any], least: int) -> Iterator[tuple[Any, ...]]:
+        """One part that no step follows, to see what an image takes: sets the number of parts."""
+        device, batch = self.rt.device, math.gcd(*(c.batch_size for c in crops))
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        there = torch.cuda.memory_allocated(device)
+        step, self.step, self.trying = self.step, -1, True
+        torch.compiler.set_stance("force_eager")
+        yield *(next(c.batches([0], least, device)) for c in crops), self.draw(-1)
+        torch.compiler.set_stance("default")
+        self.step, self.trying = step, False
+        cost = torch.cuda.max_memory_allocated(device) - there
+        adam = 8 * sum(p.numel() for p in self.trained)
+        torch.cuda.empty_cache()
+        room = 0.9 * torch.cuda.mem_get_info(device)[0] - adam
+        self.parts = int(largest(parts_that_fit(batch, least, cost, room), self.rt))
+        if self.rt.is_main and self.parts > 1:
+            print(f"a batch goes through the networks in {self.parts} parts, as memory asks for")
+
+    def update(self, losses: dict[str, Tensor]) -> None:
+        """Backward; and behind the last part of a batch all that belongs to a step."""
+        cfg, rt = self.cfg, self.rt
+        (losses["loss"] / self.parts).backward()
+        if self.trying:
+            return self.opt.zero_grad(set_to_none=True)
+        self.part = (self.part + 1) % self.parts
+        if self.part > 0:
+            return
+        average_gradients(self.trained, rt.world_size)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        left = (self.steps - self.step) / max(1, cfg.cooldown * self.steps)
+        for group, rate in zip(self.opt.param_groups, self.rates, strict=True):
+            group["lr"] = rate * min(1, left)  # falls to 0 over the last cfg.cooldown of the steps
+        self.opt.step()
+        self.opt.zero_grad(set_to_none=True)
+        # A warm-up of the average, so that a short run does not ship its initialisation.
+        decay = min(cfg.ema_decay, (1 + self.step) / (10 + self.step))
+        weights = [v for v in self.net.state_dict().values() if v.is_floating_point()]
+        averaged = [v for v in self.ema.values() if v.is_floating_point()]
+        torch._foreach_lerp_(averaged, weights, 1 - decay)
+        self.step += 1
+        together = rt.world_size == 1 or self.step % 10 == 0  # all processes stop at the same step
+        stopping = together and largest(bool(self.stop), rt) > 0
+        saving = self.step % cfg.save_every == 0 or self.step == self.steps or stopping
+        if rt.is_main and (saving or self.step % cfg.log_every == 0):
+            self.report(losses, norm, saving)
+        if rt.is_main and saving:
+            self.save()
+        if not hasattr(self, "clock"):  # what is compiled in the first step does not count as speed
+            self.clock, self.logged = time.time(), self.step
+        if stopping:
+            raise SystemExit(f"stopped at step {self.step}; the same command goes on from there")
+
+    def report(self, losses: dict[str, Tensor], norm: Tensor, saving: bool) -> None:
+        """Print the numbers of a step and append them to log.jsonl; UserError if not finite."""
+        shown = {key: value.item() for key, value in losses.items()}
+        finite = math.isfinite(shown["loss"]) and math.isfinite(norm.item())
+        kept = f"{self.path} is" if self.path.is_file() else "no checkpoint is there"
+        found = f"the loss is {shown['loss']}, its gradient {norm.item()} at step {self.step}"
+        require(finite, f"{found}; {kept} from before.")
+        speed = {}
+        if hasattr(self, "clock") and self.step > self.logged:
+            images = (self.step - self.logged) * self.images
+            speed["images/s"] = images / (time.time() - self.clock)
+        if self.rt.device.type == "cuda":
+            speed["GiB"] = torch.cuda.max_memory_allocated(self.rt.device) / 2**30
+        seen = self.preview() if saving else {}
+        shown |= {key: value.item() for key, value in seen.items()} | speed
+        text = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
+        name = f"{self.path.parent.name}/{self.path.stem}"
+        print(f"{name} {self.step}/{self.steps}  {text}", flush=True)
+        with open(self.path.with_name("log.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps({"part": self.path.stem, "step": self.step, **shown}) + "\n")
+        self.clock, self.logged = time.time(), self.step
+
+    def save(self) -> None:
+        """Write the checkpoint, whole or not at all, and keep the one before."""
+        state = {"step": self.step, "steps": self.steps, "net": self.net.state_dict(),
+                 "ema": self.ema, "opt": self.opt.state_dict(), "config": self.config}  # fmt: skip
+        with replacing(self.path) as temporary:
+            torch.save(state, temporary)
+            if self.path.is_file():
+                os.replace(self.path, self.before)
 
 
 def without_paths(config: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ the U-Net denoises. M and the U-Net are trained, small parts of the extractors f
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import common
 import degrade
 import extractors
+from data.pack import Crops, Photos
 
 # ---- noise schedule ---------------------------------------------------------------------------
 
@@ -111,9 +112,10 @@ def dpm_step(
     return ddim_step(x_t, t, t_next, x_0)
 
 
-def randn_rows(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """Normal noise (B, *shape); row b comes from generators[b], whatever the rest of the batch."""
-    return torch.stack([torch.randn(*shape, generator=g, device=g.device) for g in generators])
+def randn_rows(like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Normal noise (B, C, h, w) for images like these; row b comes from generators[b] alone."""
+    rows = [torch.randn(like.shape[1:], generator=g, device=g.device) for g in generators]
+    return torch.stack(rows).to(like.device, non_blocking=True)
 
 
 def steps_of_noise(t_start: int, num_steps: int) -> list[int]:
@@ -147,14 +149,14 @@ def sample(
         raise ValueError(f'solver must be "ddim", or "dpm" with eta 0; not {solver!r}, eta {eta}')
     if t_start == 0:
         return start.clamp(0, 1)
-    B, shape = len(start), start.shape[1:]
+    B = len(start)
     ts = steps_of_noise(t_start, min(num_steps, t_start))
     x = to_signed(start)
-    x = q_sample(x, torch.full((B,), t_start, device=x.device), randn_rows(shape, generators))
+    x = q_sample(x, torch.full((B,), t_start, device=x.device), randn_rows(x, generators))
     last: tuple[Tensor, Tensor] | None = None  # t and x_0 of the step before
     for now, after in zip(ts, ts[1:], strict=False):
         t, t_next = (torch.full((B,), step, device=x.device) for step in (now, after))
-        noise = randn_rows(shape, generators) if eta > 0 else None
+        noise = randn_rows(x, generators) if eta > 0 else None
         x_0 = predict_x_0(x, t, net(x, t, c).float())
         if solver == "ddim" or last is None or after == 0:
             x = ddim_step(x, t, t_next, x_0, eta, noise)
@@ -181,8 +183,8 @@ class TimeResBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, embedding: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = extractors.group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = extractors.group_norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm1, self.conv1 = extractors.GroupNorm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = extractors.GroupNorm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.time = nn.Linear(embedding, 2 * c_out)
         self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
         nn.init.zeros_(self.conv2.weight)
@@ -224,7 +226,7 @@ class UNet(nn.Module):
             if i > 0:
                 self.up.append(extractors.Upsample(w))
         self.norm, self.last = (
-            extractors.group_norm(widths[0]),
+            extractors.GroupNorm(widths[0]),
             nn.Conv2d(widths[0], 3, 3, padding=1),
         )
         for p in self.last.parameters():
@@ -233,7 +235,9 @@ class UNet(nn.Module):
     @staticmethod
     def stack(c_in: int, c_out: int, embedding: int, attention: bool) -> nn.ModuleList:
         """A residual block, followed by attention or nothing."""
-        after = extractors.Attention(c_out) if attention else nn.Identity()
+        # Not in the paper: heads of 64 channels where one head is too wide for the fast kernels.
+        heads = c_out // 64 if c_out > 256 else 1
+        after = extractors.Attention(c_out, heads) if attention else nn.Identity()
         return nn.ModuleList([TimeResBlock(c_in, c_out, embedding), after])
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
@@ -266,13 +270,14 @@ class DecoupledDDPM(nn.Module):
     """The extractors, the modulation block M and the U-Net."""
 
     def __init__(
-        self, nets: extractors.Extractors, dim: int, z: int, jpeg_grid: bool, cfg: "Config"
+        self, nets: extractors.Extractors, stage_1: extractors.Config, cfg: "Config"
     ) -> None:
         super().__init__()
         self.extractors, self.widths, self.t_max = nets, cfg.widths, cfg.t_max
-        self.without, self.answer, self.z = cfg.without, cfg.answer, z
+        self.without, self.as_printed, self.z = cfg.without, cfg.as_printed, stage_1.vq_z
+        c_in = stage_1.vq_z + 4 * (not cfg.as_printed)
         self.modulation = extractors.ModulationBlock(
-            z + 4 * cfg.answer, dim, cfg.mod_channels, cfg.cond_channels, jpeg_grid
+            c_in, stage_1.deg_dim, cfg.mod_channels, cfg.cond_channels, not cfg.as_printed
         )
         self.unet = UNet(cfg.cond_channels, cfg.widths, cfg.blocks, cfg.attention)
 
@@ -287,12 +292,12 @@ class DecoupledDDPM(nn.Module):
 
         For ablations (Table 4) one of them may be missing; without both nothing is said of the
         image, which is the diffusion of SynDiff (arXiv:2303.06994).
-        Deviation: with `answer`, M also sees Rec_lr's `known` answer (B, 4, h, w), so that the
-        U-Net need not find the image again in its content and is left with what Rec_lr can't give.
+        Deviation: M also sees Rec_lr's `known` answer (B, 4, h, w), so that the U-Net need not
+        find the image again in its content and is left with what Rec_lr can't give.
         """
         degradation = degradation * ("degradation" not in self.without)
         content = content * ("content" not in self.without)
-        if self.answer:
+        if not self.as_printed:
             content = torch.cat([content, answer * (not self.without)], dim=1)
         return self.modulation(degradation, content)
 
@@ -355,37 +360,22 @@ def ddpm_loss(
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
     x_t = q_sample(to_signed(x_0), t, eps)
     eps_pred = net(x_t, t, c).float()
-    loss = F.mse_loss(eps_pred, eps)
-    if cfg.perceptual_weight == 0:
-        return {"loss": loss}
-    # The paper's future work: the predicted x_0 of little noise should also look like x_0.
-    with torch.autocast(x_0.device.type, enabled=False):
-        vgg = common.perceptual_net("LPIPS", "vgg", x_0.device)
-        distance = vgg(predict_x_0(x_t, t, eps_pred), to_signed(x_0)).flatten()
-    perceptual = (distance * (t <= cfg.perceptual_t)).mean()
-    return {"loss": loss + cfg.perceptual_weight * perceptual, "perceptual": perceptual}
+    return {"loss": F.mse_loss(eps_pred, eps)}
 
 
 def decoupled_loss(
-    net: DecoupledDDPM,
-    lr: Tensor | None,
-    hr: Tensor | None,
-    cfg: "Config",
-    generator: torch.Generator,
+    net: DecoupledDDPM, lr: Tensor, hr: Tensor | None, cfg: "Config", generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """The loss of stage 2 on real LR images, on synthetic pairs made of HR images, or on both."""
-    examples = [] if lr is None else [real_example(net, lr)]
+    """The loss of stage 2 on real LR images, and on synthetic pairs made of HR images if given."""
+    examples = [real_example(net, lr)]
     if hr is not None:
         examples.append(synthetic_example(net, hr, cfg.recipes, generator))
     x_0, degradation, content, answer = (torch.cat(parts) for parts in zip(*examples, strict=True))
-    if cfg.content_noise > 0:  # Not in the paper: so that content can't show an LR's own noise
-        noise = torch.randn(content.shape, generator=generator, device=content.device)
-        content = content + cfg.content_noise * content.detach().std() * noise
     return ddpm_loss(net, x_0, net.condition(degradation, content, answer), cfg, generator)
 
 
 @torch.no_grad()
-def swap_grid(net: DecoupledDDPM, lr: Tensor, hr: Tensor, path: Path) -> dict[str, float]:
+def swap_grid(net: DecoupledDDPM, lr: Tensor, hr: Tensor, path: Path) -> dict[str, Tensor]:
     """Picture of LR made by a short chain: content of the column, degradation of the row's LR."""
     nets, B = net.extractors, len(hr)
     content, t = nets.content(hr), min(net.t_max, 100)
@@ -393,7 +383,7 @@ def swap_grid(net: DecoupledDDPM, lr: Tensor, hr: Tensor, path: Path) -> dict[st
     for reference in lr:
         code = nets.e_deg(reference[None]).expand(B, -1)
         start = nets.reconstruct(code, hr, content).float()
-        draws = [common.generator(b, device=hr.device) for b in range(B)]
+        draws = [common.generator(b) for b in range(B)]
         made = sample(net, start, net.condition(code, content, known(start)), t, 10, draws)
         side = lr.shape[2]
         rows.append([common.centre(image, side, 2 * side) for image in (reference, *made)])
@@ -413,20 +403,16 @@ class Config:
     out: str = "runs/diffusion"  # folder of checkpoints and log
     checkpoint: str = ""  # stage-1 weights (default: runs/extractors, else data/pretrained)
     start_from: str = ""  # weights of M and the U-Net to go on from, of this file
-    content_from: str = "both"  # lr: real LR as printed; hr: synthetic pairs; both: half of each
-    recipes: tuple[str, ...] = ("realesrgan", "light", "camera")  # of D, for synthetic pairs
-    content_noise: float = 0.0  # added to the content in training, in its own std
-    answer: bool = False  # M sees Rec_lr's answer where there is an HR image; the paper: no
+    as_printed: bool = True  # Algorithm 1 and M of the paper, without what is ours (above)
+    recipes: tuple[str, ...] = ("realesrgan",)  # of D, for synthetic pairs
     without: tuple[str, ...] = ()  # ablation: degradation, content or both are not given
     steps: int = 240_000  # 100 epochs of 152,000 crops in batches of 64
-    batch_size: int = 8  # per process
+    batch_size: int = 8  # per process, 8 of which give the paper's 64; 0: 256 on a GPU, else 16
     crop: int = 256  # LR crop, pixels
     learning_rate: float = 1e-4  # of M and the U-Net
     finetune_learning_rate: float = 1e-6  # of parts of the extractors; 0 freezes them
     t_max: int = 500  # largest step of noise
-    t_power: float = 1.0  # t = t_max * u^power: above 1 more of the small steps; the paper: 1
-    perceptual_weight: float = 0.0  # of LPIPS-VGG between predicted x_0 and x_0; the paper: 0
-    perceptual_t: int = 100  # up to this step of noise
+    t_power: float = 1.0  # t = t_max * u^power: above 1 more of the small steps
     widths: tuple[int, ...] = (128, 256, 512, 512)  # channels of the U-Net per resolution
     blocks: int = 2  # residual blocks per resolution
     attention: tuple[int, ...] = (2, 3)  # resolutions with attention
@@ -434,110 +420,120 @@ class Config:
     cond_channels: int = 64  # channels of c
     ema_decay: float = 0.9999
     cooldown: float = 0.0  # last share of the steps, in which the learning rate falls to 0
-    grad_clip: float = 1.0
     bf16: bool = True  # where the device has it
     log_every: int = 50
     save_every: int = 500
-    accumulate: int = 1  # batches per step and process
+    accumulate: int = 0  # parts into which a batch is divided; 0: as many as memory asks for
     compile: bool = True  # torch.compile
-    tensorboard: bool = False  # log there, too
     seed: int = 0
     device: str = "auto"
 
 
-PRESETS: dict[str, dict] = {
-    "paper": {},
-    "small": {
-        "steps": 1500,
-        "batch_size": 16,
-        "crop": 48,
-        "learning_rate": 5e-4,
-        "answer": True,
-        "recipes": ("realesrgan", "light", "camera", "wide"),
-        "t_power": 2.0,
-        "widths": (32, 64, 128),
-        "attention": (2,),
-        "mod_channels": 48,
-        "cond_channels": 16,
-        "ema_decay": 0.998,
-        "compile": False,
-        "save_every": 100,
-    },
+SMALL: dict = {
+    "steps": 1500,
+    "batch_size": 0,
+    "crop": 48,
+    "learning_rate": 5e-4,
+    "widths": (32, 64, 128),
+    "attention": (2,),
+    "mod_channels": 48,
+    "cond_channels": 16,
+    "ema_decay": 0.998,
+    "compile": False,
+    "save_every": 100,
 }
+PRESETS: dict[str, dict] = {
+    "small": SMALL
+    | {"as_printed": False, "recipes": ("realesrgan", "light", "camera", "wide"), "t_power": 2.0},
+    "paper": {},
+    "as-printed": SMALL,
+}
+RANGES = common.TRAINING_RANGES | {
+    "steps": (0, 2**31), "batch_size": (2, 2**20), "crop": (1, 2**12), "learning_rate": (0, 1),
+    "finetune_learning_rate": (0, 1), "t_max": (1, 1000), "t_power": (0.01, 100),
+    "widths": (1, 2**12), "blocks": (1, 64), "attention": (0, 15), "mod_channels": (1, 2**12),
+    "cond_channels": (1, 2**12),
+}  # fmt: skip
 
 
-def build(config: dict, extractors_config: dict) -> DecoupledDDPM:
-    """The untrained model of two configurations, as stored in a checkpoint."""
-    stage_1 = common.from_dict(extractors.Config, extractors_config)
-    nets = extractors.Extractors(stage_1)
-    cfg = common.from_dict(Config, config)
-    return DecoupledDDPM(nets, stage_1.deg_dim, stage_1.vq_z, stage_1.jpeg_grid, cfg)
+def check(cfg: Config, name: str = "") -> None:
+    """UserError that names the flag where a setting is wrong, and the file it is from."""
+    common.check_ranges(cfg, RANGES, name)
+    common.check_parts(cfg, sources=1 if cfg.as_printed else 2)
+    unknown = set(cfg.without) - {"degradation", "content"}
+    wrong = f"{name}--without {' '.join(unknown)}: choose degradation, content."
+    common.require(not unknown, wrong)
+    multiple = 2 ** (len(cfg.widths) - 1)
+    wrong = f"{name}--crop {cfg.crop}: must be a multiple of {multiple}."
+    common.require(len(cfg.widths) > 0 and cfg.crop % multiple == 0, wrong)
+
+
+def load(state: dict, name: str) -> DecoupledDDPM:
+    """The model in a checkpoint of this stage, on the CPU; UserError if it can't be used."""
+    config = state["config"]
+    is_stage_2 = isinstance(config, dict) and "extractors" in config
+    common.require(is_stage_2, f"{name}: not a checkpoint of diffusion.py (give that one).")
+    own = {key: value for key, value in config.items() if key not in ("extractors", "began")}
+    cfg = common.from_dict(Config, own, name)
+    check(cfg, f"{name}: ")
+    stage_1 = extractors.stored_config(config["extractors"], name)
+    with torch.device("meta"):  # nothing is allocated before the shapes are found to be right
+        net = DecoupledDDPM(extractors.Extractors(stage_1), stage_1, cfg)
+    common.put_weights(net, state, name)
+    return net
 
 
 def train(cfg: Config, rt: common.Runtime) -> None:
-    """Train M and the U-Net, fine-tune parts of the extractors."""
-    use_lr, use_hr = cfg.content_from in ("lr", "both"), cfg.content_from in ("hr", "both")
-    common.require(use_lr or use_hr, f"--content-from {cfg.content_from}: choose lr, hr or both.")
-    common.require(1 <= cfg.t_max <= 1000, f"--t-max {cfg.t_max}: must be in 1..1000.")
-    unknown = set(cfg.without) - {"degradation", "content"}
-    common.require(not unknown, f"--without {' '.join(unknown)}: choose degradation, content.")
-    if cfg.perceptual_weight > 0:
-        common.perceptual_net("LPIPS", "vgg", rt.device)  # missing weights are said now
-    multiple = 2 ** (len(cfg.widths) - 1)
-    common.require(
-        cfg.crop > 0 and cfg.crop % multiple == 0,
-        f"--crop {cfg.crop}: must be a multiple of {multiple}.",
-    )
-    share = cfg.batch_size // (use_lr + use_hr)
-    common.require(share > 0, f"--batch-size {cfg.batch_size}: must be at least {use_lr + use_hr}.")
+    """Train M and the U-Net, fine-tune parts of the extractors. Algorithm 1."""
+    cfg = replace(cfg, batch_size=cfg.batch_size or extractors.BATCH.get(rt.device.type, 16))
+    check(cfg)
+    unconditional = set(cfg.without) == {"degradation", "content"}  # SynDiff: of real LR alone
+    use_hr = not cfg.as_printed and not unconditional
+    why = "as printed" if cfg.as_printed else "without a condition"
+    common.require(use_hr or not cfg.hr, f"--hr: training {why} takes real LR photos alone.")
     path = common.find_checkpoint(cfg.checkpoint, "extractors", "python extractors.py")
-    stage_1 = common.load_checkpoint(path)
-    is_stage_1 = {"ema", "config"} <= stage_1.keys() and "extractors" not in stage_1["config"]
-    common.require(is_stage_1, f"{path}: not a checkpoint of extractors.py (give that one).")
-    net = build(asdict(cfg), stage_1["config"])
+    state = common.load_checkpoint(path)
+    nets = extractors.load(state, str(path))
+    stage_1 = extractors.stored_config(state["config"], str(path))
+    net, out = DecoupledDDPM(nets, stage_1, cfg), Path(cfg.out)
     if cfg.start_from:
         common.load_weights(net, cfg.start_from, "--start-from")
-    common.put_weights(net.extractors, stage_1, str(path))
-    data = []
-    if use_lr:
-        files = common.find_photos(cfg.lr, "lr", "--lr", packed=True)
-        data.append(common.PhotoCrops(files, cfg.crop, share, cfg.seed, rt))
+        nets.load_state_dict(state["ema"])
+    began = common.fingerprint(net if cfg.start_from else nets)
+
+    share = cfg.batch_size // (1 + use_hr)
+    photos = Photos(common.find_photos(cfg.lr, "lr", "--lr", packed=True), out / "photos/lr", rt)
+    crops = [Crops(photos, cfg.crop, share, cfg.seed)]
     if use_hr:
-        files = common.find_photos(cfg.hr, "hr", "--hr", packed=True)
-        data.append(common.PhotoCrops(files, 4 * cfg.crop, share, cfg.seed, rt, stream=1))
-    tuned = finetuned(net.extractors) if use_lr and cfg.finetune_learning_rate > 0 else []
-    if rt.is_main:
-        print(cfg)
-        print(f"stage-1 weights: {path}; photos: {', '.join(str(d.count) for d in data)}")
-        print(f"M {common.count_parameters(net.modulation)}, "
-              f"U-Net {common.count_parameters(net.unet)}, "
-              f"fine-tuned: {sum(p.numel() for p in tuned)} parameters")  # fmt: skip
+        scenes = Photos(
+            common.find_photos(cfg.hr, "hr", "--hr", packed=True), out / "photos/hr", rt
+        )
+        crops.append(Crops(scenes, cfg.crop, share, cfg.seed, stream=1, scale=4))
+    few = [c.batch(10**9, 3).to(rt.device).float() / 255 for c in crops]
+    few_hr = few[-1] if use_hr else extractors.resized(few[0], 4 * cfg.crop, 4 * cfg.crop)
+    tuned = finetuned(nets)
     groups = [
         {"params": [*net.modulation.parameters(), *net.unet.parameters()], "lr": cfg.learning_rate},
         {"params": tuned, "lr": cfg.finetune_learning_rate},
     ]
-
-    def loss(net: DecoupledDDPM, *batches: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        lr = batches[0] if use_lr else None
-        return decoupled_loss(net, lr, batches[-1] if use_hr else None, cfg, generator)
-
-    photos = [torch.stack([d[10**9 + i] for i in range(3)]).to(rt.device) for d in data]
-    scenes = photos[-1] if use_hr else extractors.resized(photos[0], 4 * cfg.crop, 4 * cfg.crop)
-    references = photos[0] if use_lr else extractors.resized(photos[0], cfg.crop, cfg.crop)
-    out = Path(cfg.out)
-    common.fit(
-        rt,
-        net,
-        loss,
-        data,
-        groups,
-        out / "last.pt",
-        cfg,
-        cfg.steps,
-        asdict(cfg) | {"extractors": stage_1["config"]},
-        compiled=[net.unet, net.modulation, net.extractors.e_deg, net.extractors.vqvae.encoder],
-        preview=lambda: swap_grid(net, references, scenes, out / "last.png"),
-    )
+    if rt.is_main:
+        counts = [f"{len(c.rows)} ({c.left_out} smaller than the crop)" for c in crops]
+        print(cfg)
+        print(f"stage-1 weights: {path}; photos, real LR and HR: {', '.join(counts)}")
+        print(f"M {common.count_parameters(net.modulation)}, "
+              f"U-Net {common.count_parameters(net.unet)}, "
+              f"fine-tuned: {sum(p.numel() for p in tuned)} parameters")  # fmt: skip
+    if cfg.compile:
+        networks = [net.unet, net.modulation, nets.e_deg, nets.vqvae.encoder]
+        common.compile_networks(networks, rt)
+    run = common.Run(
+        cfg, rt, net, groups, out / "last.pt", cfg.steps, began=began, extractors=state["config"],
+        preview=lambda: swap_grid(net, few[0], few_hr, out / "last.png"),
+    )  # fmt: skip
+    for lr, *hr, draw in run.batches(*crops):
+        with rt.autocast(cfg.bf16):
+            losses = decoupled_loss(net, lr, hr[0] if use_hr else None, cfg, draw)
+        run.update(losses)
 
 
 if __name__ == "__main__":

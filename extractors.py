@@ -8,27 +8,40 @@ degraded photos against the frozen decoder (Eq. 1-2); E_deg together with Rec_lr
     torchrun --nproc_per_node=8 extractors.py --hr data/hr --preset paper
 """
 
-import functools
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import common
 import degrade
+from data.pack import Crops, Photos
 
 # ---- content extractor: the VQ-VAE, with the structure and keys of the public vq-f4 -------------
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Group norm of 32 groups, fewer if narrow: a group of one channel loses contrast."""
-    most = max(1, min(32, channels // 4))
-    groups = next(g for g in range(most, 0, -1) if channels % g == 0)
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+class GroupNorm(nn.GroupNorm):
+    """Group norm of 32 groups, fewer if narrow: a group of one channel loses contrast.
+
+    It keeps bf16, where autocast would store its input and output in float32.
+    """
+
+    def __init__(self, channels: int) -> None:
+        most = max(1, min(32, channels // 4))
+        groups = next(g for g in range(most, 0, -1) if channels % g == 0)
+        super().__init__(groups, channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 class ResBlock(nn.Module):
@@ -36,8 +49,8 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm1, self.conv1 = GroupNorm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = GroupNorm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
         nn.init.zeros_(self.conv2.weight)  # start as the identity: trains faster
@@ -50,20 +63,24 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over all pixels, added to its input."""
+    """Self-attention over all pixels, added to its input; vq-f4 has a single head."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, heads: int = 1) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.heads = heads
+        self.norm = GroupNorm(channels)
         self.q, self.k, self.v = (nn.Conv2d(channels, channels, 1) for _ in range(3))
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         h = self.norm(x)
-        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0]  # (B, H*W, C)
-        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+        q, k, v = (
+            f(h).flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)  # (B, heads, H*W, C')
+            for f in (self.q, self.k, self.v)
+        )
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(h.transpose(2, 3).reshape(x.shape))
 
 
 class Middle(nn.Module):
@@ -135,7 +152,7 @@ class Encoder(nn.Module):
         )
         self.mid = Middle(widths[-1])
         self.norm_out, self.conv_out = (
-            group_norm(widths[-1]),
+            GroupNorm(widths[-1]),
             nn.Conv2d(widths[-1], z, 3, padding=1),
         )
 
@@ -160,7 +177,7 @@ class Decoder(nn.Module):
             Level(wider[i], w, blocks + 1, Upsample if i > 0 else None)
             for i, w in enumerate(widths)
         )
-        self.norm_out, self.conv_out = group_norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.norm_out, self.conv_out = GroupNorm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, z, H/4, W/4) -> (B, 3, H, W) in about [-1, 1]."""
@@ -187,6 +204,11 @@ class Quantizer(nn.Module):
             )
         number = number.view(z.shape[0], *z.shape[2:])
         return self.embedding(number).permute(0, 3, 1, 2), number
+
+    def used(self, number: Tensor) -> Tensor:
+        """How many different codes there are among these numbers."""
+        seen = number.new_zeros(len(self.embedding.weight))
+        return seen.index_fill_(0, number.flatten(), 1).sum()
 
     @torch.no_grad()
     def restart(self, z: Tensor, generator: torch.Generator) -> None:
@@ -216,9 +238,59 @@ class VQVAE(nn.Module):
         """Latents (B, z, H/4, W/4) before the codebook, of an image (B, 3, H, W) in [0, 1]."""
         return self.quant_conv(self.encoder(image * 2 - 1))
 
+    @torch.no_grad()
+    def restart_codes(self, image: Tensor, generator: torch.Generator) -> None:
+        """Move unused codes onto latents of images (B, 3, H, W) in [0, 1]."""
+        self.quantize.restart(self.encode(image), generator)
+
     def decode(self, z: Tensor) -> Tensor:
         """Rec_hr: image (B, 3, H, W) of latents (B, z, H/4, W/4); not clamped to [0, 1]."""
         return (self.decoder(self.post_quant_conv(z)) + 1) / 2
+
+
+TILE, OVERLAP = 144, 32  # LR pixels; E_cont's attention grows with the fourth power of a side
+
+
+def in_tiles(
+    function: Callable[..., Tensor], grid: tuple[int, int], *inputs: Tensor, tile: int = 0
+) -> Tensor:
+    """function(*inputs) -> (B, C, h, w) tile by tile, so that memory does not grow with the image.
+
+    Inputs (B, C', f h, f w) with whole factors f; grid is (h, w). Tiles overlap and fade into each
+    other; an image no larger than a tile (of TILE pixels unless told) is computed at once.
+    """
+    h, w = grid
+    th, tw = min(h, tile or TILE), min(w, tile or TILE)
+    if (th, tw) == (h, w):
+        return function(*inputs)
+
+    def starts(n: int, side: int) -> list[int]:
+        return [*range(0, n - side, side - OVERLAP), n - side]
+
+    def fade(start: int, side: int, n: int) -> Tensor:
+        """Smoothly from almost 0 to 1 over the middle half of the overlap: edges see too little.
+
+        The edges of the image itself do not fade: there, all tiles see the same.
+        """
+        i = torch.arange(1, side + 1, device=inputs[0].device)
+        before, after = i + OVERLAP * (start == 0), i.flip(0) + OVERLAP * (start + side == n)
+        rising = (2 * torch.minimum(before, after) / OVERLAP - 0.5).clamp(0.02, 1)
+        return rising.square() * (3 - 2 * rising)
+
+    total, weight = None, torch.zeros(h, w, device=inputs[0].device)
+    for top in starts(h, th):
+        for left in starts(w, tw):
+            parts = []
+            for x in inputs:
+                f = x.shape[2] // h
+                parts.append(x[:, :, top * f : (top + th) * f, left * f : (left + tw) * f])
+            mask = fade(top, th, h)[:, None] * fade(left, tw, w)
+            part = function(*parts).float()
+            total = part.new_zeros(*part.shape[:2], h, w) if total is None else total
+            total[:, :, top : top + th, left : left + tw] += part * mask
+            weight[top : top + th, left : left + tw] += mask
+    assert total is not None
+    return total / weight
 
 
 # ---- degradation extractor and modulation block -------------------------------------------------
@@ -261,12 +333,14 @@ def dct_statistics(lr: Tensor) -> Tensor:
         return (torch.cat([typical, spread], dim=1) - 1.5) / 1.5
 
 
+KERNEL = 9  # side of the kernel that F_deg names, LR pixels
+
+
 class DegradationExtractor(nn.Module):
     """E_deg (Fig. 7): a convolution, residual blocks, pooling, a mapping of four layers.
 
-    Deviation: with `statistics`, those of `dct_statistics` are pooled, too. What a camera leaves
-    in an image is mostly a matter of spreads at each frequency, and in the blocks of JPEG, which
-    convolutions and means hardly see.
+    Deviation: with `statistics`, those of `dct_statistics` are pooled, too. A camera leaves its
+    traces mostly in spreads at each frequency and in the blocks of JPEG, which means hardly see.
     """
 
     def __init__(self, channels: int, blocks: int, dim: int, statistics: bool) -> None:
@@ -355,23 +429,21 @@ def resized(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def load_vqvae(vqvae: VQVAE, path: str) -> None:
-    """Read public first-stage weights: safetensors or a plain state dict, or a checkpoint of ours.
+    """Read public first-stage weights, or those in a checkpoint of ours; others in it are ignored.
 
-    UserError if a weight is missing or of another shape; what the VQ-VAE does not have is ignored.
+    UserError if a weight is missing or of another shape.
     """
-    state = common.load_checkpoint(path)
-    state = state.get("state_dict", state.get("ema", state))
-    state = {key.removeprefix("vqvae."): value for key, value in state.items()}
-    own = vqvae.state_dict()
-    wrong = [
-        key for key, value in own.items() if key not in state or state[key].shape != value.shape
-    ]
+    weights = common.load_checkpoint(path)["ema"]
+    weights = {key.removeprefix("vqvae."): value for key, value in weights.items()}
+    needed = vqvae.state_dict()
+    missing = [key for key, value in needed.items()
+               if getattr(weights.get(key), "shape", None) != value.shape]  # fmt: skip
     common.require(
-        not wrong,
-        f"--vqvae {path}: {len(wrong)} of {len(own)} weights are missing or of another shape, for "
-        f"instance {next(iter(wrong), '')}: --preset paper has the sizes of the public vq-f4.",
+        not missing,
+        f"--vqvae {path}: {len(missing)} of {len(needed)} weights are missing or of another shape, "
+        f"as {next(iter(missing), '')}: --preset paper has the sizes of the public vq-f4.",
     )
-    vqvae.load_state_dict({key: state[key] for key in own})
+    common.put_weights(vqvae, {"ema": {key: weights[key] for key in needed}}, f"--vqvae {path}")
 
 
 class Extractors(nn.Module):
@@ -379,47 +451,53 @@ class Extractors(nn.Module):
 
     def __init__(self, cfg: "Config") -> None:
         super().__init__()
-        self.quantize_content, self.skip = cfg.quantize_content, cfg.skip
-        self.head_trained = cfg.head_weight > 0
+        ours = not cfg.as_printed
+        self.as_printed = cfg.as_printed
         self.vqvae = VQVAE(
             cfg.vq_channels, cfg.vq_multipliers, cfg.vq_blocks, cfg.vq_z, cfg.vq_codes
         )
-        self.e_deg = DegradationExtractor(
-            cfg.deg_channels, cfg.deg_blocks, cfg.deg_dim, cfg.statistics
-        )
-        c_in = cfg.vq_z + 3 * cfg.skip
-        self.rec_lr = ModulationBlock(c_in, cfg.deg_dim, cfg.mod_channels, 3, cfg.jpeg_grid)
-        self.kernel = nn.Linear(cfg.deg_dim, cfg.kernel**2) if cfg.skip and cfg.kernel else None
-        if self.kernel is not None:
+        self.e_deg = DegradationExtractor(cfg.deg_channels, cfg.deg_blocks, cfg.deg_dim, ours)
+        c_in = cfg.vq_z + 3 * ours
+        self.rec_lr = ModulationBlock(c_in, cfg.deg_dim, cfg.mod_channels, 3, ours)
+        if ours:
+            self.kernel = nn.Linear(cfg.deg_dim, KERNEL**2)
             nn.init.zeros_(self.kernel.weight)
             nn.init.zeros_(self.kernel.bias)
-        self.head = nn.Sequential(  # codes are small: without the norm it hardly learns
-            nn.LayerNorm(cfg.deg_dim), nn.Linear(cfg.deg_dim, 128), nn.SiLU(),
-            nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 5),
-        )  # fmt: skip
+            self.head = nn.Sequential(  # codes are small: without the norm it hardly learns
+                nn.LayerNorm(cfg.deg_dim), nn.Linear(cfg.deg_dim, 128), nn.SiLU(),
+                nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 5),
+            )  # fmt: skip
 
     def content(self, image: Tensor) -> Tensor:
-        """F_cont = E_cont(X): (B, z, H/4, W/4) of images (B, 3, H, W) of HR size, in [0, 1]."""
-        z = self.vqvae.encode(image)  # through the codebook, gradients pass straight
-        return z + (self.vqvae.quantize(z)[0] - z).detach() if self.quantize_content else z
+        """F_cont = E_cont(X): (B, z, H/4, W/4) of images (B, 3, H, W) of HR size, in [0, 1].
+
+        Large images are read in tiles, one at a time, which the backward pass computes once more.
+        """
+        grid = (image.shape[2] // 4, image.shape[3] // 4)
+        if max(grid) <= TILE:
+            return self.vqvae.encode(image)
+
+        def encode(tile: Tensor) -> Tensor:
+            if torch.is_grad_enabled():
+                return checkpoint(self.vqvae.encode, tile, use_reentrant=False)
+            return self.vqvae.encode(tile)
+
+        return torch.cat([in_tiles(encode, grid, x) for x in image.split(1)])
 
     def reconstruct(self, degradation: Tensor, hr: Tensor, content: Tensor) -> Tensor:
         """Rec_lr(F_deg, F_cont): the LR image (B, 3, H/4, W/4), not clamped. Eq. (5).
 
-        Deviation: with `skip`, Rec_lr also sees the bicubic reduction of the HR image and adds its
-        output to it. Stage 1 has true pairs, so this gives nothing away, and no detail is lost.
-        With a `kernel`, the reduction is first filtered with one that F_deg names: most of what a
-        lens and a camera's sharpening do is linear. Its sum is 1, so that no colour drifts.
+        Deviation: Rec_lr also sees the bicubic reduction of the HR image, filtered with a kernel
+        that F_deg names (most of what a lens and sharpening do is linear; its sum is 1), and adds
+        to it. Stage 1 has true pairs, so this gives nothing away, and no detail is lost.
         """
-        if not self.skip:
+        if self.as_printed:
             return self.rec_lr(degradation, content)
         reduced = resized(hr, *content.shape[2:])
-        if self.kernel is not None:
-            change = 0.1 * self.kernel(degradation).float()
-            change = change - change.mean(1, keepdim=True)
-            side = math.isqrt(change.shape[1])
-            reduced = reduced + filtered(reduced, change.view(-1, side, side))
-        return reduced + self.rec_lr(degradation, torch.cat([content, reduced], dim=1))
+        change = 0.1 * self.kernel(degradation).float()
+        change = (change - change.mean(1, keepdim=True)).view(-1, KERNEL, KERNEL)
+        lr = reduced + filtered(reduced, change)
+        return lr + self.rec_lr(degradation, torch.cat([content, lr], dim=1))
 
     def named(self, degradation: Tensor) -> tuple[Tensor, Tensor]:
         """Noise (B,), a std on [0, 1], and JPEG quality (B,), 1..100, as the head reads them."""
@@ -429,21 +507,17 @@ class Extractors(nn.Module):
 # ---- losses -----------------------------------------------------------------------------------
 
 
-def vqvae_loss(
-    net: Extractors, hr: Tensor, generator: torch.Generator | None = None
-) -> dict[str, Tensor]:
+def vqvae_loss(net: Extractors, hr: Tensor) -> dict[str, Tensor]:
     """Reconstruction, codebook and commitment terms of the VQ-VAE (arXiv:1711.00937, Eq. 3)."""
     z = net.vqvae.encode(hr)
     codes, number = net.vqvae.quantize(z)
-    latents = z + (codes - z).detach()  # straight through
-    # Not in the paper: every other image skips the codebook, because the content may, too.
-    latents = torch.cat([latents[::2], z[1::2]])
-    target = torch.cat([hr[::2], hr[1::2]])
+    latents, target = z + (codes - z).detach(), hr  # straight through
+    if not net.as_printed:  # every other image skips the codebook, because the content does, too
+        latents, target = torch.cat([latents[::2], z[1::2]]), torch.cat([hr[::2], hr[1::2]])
     mse = F.mse_loss(net.vqvae.decode(latents).float(), target)
     codebook = F.mse_loss(codes, z.detach().float())
     commitment = F.mse_loss(z.float(), codes.detach())
-    used = hr.new_zeros(len(net.vqvae.quantize.embedding.weight))
-    used = used.index_fill_(0, number.flatten(), 1).sum()
+    used = net.vqvae.quantize.used(number)
     return {"loss": mse + codebook + 0.25 * commitment, "psnr": psnr(mse), "codes": used}
 
 
@@ -459,8 +533,8 @@ def content_loss(
     draw = common.generator(generator.initial_seed())  # on the CPU, so that no GPU is waited for
     lr = degrade.degrade(hr, sample_mixed(len(hr), cfg.recipes, draw), draw)
     degraded = resized(lr, *hr.shape[2:])
-    # Not in the paper: every fourth input stays clean, because generation reads content from HR.
-    degraded[::4] = hr[::4]
+    if not net.as_printed:  # every fourth input stays clean: generation reads content from HR
+        degraded[::4] = hr[::4]
     mse = F.mse_loss(net.vqvae.decode(net.content(degraded)).float(), hr)  # Eq. (2)
     return {"loss": mse, "psnr": psnr(mse)}
 
@@ -510,36 +584,32 @@ def degradation_loss(
 
     with torch.no_grad():
         content = net.content(hr)
-    # Eq. (5) takes F_deg from the image that is reconstructed. Deviation: `across` scenes, the code
-    # of the anchor must do for its positives, so that it can carry neither content nor one noise.
+    # Eq. (5) takes F_deg from the image that is reconstructed. Deviation: the code of the anchor
+    # must do for its positives, other scenes, so that it can carry neither content nor one noise.
+    ks = range(1) if net.as_printed else range(1, n + 1)
     lr = lr.view(n + 1, B, *lr.shape[1:])
-    ks = range(1, n + 1) if cfg.across else range(1)
     chosen = torch.cat([image[k] for k in ks])
     target = torch.cat([lr[k] for k in ks])
     lr_hat = net.reconstruct(code[0].repeat(len(ks), 1), hr[chosen], content[chosen])
     mse = (lr_hat.float() - target).square().mean((1, 2, 3))  # Eq. (6), per image
-    # Deviation: its logarithm, so that one noisy image does not outweigh all clean ones.
-    reconstruction = (mse + 1e-5).log().mean() / 10 if cfg.log_mse else mse.mean()
+    numbers = {"contrastive": contrastive, "psnr": psnr(mse).mean()}
+    if net.as_printed:
+        return {"loss": contrastive + mse.mean(), **numbers}
 
-    # Not in the paper: theta is known here, so a small head names it. Without it the code has
-    # little to start from.
+    # Deviation: its logarithm, so that one noisy image does not outweigh all clean ones; and theta
+    # is known here, so a head names it: without it the code has little to start from.
+    reconstruction = (mse + 1e-5).log().mean() / 10
     physical = theta.to(hr.device).physical().repeat(n + 1, 1)
     read = net.head(code.flatten(0, 1)).float()  # of what a later resize hides, nothing is asked
     named = F.mse_loss(read, physical.where(physical.isfinite(), read.detach()))
-    loss = cfg.contrastive_weight * contrastive + reconstruction + cfg.head_weight * named
-    return {
-        "loss": loss,
-        "contrastive": contrastive,
-        "psnr": psnr(mse).mean(),
-        "head": named,
-    }
+    return {"loss": 0.02 * contrastive + reconstruction + named, **numbers, "head": named}
 
 
 # ---- looking at it ----------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def vqvae_report(net: Extractors, hr: Tensor, path: Path) -> dict[str, float]:
+def vqvae_report(net: Extractors, hr: Tensor, path: Path) -> dict[str, Tensor]:
     """Picture and PSNR of reconstructed photos, with and without the codebook, and its use."""
     z = net.vqvae.encode(hr)
     codes, number = net.vqvae.quantize(z)
@@ -547,17 +617,18 @@ def vqvae_report(net: Extractors, hr: Tensor, path: Path) -> dict[str, float]:
     rows = list(zip(hr, with_codes, without, strict=True))[:4]
     common.save_sheet(path, ("HR", "with the codebook", "without"), rows)
     return {
-        "shown psnr": float(psnr(F.mse_loss(with_codes, hr))),
-        "without codebook": float(psnr(F.mse_loss(without, hr))),
-        "codes used": number.unique().numel(),
+        "shown psnr": psnr(F.mse_loss(with_codes, hr)),
+        "without codebook": psnr(F.mse_loss(without, hr)),
+        "codes used": net.vqvae.quantize.used(number),
     }
 
 
 @torch.no_grad()
-def swap_grid(net: Extractors, hr: Tensor, cfg: "Config", path: Path) -> dict[str, float]:
+def swap_grid(net: Extractors, hr: Tensor, cfg: "Config", path: Path) -> dict[str, Tensor]:
     """Picture of Rec_lr: content of the column, degradation of the row, whose LR comes first."""
     n = len(hr)
-    lr = degrade.degrade(hr, sample_mixed(n, cfg.recipes, common.generator(cfg.seed)))
+    draw = common.generator(cfg.seed)
+    lr = degrade.degrade(hr, sample_mixed(n, cfg.recipes, draw), draw)
     code, content = net.e_deg(lr), net.content(hr)
     made = torch.stack([net.reconstruct(c.expand(n, -1), hr, content) for c in code]).float()
     side = lr.shape[2]
@@ -567,7 +638,7 @@ def swap_grid(net: Extractors, hr: Tensor, cfg: "Config", path: Path) -> dict[st
     ]
     common.save_sheet(path, ("LR", "its degradation, other scenes", *[""] * (n - 1)), rows)
     own = made[range(n), range(n)]
-    return {"shown psnr": float(psnr((own - lr).square().mean((1, 2, 3))).mean())}
+    return {"shown psnr": psnr((own - lr).square().mean((1, 2, 3))).mean()}
 
 
 # ---- configuration and training -----------------------------------------------------------------
@@ -582,13 +653,12 @@ class Config:
     vqvae: str = ""  # start from these VQ-VAE weights (vq-f4 keys) instead of training them
     start_from: str = ""  # weights of all parts to go on from, of this file
     steps: tuple[int, ...] = (200_000, 200_000, 200_000)  # of the VQ-VAE, of E_cont, of E_deg
-    batch_size: int = 8  # HR crops per process; 8 processes give the paper's 64
+    batch_size: int = 8  # HR crops per process, 8 of which give the paper's 64; 0: see BATCH
     crop: int = 256  # HR crop for E_deg, pixels
     vq_crop: int = 256  # HR crop for the VQ-VAE and E_cont, pixels
     vqvae_learning_rate: float = 1e-4
     content_learning_rate: float = 1e-5
-    degradation_learning_rate: float = 1e-4  # of E_deg and Rec_lr; 0 freezes them
-    head_learning_rate: float = 1e-4  # of the head that names theta
+    degradation_learning_rate: float = 1e-4  # of E_deg, Rec_lr and the head
     vq_channels: int = 128
     vq_multipliers: tuple[int, ...] = (1, 2, 4)
     vq_blocks: int = 2
@@ -597,154 +667,184 @@ class Config:
     deg_channels: int = 64
     deg_blocks: int = 16
     deg_dim: int = 2048
-    statistics: bool = True  # E_deg pools sizes of DCT coefficients, too; the paper: no
-    kernel: int = 9  # Rec_lr filters the reduction, side in LR pixels; 0, the paper: no
-    jpeg_grid: bool = False  # Rec_lr and M know JPEG's blocks of 8 x 8; the paper: no
     mod_channels: int = 64
     num_samples: int = 3  # n: positives and negatives per anchor
     margin: float = 0.01
-    recipes: tuple[str, ...] = ("realesrgan", "light", "camera")  # of D; the paper: realesrgan
-    hr_blur: float = 0.0  # HR photos are blurred by up to this width, pixels; the paper: 0
-    across: bool = True  # reconstruct other scenes from a code; the paper: no
-    skip: bool = True  # Rec_lr adds to the bicubic reduction; the paper: no
-    log_mse: bool = True  # L_rl is the logarithm of each image's error; the paper: no
-    head_weight: float = 0.1  # of the head that names theta; the paper: 0
-    contrastive_weight: float = 0.02
-    quantize_content: bool = False  # content passes the codebook
+    recipes: tuple[str, ...] = ("realesrgan",)  # of D
+    hr_blur: float = 0.0  # HR photos are blurred by up to this width, pixels
+    as_printed: bool = True  # the losses and networks of the paper, without what is ours (above)
     ema_decay: float = 0.999
     cooldown: float = 0.0  # last share of the steps, in which the learning rate falls to 0
-    grad_clip: float = 1.0
     bf16: bool = True  # where the device has it
     log_every: int = 50
     save_every: int = 500
-    accumulate: int = 1  # batches per step and process
+    accumulate: int = 0  # parts into which a batch is divided; 0: as many as memory asks for
     compile: bool = True  # torch.compile
-    tensorboard: bool = False  # log there, too
     seed: int = 0
     device: str = "auto"
 
 
-PRESETS: dict[str, dict] = {
-    "paper": {},
-    "small": {
-        "steps": (1500, 500, 2000),
-        "crop": 192,
-        "vq_crop": 96,
-        "vqvae_learning_rate": 2e-3,
-        "content_learning_rate": 3e-4,
-        "degradation_learning_rate": 1e-3,
-        "head_learning_rate": 1e-3,
-        "vq_channels": 16,
-        "vq_z": 4,
-        "vq_codes": 1024,
-        "deg_channels": 24,
-        "deg_blocks": 4,
-        "mod_channels": 48,
-        "jpeg_grid": True,
-        "deg_dim": 256,
-        "batch_size": 16,
-        "num_samples": 1,
-        "recipes": ("realesrgan", "light", "camera", "wide"),
-        "hr_blur": 1.5,
-        "head_weight": 1.0,
-        "ema_decay": 0.995,
-        "compile": False,
-        "save_every": 100,
-    },
+SMALL: dict = {
+    "steps": (1500, 500, 2000),
+    "batch_size": 0,
+    "crop": 192,
+    "vq_crop": 96,
+    "vqvae_learning_rate": 2e-3,
+    "content_learning_rate": 3e-4,
+    "degradation_learning_rate": 1e-3,
+    "vq_channels": 16,
+    "vq_z": 4,
+    "vq_codes": 1024,
+    "deg_channels": 24,
+    "deg_blocks": 4,
+    "deg_dim": 256,
+    "mod_channels": 48,
+    "num_samples": 1,
+    "ema_decay": 0.995,
+    "compile": False,
+    "save_every": 100,
 }
+PRESETS: dict[str, dict] = {
+    "small": SMALL
+    | {"as_printed": False, "recipes": ("realesrgan", "light", "camera", "wide"), "hr_blur": 1.5},
+    "paper": {},
+    "as-printed": SMALL,
+}
+BATCH = {"cuda": 256, "cpu": 16}  # by device, of the presets for small machines
+RANGES = common.TRAINING_RANGES | {
+    "steps": (0, 2**31), "batch_size": (2, 2**20), "crop": (16, 2**14), "vq_crop": (16, 2**14),
+    "vqvae_learning_rate": (0, 1), "content_learning_rate": (0, 1),
+    "degradation_learning_rate": (0, 1), "vq_channels": (1, 2**12), "vq_multipliers": (1, 64),
+    "vq_blocks": (1, 64), "vq_z": (1, 1024), "vq_codes": (1, 2**20), "deg_channels": (1, 2**12),
+    "deg_blocks": (0, 256), "deg_dim": (1, 2**14), "mod_channels": (1, 2**12),
+    "num_samples": (1, 2**10), "margin": (0, 1e6), "hr_blur": (0, 4),
+}  # fmt: skip
+
+
+def stored_config(config: dict, name: str) -> Config:
+    """The settings in the checkpoint `name`; UserError if they are not of this stage, or wrong."""
+    is_stage_1 = isinstance(config, dict) and "deg_dim" in config
+    common.require(is_stage_1, f"{name}: not a checkpoint of extractors.py (give that one).")
+    own = {key: value for key, value in config.items() if key != "began"}
+    cfg = common.from_dict(Config, own, name)
+    common.check_ranges(cfg, RANGES, f"{name}: ")
+    return cfg
+
+
+def load(state: dict, name: str) -> Extractors:
+    """The networks in a checkpoint of this stage, on the CPU; UserError if they can't be used."""
+    cfg = stored_config(state["config"], name)
+    with torch.device("meta"):  # nothing is allocated before the shapes are found to be right
+        net = Extractors(cfg)
+    common.put_weights(net, state, name)
+    return net
+
+
+def checked(cfg: Config, rt: common.Runtime) -> Config:
+    """The settings with the batch of this device and three numbers of steps; UserError if wrong."""
+    three = cfg.steps if len(cfg.steps) == 3 else cfg.steps[:1] * 3
+    cfg = replace(cfg, batch_size=cfg.batch_size or BATCH.get(rt.device.type, 16))
+    common.require(
+        len(cfg.steps) in (1, 3), "--steps takes one number, or one for each of the parts."
+    )
+    common.check_ranges(cfg, RANGES)
+    for flag, crop in (("--crop", cfg.crop), ("--vq-crop", cfg.vq_crop)):
+        common.require(crop % 16 == 0, f"{flag} {crop}: must be a multiple of 16.")
+    more = f"--batch-size {cfg.batch_size}: must be larger than --num-samples {cfg.num_samples}."
+    common.require(cfg.batch_size > cfg.num_samples, more)
+    common.check_parts(cfg, least=cfg.num_samples + 1)
+    for recipe in cfg.recipes:
+        known = recipe in degrade.RECIPES
+        common.require(known, f"--recipes {recipe}: no such recipe of degrade.py.")
+    files = [Path(cfg.out) / f"{part}.pt" for part in ("vqvae", "content", "last")]
+    for i, (earlier, steps) in enumerate(zip(files, three, strict=True)):
+        goes_on = common.step_of(earlier) < steps and not (cfg.vqvae and i == 0)
+        for later in files[i + 1 :] if goes_on else ():
+            began = f"{later} began from another {earlier.name} than this command would leave"
+            way_out = "delete it to train that part again, or give another --out"
+            common.require(not later.is_file(), f"{began}: {way_out}.")
+    return replace(cfg, steps=three)
+
+
+def train_vqvae(
+    cfg: Config, rt: common.Runtime, net: Extractors, crops: Crops, few: Tensor
+) -> None:
+    """Part 1: the VQ-VAE on HR photos."""
+    path, vqvae = Path(cfg.out) / "vqvae.pt", net.vqvae
+    groups = [{"params": [*vqvae.parameters()], "lr": cfg.vqvae_learning_rate}]
+    began = common.fingerprint(net) if cfg.start_from else ""
+    run = common.Run(cfg, rt, net, groups, path, cfg.steps[0], began=began,
+                     preview=lambda: vqvae_report(net, few, path.with_suffix(".png")))  # fmt: skip
+    for hr, draw in run.batches(crops, least=2):
+        with rt.autocast(cfg.bf16):
+            if run.step % 10 == 0 and run.part == 0:
+                vqvae.restart_codes(hr, draw)
+            losses = vqvae_loss(net, hr)
+        run.update(losses)
+
+
+def train_content(
+    cfg: Config, rt: common.Runtime, net: Extractors, crops: Crops, few: Tensor
+) -> None:
+    """Part 2: E_cont, the encoder, on degraded photos, against the frozen decoder. Eq. (1)-(2)."""
+    path, vqvae = Path(cfg.out) / "content.pt", net.vqvae
+    tuned = [*vqvae.encoder.parameters(), *vqvae.quant_conv.parameters()]
+    groups = [{"params": tuned, "lr": cfg.content_learning_rate}]
+    run = common.Run(cfg, rt, net, groups, path, cfg.steps[1], began=common.fingerprint(vqvae),
+                     preview=lambda: vqvae_report(net, few, path.with_suffix(".png")))  # fmt: skip
+    for hr, draw in run.batches(crops):
+        with rt.autocast(cfg.bf16):
+            losses = content_loss(net, hr, cfg, draw)
+        run.update(losses)
+
+
+def train_degradation(
+    cfg: Config, rt: common.Runtime, net: Extractors, crops: Crops, few: Tensor
+) -> None:
+    """Part 3: E_deg and Rec_lr; E_cont stays as it is. Eq. (3)-(6)."""
+    path, began = Path(cfg.out) / "last.pt", common.fingerprint(net.vqvae)
+    tuned = [p for name, p in net.named_parameters() if not name.startswith("vqvae.")]
+    groups = [{"params": tuned, "lr": cfg.degradation_learning_rate}]
+    run = common.Run(
+        cfg, rt, net, groups, path, cfg.steps[2], began=began,
+        preview=lambda: swap_grid(net, few[:4], cfg, path.with_suffix(".png")),
+    )  # fmt: skip
+    for hr, draw in run.batches(crops, least=cfg.num_samples + 1):
+        with rt.autocast(cfg.bf16):
+            losses = degradation_loss(net, hr, cfg, draw)
+        run.update(losses)
 
 
 def train(cfg: Config, rt: common.Runtime) -> None:
     """The three parts of stage 1, each resuming from its own checkpoint."""
-    steps = cfg.steps if len(cfg.steps) == 3 else cfg.steps[:1] * 3
-    common.require(
-        len(cfg.steps) in (1, 3), "--steps takes one number, or one for each of the parts."
-    )
-    for flag, crop in (("--crop", cfg.crop), ("--vq-crop", cfg.vq_crop)):
-        common.require(crop > 0 and crop % 16 == 0, f"{flag} {crop}: must be a multiple of 16.")
-    common.require(
-        cfg.batch_size > cfg.num_samples,
-        f"--batch-size {cfg.batch_size}: must be larger than --num-samples {cfg.num_samples}.",
-    )
-    common.require(cfg.num_samples >= 1, f"--num-samples {cfg.num_samples}: must be at least 1.")
-    common.require(
-        cfg.kernel == 0 or (cfg.kernel > 0 and cfg.kernel % 2 == 1),
-        f"--kernel {cfg.kernel}: must be odd, or 0.",
-    )
-    common.require(0 <= cfg.hr_blur <= 4, f"--hr-blur {cfg.hr_blur}: must be in 0..4 pixels.")
-    for recipe in cfg.recipes:
-        common.require(
-            recipe in degrade.RECIPES, f"--recipes {recipe}: no such recipe of degrade.py."
-        )
+    cfg = checked(cfg, rt)
     net, out = Extractors(cfg), Path(cfg.out)
     if cfg.start_from:
         common.load_weights(net, cfg.start_from, "--start-from")
-    files = common.find_photos(cfg.hr, "hr", "--hr", packed=True)
-    held_out = files[::50] if len(files) >= 50 else []  # looked at, not trained on
-    files = [file for i, file in enumerate(files) if i % 50 or not held_out]
-    data, vq_data = (
-        [common.PhotoCrops(files, crop, cfg.batch_size, cfg.seed, rt)]
-        for crop in (cfg.crop, cfg.vq_crop)
-    )
-    shown = common.PhotoCrops(held_out or files, cfg.crop, 8, cfg.seed, rt, stream=9)
-    few = torch.stack([shown[i] for i in range(8)]).to(rt.device)
+    if cfg.vqvae:
+        load_vqvae(net.vqvae, cfg.vqvae)
+    photos = Photos(common.find_photos(cfg.hr, "hr", "--hr", packed=True), out / "photos/hr", rt)
+    rows = np.arange(len(photos.table))
+    held_out = rows[::50] if len(rows) >= 50 else rows[:0]  # looked at, not trained on
+    rows = np.setdiff1d(rows, held_out)
+    vq_crops = Crops(photos, cfg.vq_crop, cfg.batch_size, cfg.seed, flag="--vq-crop", rows=rows)
+    crops = Crops(photos, cfg.crop, cfg.batch_size, cfg.seed, rows=rows)
+    looked_at = held_out if len(held_out) else rows
+    shown = Crops(photos, cfg.crop, 8, cfg.seed, stream=9, rows=looked_at)
+    few = shown.batch(0, 8).to(rt.device).float() / 255
     if rt.is_main:
         print(cfg)
-        print(f"{data[0].count} HR photos, {len(held_out)} held out; "
-              f"VQ-VAE {common.count_parameters(net.vqvae)}, "
+        print(f"{len(crops.rows)} HR photos, {len(held_out)} held out, {crops.left_out} smaller "
+              f"than the crop; VQ-VAE {common.count_parameters(net.vqvae)}, "
               f"E_deg {common.count_parameters(net.e_deg)}, "
               f"Rec_lr {common.count_parameters(net.rec_lr)}")  # fmt: skip
-
-    vqvae = net.vqvae
-
-    def revive(hr: Tensor, generator: torch.Generator) -> None:
-        with torch.no_grad(), rt.autocast(cfg.bf16):
-            vqvae.quantize.restart(vqvae.encode(hr), generator)
-
-    look = functools.partial(vqvae_report, net, few)
-    degradation = [net.e_deg, net.rec_lr, *([net.kernel] if net.kernel else [])]
-    # name, loss, photos, trained modules and their learning rate, picture, refresh
-    parts: list[tuple] = [
-        ("vqvae", vqvae_loss, vq_data, [([vqvae], cfg.vqvae_learning_rate)], look, revive),
-        (
-            "content",
-            functools.partial(content_loss, cfg=cfg),
-            vq_data,
-            [([vqvae.encoder, vqvae.quant_conv], cfg.content_learning_rate)],
-            look,
-            None,
-        ),
-        (
-            "last",
-            functools.partial(degradation_loss, cfg=cfg),
-            data,
-            [(degradation, cfg.degradation_learning_rate), ([net.head], cfg.head_learning_rate)],
-            functools.partial(swap_grid, net, few[:4], cfg),
-            None,
-        ),
-    ]
-    if cfg.vqvae:
-        load_vqvae(vqvae, cfg.vqvae)
-        parts, steps = parts[1:], steps[1:]
-    for (name, loss, photos, trained, picture, refresh), n in zip(parts, steps, strict=True):
-        groups = [
-            {"params": [p for m in modules for p in m.parameters() if rate > 0], "lr": rate}
-            for modules, rate in trained
-        ]
-        common.fit(
-            rt,
-            net,
-            loss,
-            photos,
-            groups,
-            out / f"{name}.pt",
-            cfg,
-            n,
-            asdict(cfg),
-            compiled=[vqvae.encoder, vqvae.decoder, net.e_deg, net.rec_lr],
-            preview=functools.partial(picture, out / f"{name}.png"),
-            refresh=refresh,
-        )
+    if cfg.compile:
+        networks = [net.vqvae.encoder, net.vqvae.decoder, net.e_deg, net.rec_lr]
+        common.compile_networks(networks, rt)
+    if not cfg.vqvae:
+        train_vqvae(cfg, rt, net, vq_crops, few)
+    train_content(cfg, rt, net, vq_crops, few)
+    train_degradation(cfg, rt, net, crops, few)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ K candidates are denoised from a noised start image (Algorithm 2); the filter ke
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -49,63 +49,13 @@ def load_generator(
     UserError if it can't be used; with `grain` also if E_deg's head was not trained.
     """
     path = common.find_checkpoint(checkpoint, "diffusion", "python diffusion.py")
-    state = common.load_checkpoint(path)
-    is_stage_2 = "ema" in state and "extractors" in state.get("config", {})
-    common.require(is_stage_2, f"{path}: not a checkpoint of diffusion.py (give that one).")
-    net = diffusion.build(state["config"], state["config"]["extractors"])
+    net = diffusion.load(common.load_checkpoint(path), str(path))
     common.require(
-        net.extractors.head_trained or not grain,
-        f"{path}: the head that reads noise and JPEG was not trained: give --no-grain.",
+        not net.extractors.as_printed or not grain,
+        f"{path}: as printed, nothing reads noise and JPEG: give --no-grain.",
     )
-    common.put_weights(net, state, str(path))
     net.eval().requires_grad_(False)
     return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-TILE, OVERLAP = 128, 32  # LR pixels; E_cont's attention grows with the fourth power of a side
-
-
-def in_tiles(
-    function: Callable[..., Tensor], grid: tuple[int, int], *inputs: Tensor, tile: int = 0
-) -> Tensor:
-    """function(*inputs) -> (B, C, h, w) tile by tile, so that memory does not grow with the image.
-
-    Inputs (B, C', f h, f w) with whole factors f; grid is (h, w). Tiles overlap and fade into each
-    other; an image no larger than a tile (of TILE pixels unless told) is computed at once.
-    """
-    h, w = grid
-    th, tw = min(h, tile or TILE), min(w, tile or TILE)
-    if (th, tw) == (h, w):
-        return function(*inputs)
-
-    def starts(n: int, side: int) -> list[int]:
-        return [*range(0, n - side, side - OVERLAP), n - side]
-
-    def fade(start: int, side: int, n: int) -> Tensor:
-        """Smoothly from almost 0 to 1 over the middle half of the overlap: edges see too little.
-
-        The edges of the image itself do not fade: there, all tiles see the same.
-        """
-        i = torch.arange(1, side + 1, device=inputs[0].device)
-        before, after = i + OVERLAP * (start == 0), i.flip(0) + OVERLAP * (start + side == n)
-        rising = (2 * torch.minimum(before, after) / OVERLAP - 0.5).clamp(0.02, 1)
-        return rising.square() * (3 - 2 * rising)
-
-    weight = torch.zeros(h, w, device=inputs[0].device)
-    total: Tensor | None = None
-    for top in starts(h, th):
-        for left in starts(w, tw):
-            parts = []
-            for x in inputs:
-                f = x.shape[2] // h
-                parts.append(x[:, :, top * f : (top + th) * f, left * f : (left + tw) * f])
-            mask = fade(top, th, h)[:, None] * fade(left, tw, w)
-            part = function(*parts).float()
-            total = part.new_zeros(*part.shape[:2], h, w) if total is None else total
-            total[:, :, top : top + th, left : left + tw] += part * mask
-            weight[top : top + th, left : left + tw] += mask
-    assert total is not None
-    return total / weight
 
 
 def start_image(hr: Tensor, answer: Tensor, start: str, seed: int, recipe: str) -> Tensor:
@@ -140,7 +90,7 @@ def grained(
         return compressed(lr)
     there, _ = net.extractors.named(net.extractors.e_deg(compressed(lr)))
     missing = (wanted.square() - there.square()).clamp(min=0).sqrt()
-    noise = missing[:, None, None, None] * diffusion.randn_rows(lr.shape[1:], draws)
+    noise = missing[:, None, None, None] * diffusion.randn_rows(lr, draws)
     return compressed((lr + noise).clamp(0, 1))
 
 
@@ -154,7 +104,7 @@ def errors(
     h, w = lr.shape[2:]
     content_error, degradation_error = [], []
     for x in lr.split(1):  # the content of an enlarged image is the largest thing in memory
-        seen = in_tiles(net.extractors.content, (h, w), extractors.resized(x, 4 * h, 4 * w))
+        seen = net.extractors.content(extractors.resized(x, 4 * h, 4 * w))
         content_error.append((seen - content).float().square().mean().sqrt())
         degradation_error.append((net.extractors.e_deg(x) - code).float().norm())
     return torch.stack(content_error), torch.stack(degradation_error)
@@ -233,31 +183,31 @@ def generate_one(
     """One candidate for each of ts: (K, 3, H/4, W/4), and both of their errors (K,)."""
     h, w = (side // SCALE for side in hr.shape[2:])
     # The U-Net halves the LR grid, tiles keep to JPEG's blocks of 8: pad to a multiple, cut.
-    multiple = SCALE * max(2 ** (len(net.widths) - 1), 8 if max(h, w) > TILE else 1)
+    multiple = SCALE * max(2 ** (len(net.widths) - 1), 8 if max(h, w) > extractors.TILE else 1)
     hr = F.pad(hr, (0, -hr.shape[3] % multiple, 0, -hr.shape[2] % multiple), mode="replicate")
     grid = (hr.shape[2] // SCALE, hr.shape[3] // SCALE)
     code = code_of(net, lr_ref)
-    content = in_tiles(net.extractors.content, grid, hr)
+    content = net.extractors.content(hr)
     rec_lr = functools.partial(net.extractors.reconstruct, code)
-    answer = in_tiles(rec_lr, grid, hr, content).float().clamp(0, 1)
+    answer = extractors.in_tiles(rec_lr, grid, hr, content).float().clamp(0, 1)
     x = start_image(hr, answer, start, seed, recipe)
-    c = in_tiles(functools.partial(net.condition, code), grid, content, diffusion.known(answer))
+    c = extractors.in_tiles(
+        functools.partial(net.condition, code), grid, content, diffusion.known(answer)
+    )
 
     def eps_pred(x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        return in_tiles(lambda x_t, c: net(x_t, t, c), grid, x_t, c)
+        return extractors.in_tiles(lambda x_t, c: net(x_t, t, c), grid, x_t, c)
 
     made: dict[int, Tensor] = {}
     for t in sorted(set(ts)):
         ks = [k for k, own in enumerate(ts) if own == t]
-        draws = [common.generator(seed, k, device=hr.device) for k in ks]
+        draws = [common.generator(seed, k) for k in ks]
         starts, conditions = (v.expand(len(ks), -1, -1, -1) for v in (x, c))
         lr = diffusion.sample(eps_pred, starts, conditions, t, num_steps, draws, eta, solver)
         made |= dict(zip(ks, lr, strict=True))
     lr = torch.stack([made[k] for k in range(len(ts))])[..., :h, :w]
     if grain:
-        lr = grained(
-            net, lr, code, [common.generator(seed, k, 1, device=hr.device) for k in range(len(ts))]
-        )
+        lr = grained(net, lr, code, [common.generator(seed, k, 1) for k in range(len(ts))])
     return lr, *errors(net, lr, code, content[..., :h, :w])
 
 

@@ -5,14 +5,16 @@ compare image with image; SET_METRICS compare two sets by the features of a netw
 """
 
 import functools
+import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 import common
 
@@ -52,19 +54,91 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     return (luminance * structure).mean((1, 2, 3))
 
 
+# ---- networks that judge images ----------------------------------------------------------------
+
+WEIGHTS = {  # by network: the features that LPIPS, DISTS, FID and the CLIP-Score look at
+    "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+    "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
+    "squeeze": "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth",
+    "inception": "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth",
+    "clip": "https://huggingface.co/timm/vit_base_patch32_clip_224.openai/resolve/main/"
+    "open_clip_model.safetensors",
+}
+
+
+@functools.cache  # which also keeps the declarations alive
+def import_torchvision() -> library.Library | None:
+    """Import torchvision, even where its compiled operators do not load; nothing here calls them.
+
+    The PyPI wheel of torchvision is a CUDA build: beside a CPU-only torch its operators are missing
+    and the import fails. It is enough to declare them first, with any schema.
+    """
+    try:
+        importlib.import_module("torchvision")
+        return None
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+    both_ways = ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d")
+    declared = library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms", "qroi_align", *both_ways, *(f"_{n}_backward" for n in both_ways)):
+        declared.define(f"{name}() -> ()")
+    importlib.import_module("torchvision")
+    return declared
+
+
+def weights_file(net: str) -> Path:
+    """Where the weights of a network have to be."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(WEIGHTS[net]).name
+
+
+def missing_weights(net: str) -> str:
+    """What to do about the weights of a network; empty where they are in place."""
+    file = weights_file(net)
+    missing = f"put {WEIGHTS[net]} into {file.parent} (or set TORCH_HOME)"
+    return "" if file.is_file() else missing
+
+
+@functools.cache
+def perceptual_net(metric: str, net: str, device: torch.device) -> nn.Module:
+    """The network of a metric ("LPIPS" or "DISTS"), frozen; UserError instead of a download."""
+    missing = missing_weights(net)
+    common.require(not missing, f"{metric} needs weights: {missing}.")
+    import_torchvision()
+    import DISTS_pytorch
+    import lpips
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # both packages spell torchvision's options the old way
+            if metric == "LPIPS":
+                model = lpips.LPIPS(net=net, version="0.1", verbose=False)
+            else:
+                model = DISTS_pytorch.DISTS(load_weights=False)
+    except Exception as error:  # torch raises errors of several kinds for a damaged file
+        name = type(error).__name__
+        raise common.UserError(f"{weights_file(net)}: no readable weights ({name}).") from None
+    if metric == "DISTS":  # its own loader looks for them outside of the package
+        file = Path(DISTS_pytorch.__file__).with_name("weights.pt")
+        own = torch.load(file, map_location="cpu", weights_only=True)
+        model.alpha.data, model.beta.data = own["alpha"].data, own["beta"].data
+    return model.to(device).eval().requires_grad_(False)
+
+
 # ---- distances of two images in deep features ---------------------------------------------------
 
 
 def lpips_distance(x: Tensor, y: Tensor, net: str = "alex") -> Tensor:
     """LPIPS v0.1 (B,) of images (B, 3, H, W) in [0, 1]; net: alex, vgg or squeeze (1801.03924)."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return common.perceptual_net("LPIPS", net, x.device)(x, y, normalize=True).flatten()
+        return perceptual_net("LPIPS", net, x.device)(x, y, normalize=True).flatten()
 
 
 def dists_distance(x: Tensor, y: Tensor) -> Tensor:
     """DISTS (B,) of images (B, 3, H, W) in [0, 1], at their own size (arXiv:2004.07728)."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return common.perceptual_net("DISTS", "vgg", x.device)(x, y).view(-1)
+        return perceptual_net("DISTS", "vgg", x.device)(x, y).view(-1)
 
 
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -125,9 +199,9 @@ Features = Callable[[Tensor], Tensor]  # one such batch -> (B, D)
 @functools.cache
 def inception(device: torch.device) -> nn.Module:
     """pytorch-fid's InceptionV3 up to its last pooling, frozen; UserError, never a download."""
-    missing = common.missing_weights("inception")
+    missing = missing_weights("inception")
     common.require(not missing, f"FID and KID need weights: {missing}.")
-    common.import_torchvision()
+    import_torchvision()
     from pytorch_fid.inception import InceptionV3
 
     try:
@@ -135,7 +209,7 @@ def inception(device: torch.device) -> nn.Module:
             warnings.simplefilter("ignore")
             return InceptionV3().to(device).eval()
     except Exception as error:  # torch raises errors of several kinds for a damaged file
-        file, name = common.weights_file("inception"), type(error).__name__
+        file, name = weights_file("inception"), type(error).__name__
         raise common.UserError(f"{file}: no readable weights ({name}).") from None
 
 
@@ -150,10 +224,10 @@ def clip(device: torch.device) -> Any:
     """CLIP ViT-B/32 with OpenAI's weights, frozen; UserError, never a download."""
     missing = missing_for("clip")
     common.require(not missing, f"the CLIP-Score needs more: {missing}.")
-    common.import_torchvision()
+    import_torchvision()
     import open_clip
 
-    file = common.weights_file("clip")
+    file = weights_file("clip")
     try:
         # Not in the paper: which of the CLIP networks.
         return open_clip.create_model("ViT-B-32-quickgelu", str(file), device=device).eval()
@@ -204,8 +278,8 @@ SET_METRICS: dict[str, Callable[[Images, Images], float]] = {
 
 
 def missing_for(net: str) -> str:
-    """What to do before a network of common.WEIGHTS can be loaded; empty if nothing."""
-    needs = [common.missing_weights(net)]
+    """What to do before a network of WEIGHTS can be loaded; empty if nothing."""
+    needs = [missing_weights(net)]
     if net == "clip" and importlib.util.find_spec("open_clip") is None:
         needs.insert(0, "`pip install open_clip_torch`")
     return " and ".join(need for need in needs if need)
@@ -214,8 +288,8 @@ def missing_for(net: str) -> str:
 def available_metrics(device: torch.device) -> list[str]:
     """METRICS and SET_METRICS without those whose networks are missing, saying what to do."""
     networks: tuple[tuple[str, tuple[str, ...], Callable[[], Any]], ...] = (
-        ("alex", ("LPIPS",), lambda: common.perceptual_net("LPIPS", "alex", device)),
-        ("vgg", ("DISTS",), lambda: common.perceptual_net("DISTS", "vgg", device)),
+        ("alex", ("LPIPS",), lambda: perceptual_net("LPIPS", "alex", device)),
+        ("vgg", ("DISTS",), lambda: perceptual_net("DISTS", "vgg", device)),
         ("inception", ("FID", "KID"), lambda: inception(device)),
         ("clip", ("CLIP-Score",), lambda: clip(device)),
     )

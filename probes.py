@@ -57,12 +57,7 @@ def load_photos(files: list[Path], side: int, images: int, seed: int) -> Tensor:
 def load_extractors(checkpoint: str, device: torch.device) -> extractors.Extractors:
     """The networks of stage 1; "" looks in runs/extractors, then in data/pretrained."""
     path = common.find_checkpoint(checkpoint, "extractors", "python extractors.py")
-    state = common.load_checkpoint(path)
-    config = state.get("config", {})
-    fits = "deg_dim" in config and "ema" in state
-    common.require(fits, f"{path}: not a checkpoint of extractors.py (give that one).")
-    nets = extractors.Extractors(common.from_dict(extractors.Config, config))
-    common.put_weights(nets, state, str(path))
+    nets = extractors.load(common.load_checkpoint(path), str(path))
     return nets.to(device).eval().requires_grad_(False)
 
 
@@ -358,7 +353,7 @@ def table_extractors(
     N, _, H, W = hr.shape
     latents = each(nets.vqvae.encode, hr)
     quantised, numbers = nets.vqvae.quantize(latents)
-    content = quantised if nets.quantize_content else latents
+    content = latents
     clean = {"without codebook": latents, "with codebook": quantised}
     images = {f"clean, {name}": each(nets.vqvae.decode, z) for name, z in clean.items()}
     rows, contents = [], []

@@ -11,10 +11,12 @@ paper's four, trained from scratch, and FSRCNN, which a CPU can train.
 
 import json
 import math
+import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -24,7 +26,8 @@ from torch import Tensor, nn
 import common
 import degrade
 import extractors
-import generate
+import metrics
+from data.pack import Crops, Photos
 from pairs import find_files
 
 # ---- networks: lr (B, 3, h, w) in [0, 1] -> hr (B, 3, scale h, scale w) --------------------------
@@ -68,7 +71,7 @@ def sr_network(name: str, scale: int = 4) -> nn.Module:
     common.require(scale in (2, 4), f"--scale {scale}: choose 2 or 4.")
     if name == "fsrcnn":
         return FSRCNN(scale)
-    common.import_torchvision()  # which spandrel imports, too
+    metrics.import_torchvision()  # which spandrel imports, too
     from spandrel.architectures import ESRGAN, HAT, SwinIR
 
     if name == "hat":
@@ -101,7 +104,7 @@ def super_resolve(net: nn.Module, lr: Tensor, tile: int = 256) -> Tensor:
     Images larger than a tile (pixels of LR) are cut into overlapping ones, so that the memory the
     network needs does not grow with them. Windows that do not fit in are filled up by reflection.
     """
-    common.require(tile > generate.OVERLAP, f"tiles of {tile} pixels are all overlap.")
+    common.require(tile > extractors.OVERLAP, f"tiles of {tile} pixels are all overlap.")
 
     def whole(x: Tensor) -> Tensor:
         (h, w), multiple = x.shape[2:], getattr(net, "window_size", 1)
@@ -110,7 +113,7 @@ def super_resolve(net: nn.Module, lr: Tensor, tile: int = 256) -> Tensor:
         scale = sr.shape[2] // len(rows)
         return F.pixel_unshuffle(sr[:, :, : scale * h, : scale * w], scale)  # (B, 3 scale^2, h, w)
 
-    sr = generate.in_tiles(whole, (lr.shape[2], lr.shape[3]), lr, tile=tile)
+    sr = extractors.in_tiles(whole, (lr.shape[2], lr.shape[3]), lr, tile=tile)
     return F.pixel_shuffle(sr, math.isqrt(sr.shape[1] // 3)).float().clamp(0, 1)
 
 
@@ -126,17 +129,17 @@ def load_network(path: str | Path) -> nn.Module:
     """The averaged weights of a .pt or .safetensors of this file, ready to super_resolve."""
     state = read_network(path)
     net = sr_network(state["config"]["sr"], state["config"]["scale"])
-    net.load_state_dict(state["ema"])
+    common.put_weights(net, state, str(path))
     return net.eval().requires_grad_(False)
 
 
 # ---- pairs --------------------------------------------------------------------------------------
 
 
-def dihedral(x: Tensor, draw: int) -> Tensor:
+def dihedral(x: np.ndarray, draw: int) -> np.ndarray:
     """An image (..., n, n) turned by a multiple of 90 degrees and perhaps flipped: 8 ways."""
-    x = x.rot90(draw % 4, (-2, -1))
-    return x.flip(-1) if draw % 8 >= 4 else x
+    x = np.rot90(x, draw % 4, (-2, -1))
+    return x[..., ::-1] if draw % 8 >= 4 else x
 
 
 def join(hr: Tensor, lr: Tensor) -> Tensor:
@@ -183,34 +186,30 @@ def find_pairs(folder: str, scale: int, rt: common.Runtime) -> dict[Path, Path]:
     return found
 
 
-class PairCrops(common.PhotoCrops):
-    """Crops of pairs, joined: item i (3 scale^2 + 3, size, size) depends on (seed, i) alone."""
+def read_pair(files: tuple[Path, Path]) -> np.ndarray:
+    """The LR and HR files of a pair, joined, as uint8 (3 scale^2 + 3, h, w)."""
+    lr, hr = (common.to_uint8(common.load_image(f))[None] for f in files)
+    if hr.shape[2] * lr.shape[3] != hr.shape[3] * lr.shape[2]:  # EXIF can turn one of them
+        raise ValueError(f"{files[0]}: its HR image lies on its side")
+    return join(hr, lr)[0].numpy()
+
+
+class PairCrops(Crops):
+    """Crops of pairs, joined: (3 scale^2 + 3, size, size)."""
 
     grid = 1  # crops begin anywhere: no recipe follows that could mistake the blocks of a JPEG
 
-    def __init__(
-        self, pairs: dict[Path, Path], size: int, batch_size: int, seed: int, rt: common.Runtime
-    ) -> None:
-        super().__init__(list(pairs), size, batch_size, seed, rt)
-        self.pairs = pairs
-
-    def read(self, file: Path) -> Tensor:
-        """A pair as uint8 (3 scale^2 + 3, h, w)."""
-        hr, lr = (common.to_uint8(common.load_image(f))[None] for f in (self.pairs[file], file))
-        if hr.shape[2] * lr.shape[3] != hr.shape[3] * lr.shape[2]:  # EXIF can turn one of them
-            raise ValueError(f"{file}: its HR image lies on its side")
-        return join(hr, lr)[0]
-
-    def turned(self, crop: Tensor, draw: int) -> Tensor:
+    def turned(self, crop: np.ndarray, draw: int) -> np.ndarray:
         """Both images of a pair, turned alike."""
-        hr, lr = split(crop[None])
-        return join(dihedral(hr, draw), dihedral(lr, draw))[0]
+        hr, lr = split(torch.from_numpy(crop.copy())[None])
+        hr, lr = (torch.from_numpy(dihedral(x.numpy(), draw).copy()) for x in (hr, lr))
+        return join(hr, lr)[0].numpy()
 
 
-class HRCrops(common.PhotoCrops):
+class HRCrops(Crops):
     """Crops of HR photos, to be degraded while training."""
 
-    def turned(self, crop: Tensor, draw: int) -> Tensor:
+    def turned(self, crop: np.ndarray, draw: int) -> np.ndarray:
         """A crop (3, size, size), turned one of 8 ways."""
         return dihedral(crop, draw)
 
@@ -238,7 +237,7 @@ def sr_loss(net: nn.Module, hr: Tensor, lr: Tensor, perceptual_weight: float) ->
     if perceptual_weight == 0:
         return {"loss": loss, "psnr": psnr}
     with torch.autocast(hr.device.type, enabled=False):
-        vgg = common.perceptual_net("LPIPS", "vgg", hr.device)
+        vgg = metrics.perceptual_net("LPIPS", "vgg", hr.device)
         perceptual = vgg(sr, hr, normalize=True).mean()
     return {"loss": loss + perceptual_weight * perceptual, "perceptual": perceptual, "psnr": psnr}
 
@@ -269,19 +268,16 @@ class Config:
     betas: tuple[float, ...] = (0.9, 0.99)  # of Adam
     ema_decay: float = 0.999
     cooldown: float = 0.0  # last share of the steps, in which the learning rate falls to 0
-    grad_clip: float = 1.0  # largest norm; BasicSR does not clip
     bf16: bool = True  # where the device has it
     log_every: int = 100
     save_every: int = 5000
-    accumulate: int = 1  # batches per step and process
+    accumulate: int = 0  # parts into which a batch is divided; 0: as many as memory asks for
     compile: bool = True  # torch.compile
-    tensorboard: bool = False  # log there, too
     seed: int = 0
     device: str = "auto"
 
 
 PRESETS: dict[str, dict] = {
-    "paper": {},
     "small": {
         "steps": 4000,
         "batch_size": 8,
@@ -290,6 +286,7 @@ PRESETS: dict[str, dict] = {
         "compile": False,
         "save_every": 500,
     },
+    "paper": {},
     "smoke": {
         "sr": "fsrcnn",
         "steps": 1000,
@@ -301,8 +298,10 @@ PRESETS: dict[str, dict] = {
         "save_every": 500,
     },
 }
-# What may not change between the runs of one name.
-FIXED = ("sr", "pairs", "recipe", "hr", "scale", "perceptual_weight", "start_from")
+RANGES = common.TRAINING_RANGES | {
+    "crop": (16, 2**14), "batch_size": (1, 2**20), "steps": (1, 2**31), "learning_rate": (0, 1),
+    "betas": (0, 1), "perceptual_weight": (0, 1e6),
+}  # fmt: skip
 
 
 def resolved(cfg: Config) -> Config:
@@ -314,13 +313,8 @@ def resolved(cfg: Config) -> Config:
     recipe = "" if cfg.pairs else cfg.recipe or "realesrgan"
     known = ", ".join(degrade.RECIPES)
     common.require(not recipe or recipe in degrade.RECIPES, f"--recipe {recipe}: choose {known}.")
-    for flag, value, low in (
-        ("--crop", cfg.crop, 16),
-        ("--batch-size", cfg.batch_size, 1),
-        ("--steps", cfg.steps, 1),
-        ("--perceptual-weight", cfg.perceptual_weight, 0),
-    ):
-        common.require(value >= low, f"{flag} {value}: must be at least {low}.")
+    common.check_ranges(cfg, RANGES)
+    common.check_parts(cfg)
     common.require(len(cfg.betas) == 2, "--betas takes two numbers.")
     kind = ["perceptual"] if cfg.perceptual_weight > 0 else []
     name = "-".join([cfg.sr, recipe or Path(cfg.pairs).resolve().name, *kind])
@@ -342,39 +336,35 @@ def train(cfg: Config, rt: common.Runtime) -> Path:
     if cfg.start_from:
         common.load_weights(net, cfg.start_from, "--start-from")
     if cfg.perceptual_weight > 0:
-        common.perceptual_net("LPIPS", "vgg", rt.device)  # missing weights are said now
+        metrics.perceptual_net("LPIPS", "vgg", rt.device)  # fails early where weights are missing
     path = Path(cfg.out) / f"{cfg.name}.pt"
-    if path.is_file():
-        before = common.from_dict(Config, common.load_checkpoint(path).get("config", {}))
-        other = [key for key in FIXED if getattr(before, key) != getattr(cfg, key)]
-        names = " and --".join(other).replace("_", "-")
-        common.require(not other, f"{path} is of another --{names}: give another --name.")
-    data: common.PhotoCrops
+    source = f"pairs-{zlib.crc32(cfg.pairs.encode()):08x}" if cfg.pairs else "hr"
+    folder = Path(cfg.out) / "photos" / source
+    crops: Crops
     if cfg.pairs:
-        pairs = find_pairs(cfg.pairs, cfg.scale, rt)
-        data = PairCrops(pairs, cfg.crop, cfg.batch_size, cfg.seed, rt)
+        pairs = [(lr, hr) for lr, hr in find_pairs(cfg.pairs, cfg.scale, rt).items()]
+        crops = PairCrops(Photos(pairs, folder, rt, read_pair), cfg.crop, cfg.batch_size, cfg.seed)
     else:
-        files = common.find_photos(cfg.hr, "hr", "--hr", packed=True)
-        data = HRCrops(files, cfg.scale * cfg.crop, cfg.batch_size, cfg.seed, rt)
+        photos = Photos(common.find_photos(cfg.hr, "hr", "--hr", packed=True), folder, rt)
+        crops = HRCrops(photos, cfg.crop, cfg.batch_size, cfg.seed, scale=cfg.scale)
     if rt.is_main:
         print(cfg)
-        print(f"{cfg.name}: {common.count_parameters(net)}, {data.count} images")
-
-    def loss(net: nn.Module, batch: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        if cfg.pairs:
-            hr, lr = split(batch)
-        else:
-            hr, lr = batch, degraded(batch, cfg.recipe, cfg.scale, generator)
-        # The transformers drop paths by draws from torch's own generator.
-        torch.manual_seed(generator.initial_seed())
-        return sr_loss(net, hr, lr, cfg.perceptual_weight)
-
+        print(f"{cfg.name}: {common.count_parameters(net)}, {len(crops.rows)} images, "
+              f"{crops.left_out} smaller than the crop")  # fmt: skip
+    if cfg.compile:
+        common.compile_networks([net], rt)
     # Deviation: a constant learning rate, as in all stages; BasicSR halves it four times. The
     # average of the weights stands in for that.
     groups = [{"params": [*net.parameters()], "lr": cfg.learning_rate, "betas": cfg.betas}]
-    net = common.fit(
-        rt, net, loss, [data], groups, path, cfg, cfg.steps, asdict(cfg), compiled=[net]
-    )
+    run = common.Run(cfg, rt, net, groups, path, cfg.steps,
+                     began=common.fingerprint(net) if cfg.start_from else "")  # fmt: skip
+    for batch, draw in run.batches(crops):
+        with rt.autocast(cfg.bf16):
+            hr, lr = split(batch) if cfg.pairs else (batch, None)
+            lr = degraded(hr, cfg.recipe, cfg.scale, draw) if lr is None else lr
+            torch.manual_seed(draw.initial_seed())  # the transformers drop paths by its draws
+            losses = sr_loss(net, hr, lr, cfg.perceptual_weight)
+        run.update(losses)
     target = path.with_suffix(".safetensors")
     if rt.is_main:
         save_network(target, net, cfg)

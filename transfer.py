@@ -25,7 +25,7 @@ import common
 import degrade
 import generate
 import probes
-from metrics import lpips_distance
+from metrics import lpips_distance, missing_weights
 
 # ---- the scenes, and the methods that make LR of them -------------------------------------------
 
@@ -499,7 +499,7 @@ def spread(lr: Tensor) -> dict[str, float]:
 
 def distance(x: Tensor, y: Tensor) -> Tensor:
     """LPIPS (B,); nan without its weights."""
-    known = not common.missing_weights("alex")
+    known = not missing_weights("alex")
     return lpips_distance(x, y) if known else x.new_full((len(x),), math.nan)
 
 

@@ -10,7 +10,7 @@ round trip of 256 x 256 pixels, on a GPU a step's operations to a product of bf1
 import io
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -106,7 +106,7 @@ def training(cfg: Config, rt: common.Runtime) -> Rows:
     stage_2 = diffusion.Config(**diffusion.PRESETS[cfg.size])
     nets = extractors.Extractors(stage_1)
     nets.to(rt.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    net = diffusion.build(asdict(stage_2), asdict(stage_1))
+    net = diffusion.DecoupledDDPM(extractors.Extractors(stage_1), stage_1, stage_2)
     net.to(rt.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     B, draw = cfg.batch_size, common.generator(cfg.seed, device=rt.device)
     photos = {side: sample_photos("hr", B, side, rt.device)
@@ -127,7 +127,7 @@ def training(cfg: Config, rt: common.Runtime) -> Rows:
 
     works = {
         "stage 1 VQ-VAE": step(
-            nets.vqvae, lambda: extractors.vqvae_loss(nets, photos[stage_1.vq_crop], draw)
+            nets.vqvae, lambda: extractors.vqvae_loss(nets, photos[stage_1.vq_crop])
         ),
         "stage 1 E_cont": step(
             nets.vqvae,
@@ -139,7 +139,11 @@ def training(cfg: Config, rt: common.Runtime) -> Rows:
         "stage 2": step(
             net,
             lambda: diffusion.decoupled_loss(
-                net, lr[: B // 2], photos[4 * stage_2.crop][B // 2 :], stage_2, draw
+                net,
+                lr if stage_2.as_printed else lr[: B // 2],
+                None if stage_2.as_printed else photos[4 * stage_2.crop][B // 2 :],
+                stage_2,
+                draw,
             ),
         ),
     }

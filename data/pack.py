@@ -1,13 +1,17 @@
-"""Packed crops: photos in, one array of crops (N, 3, size, size) of 8 bits out, to train on.
+"""Photos to train on: decoded once, mapped into memory, read in random crops.
 
-To cut a crop out of a JPEG, all of it is decoded, and a GPU trains faster than that. Here it is
-done once: native pixels, never resized, in neighbouring crops; a stage reads those that it draws.
+A stage does this by itself. For sets that many runs need, the command writes one array of
+neighbouring crops (N, 3, size, size) of 8 bits: native pixels, never resized, without flat ones.
 
     python data/pack.py --photos data/sample/lr --out data/lr.npy --size 128
     python diffusion.py --lr data/lr.npy --hr data/sample/hr
 """
 
+import json
+import os
 import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, ClassVar
@@ -20,6 +24,162 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
+
+# ---- photos to train on -----------------------------------------------------------------------
+
+Item = Path | tuple[Path, ...]  # a photo, or the files of which `read` makes one array
+
+
+def open_pack(path: Path) -> np.ndarray:
+    """Crops (N, 3, side, side) written by this command, uint8, left on disk; UserError if not."""
+    try:
+        crops = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise common.UserError(f"{path}: no readable .npy file ({error}).") from None
+    found = f"{crops.dtype} of shape {crops.shape}"
+    right = crops.dtype == np.uint8 and crops.ndim == 4 and crops.shape[1] == 3 and len(crops) > 0
+    wrong = f"{path}: {found}, not uint8 (N, 3, side, side): make it with data/pack.py."
+    common.require(right, wrong)
+    return crops
+
+
+def read_photo(file: Path) -> np.ndarray:
+    """A photo as uint8 (3, H, W); ValueError if it can't be read."""
+    return common.to_uint8(common.load_image(file)).numpy()
+
+
+def decode(items: Sequence[Item], target: Path, read: Callable[..., np.ndarray]) -> None:
+    """Write the pixels of all photos into one file, and beside it the table of Photos."""
+
+    def work(item: Item) -> np.ndarray | str:
+        try:
+            return read(item)
+        except ValueError as error:
+            return str(error)
+
+    main = int(os.environ.get("RANK", 0)) == 0
+    table, bad, place = [], [], 0
+    with common.replacing(target) as temporary, open(temporary, "wb") as pixels:
+        photos = common.in_parallel(work, items, min(8, os.cpu_count() or 1))
+        for photo in tqdm(photos, "decoding photos", len(items), disable=not main or None):
+            if isinstance(photo, str):
+                bad.append(photo)
+                continue
+            pixels.write(np.ascontiguousarray(photo).data)
+            table.append((0, place, *photo.shape))
+            place += photo.size
+        common.require(
+            len(table) > 0, f"no photo can be read of {len(items)} ({''.join(bad[:1])})."
+        )
+        with common.replacing(target.with_suffix(".npy")) as index, open(index, "wb") as file:
+            np.save(file, np.array(table, np.int64))
+    if bad and main:
+        print(f"skipped {len(bad)} of {len(items)} photos: unreadable (the first: {bad[0]})")
+    for old in target.parent.glob("*.*"):  # of photos that have changed
+        if old.stem != target.stem and old.suffix in (".pixels", ".npy"):
+            old.unlink()
+
+
+class Photos:
+    """Photos to train on, uint8 (C, H, W), mapped into memory from files on the disk.
+
+    The first process of a node decodes each photo once, into `folder`; all processes and later runs
+    read from there. Packed crops count as photos. What can't be read is left out and counted.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        folder: Path,
+        rt: common.Runtime,
+        read: Callable[..., np.ndarray] = read_photo,
+    ) -> None:
+        packs = [open_pack(x) for x in items if isinstance(x, Path) and x.suffix == ".npy"]
+        photos = [x for x in items if not isinstance(x, Path) or x.suffix != ".npy"]
+        self.maps = [pack.reshape(-1) for pack in packs]
+        self.table = np.zeros((0, 5), np.int64)  # map, place of the first pixel, C, H, W
+        for i, pack in enumerate(packs):
+            rows = np.tile(np.array([i, 0, *pack.shape[1:]], np.int64), (len(pack), 1))
+            rows[:, 1] = np.arange(len(pack)) * pack[0].size
+            self.table = np.concatenate([self.table, rows])
+        if photos:
+            files = [f for x in photos for f in (x if isinstance(x, tuple) else (x,))]
+            facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+            pixels = folder / f"{zlib.crc32(json.dumps(facts).encode()):08x}.pixels"
+            if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not pixels.is_file():
+                decode(photos, pixels, read)
+            common.wait_for_all(rt)
+            rows = np.load(pixels.with_suffix(".npy"))
+            rows[:, 0] = len(self.maps)
+            self.maps.append(np.memmap(pixels, np.uint8, "r"))
+            self.table = np.concatenate([self.table, rows])
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Photo of a row of the table, uint8 (C, H, W)."""
+        i, place, C, H, W = self.table[index].tolist()
+        return self.maps[i][place : place + C * H * W].reshape(C, H, W)
+
+
+class Crops:
+    """Batches of random crops of photos: batch i depends on (seed, stream, i) and its size alone.
+
+    A crop has `scale` times as many pixels as `flag` says. Of the photos in `rows`, those smaller
+    than the crop are left out and counted. UserError if none is left.
+    """
+
+    grid = 8  # crops begin at its multiples, so that the blocks of a photo's JPEG begin at the edge
+
+    def __init__(
+        self,
+        photos: Photos,
+        crop: int,
+        batch_size: int,
+        seed: int,
+        stream: int = 0,
+        scale: int = 1,
+        flag: str = "--crop",
+        rows: np.ndarray | None = None,
+    ) -> None:
+        self.photos, self.size, self.batch_size = photos, scale * crop, batch_size
+        self.key = (seed, stream)
+        rows = np.arange(len(photos.table)) if rows is None else rows
+        sides = photos.table[rows, 3:].min(axis=1)
+        self.rows = rows[sides >= self.size]
+        self.left_out = len(rows) - len(self.rows)
+        most = int(sides.max()) // scale // 16 * 16
+        way_out = f"{flag} {most} is the largest that works" if most else "take larger ones"
+        small = f"none of {len(rows)} photos has {self.size} x {self.size} pixels"
+        common.require(len(self.rows) > 0, f"{flag} {crop}: {small}; {way_out}.")
+
+    def turned(self, crop: np.ndarray, draw: int) -> np.ndarray:
+        """A crop, flipped where the draw is odd."""
+        return crop[..., ::-1] if draw % 2 else crop
+
+    def batch(self, i: int, count: int) -> Tensor:
+        """Batch i, uint8 (count, C, size, size)."""
+        draws = torch.randint(2**30, (count, 4), generator=common.generator(*self.key, i))
+        crops = []
+        for index, top, left, draw in draws.tolist():
+            photo = self.photos[self.rows[index % len(self.rows)]]
+            top, left = (
+                place % (n - self.size + 1) // self.grid * self.grid
+                for place, n in zip((top, left), photo.shape[1:], strict=True)
+            )
+            crop = photo[:, top : top + self.size, left : left + self.size]
+            crops.append(self.turned(crop, draw))
+        return torch.from_numpy(np.stack(crops))
+
+    def batches(self, numbers: Iterable[int], count: int, device: torch.device) -> Iterator[Tensor]:
+        """Batches of these numbers, float (count, C, size, size) in [0, 1] on the device."""
+
+        def load(i: int) -> Tensor:
+            batch = self.batch(i, count)
+            return batch.pin_memory() if device.type == "cuda" else batch
+
+        for batch in common.in_parallel(load, numbers, 1 if device.type == "cpu" else 2):
+            batch = batch.to(device, non_blocking=True).float() / 255
+            yield batch.contiguous(memory_format=torch.channels_last)
+
 
 # ---- crops of one photo -----------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from data import shards as tars
 
 REPO = Path(__file__).resolve().parents[1]
 STAGE_1 = extractors.Config(
+    as_printed=False,
     compile=False,
     vq_channels=8,
     vq_multipliers=(1, 2, 2),
@@ -35,8 +36,15 @@ STAGE_1 = extractors.Config(
     mod_channels=8,
 )
 STAGE_2 = diffusion.Config(
-    compile=False, widths=(8, 16), blocks=1, attention=(1,), mod_channels=8, cond_channels=4
+    as_printed=False,
+    compile=False,
+    widths=(8, 16),
+    blocks=1,
+    attention=(1,),
+    mod_channels=8,
+    cond_channels=4,
 )
+CONFIG = asdict(STAGE_2) | {"extractors": asdict(STAGE_1)}
 
 
 def uniform(*shape: int, seed: int = 0) -> Tensor:
@@ -54,8 +62,7 @@ def pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
 def net():
     """A tiny untrained model; its zero-initialised weights are moved."""
     torch.manual_seed(0)
-    config = asdict(STAGE_2) | {"extractors": asdict(STAGE_1)}
-    net = diffusion.build(config, config["extractors"])
+    net = diffusion.DecoupledDDPM(extractors.Extractors(STAGE_1), STAGE_1, STAGE_2)
     with torch.no_grad():
         for p in net.parameters():
             p += 0.05 * torch.randn(p.shape)
@@ -64,11 +71,10 @@ def net():
 
 @pytest.fixture(scope="module")
 def checkpoint(net, tmp_path_factory):
-    """The model as common.fit leaves it."""
+    """The model as common.Run leaves it."""
     path = tmp_path_factory.mktemp("weights") / "last.pt"
-    config = asdict(STAGE_2) | {"extractors": asdict(STAGE_1)}
     weights = net.state_dict()
-    state = {"step": 1, "net": weights, "ema": weights, "opt": {}, "config": config}
+    state = {"step": 1, "steps": 1, "net": weights, "ema": weights, "opt": {}, "config": CONFIG}
     torch.save(state, path)
     return path
 
@@ -188,11 +194,15 @@ def test_grain_is_the_noise_that_an_image_lacks(net, monkeypatch):
         assert torch.equal(noisy, other) == (added == 0)
 
 
-def test_a_head_that_was_not_trained_reads_no_grain(net, tmp_path):
-    config = asdict(STAGE_2) | {"extractors": asdict(STAGE_1) | {"head_weight": 0.0}}
-    state = {"ema": net.state_dict(), "config": config}
-    torch.save(state, tmp_path / "last.pt")
-    generate.load_generator(str(tmp_path / "last.pt"), torch.device("cpu"))
+def test_weights_as_printed_generate_and_read_no_grain(tmp_path):
+    stage_1, stage_2 = (replace(cfg, as_printed=True) for cfg in (STAGE_1, STAGE_2))
+    printed = diffusion.DecoupledDDPM(extractors.Extractors(stage_1), stage_1, stage_2)
+    config = asdict(stage_2) | {"extractors": asdict(stage_1)}
+    torch.save({"ema": printed.state_dict(), "config": config}, tmp_path / "last.pt")
+    net = generate.load_generator(str(tmp_path / "last.pt"), torch.device("cpu"))
+    hr, lr_ref = uniform(1, 3, 32, 32), [uniform(3, 16, 16)]
+    lr = generate.generate(net, hr, lr_ref, 10, 2, 2, grain=False)[0]
+    assert lr.shape == (1, 2, 3, 8, 8) and lr.isfinite().all()
     with pytest.raises(common.UserError, match="--no-grain"):
         generate.load_generator(str(tmp_path / "last.pt"), torch.device("cpu"), grain=True)
 
@@ -200,8 +210,7 @@ def test_a_head_that_was_not_trained_reads_no_grain(net, tmp_path):
 def test_weights_of_another_version_are_one_sentence(net, tmp_path):
     ema = net.state_dict()
     ema.pop("extractors.head.1.weight")
-    state = {"ema": ema, "config": asdict(STAGE_2) | {"extractors": asdict(STAGE_1)}}
-    torch.save(state, tmp_path / "last.pt")
+    torch.save({"ema": ema, "config": CONFIG}, tmp_path / "last.pt")
     with pytest.raises(common.UserError, match=r"last\.pt: weights of another configuration"):
         generate.load_generator(str(tmp_path / "last.pt"), torch.device("cpu"))
 
@@ -241,8 +250,8 @@ def test_noise_that_compression_looks_like_is_not_added(net, monkeypatch):
 @pytest.mark.parametrize("size", [(16, 16), (17, 40), (64, 33), (50, 71)])
 def test_tiles_of_a_local_function_are_the_whole(monkeypatch, size):
     """A convolution looks one pixel around, and the outermost pixels of a tile count least."""
-    monkeypatch.setattr(generate, "TILE", 24)
-    monkeypatch.setattr(generate, "OVERLAP", 8)
+    monkeypatch.setattr(extractors, "TILE", 24)
+    monkeypatch.setattr(extractors, "OVERLAP", 8)
     calls = []
 
     def function(hr: Tensor, x: Tensor) -> Tensor:
@@ -251,7 +260,7 @@ def test_tiles_of_a_local_function_are_the_whole(monkeypatch, size):
 
     h, w = size
     hr, x = uniform(2, 3, 4 * h, 4 * w), uniform(2, 3, h, w, seed=1)
-    made = generate.in_tiles(function, size, hr, x)
+    made = extractors.in_tiles(function, size, hr, x)
     torch.testing.assert_close(made, function(hr, x), atol=1e-5, rtol=0)
     assert all(max(shape[2:]) <= 24 for shape in calls[:-1])
 
@@ -259,14 +268,14 @@ def test_tiles_of_a_local_function_are_the_whole(monkeypatch, size):
 @pytest.mark.parametrize("n", [25, 41, 43, 45])
 def test_a_tile_that_ends_just_before_the_image_leaves_no_seam(monkeypatch, n):
     """Its last pixels have next to no weight beside those of the tile that ends with the image."""
-    monkeypatch.setattr(generate, "TILE", 24)
-    monkeypatch.setattr(generate, "OVERLAP", 8)
+    monkeypatch.setattr(extractors, "TILE", 24)
+    monkeypatch.setattr(extractors, "OVERLAP", 8)
 
     def function(x: Tensor) -> Tensor:
         return torch.nn.functional.avg_pool2d(x, 3, 1, 1)  # darkens its edges
 
     x = torch.ones(1, 3, n, 20)
-    made = generate.in_tiles(function, (n, 20), x)
+    made = extractors.in_tiles(function, (n, 20), x)
     torch.testing.assert_close(made, function(x), atol=2e-3, rtol=0)
 
 
@@ -274,8 +283,8 @@ def test_a_tiled_image_has_no_seams(net, monkeypatch):
     hr, ref = uniform(1, 3, 4 * 56, 4 * 40), uniform(3, 16, 16)
     hr = extractors.resized(hr[..., ::8, ::8], 4 * 56, 4 * 40).clamp(0, 1)
     whole = generate.generate(net, hr, [ref], 20, 3, 1)[0][0, 0]
-    monkeypatch.setattr(generate, "TILE", 24)
-    monkeypatch.setattr(generate, "OVERLAP", 8)
+    monkeypatch.setattr(extractors, "TILE", 24)
+    monkeypatch.setattr(extractors, "OVERLAP", 8)
     tiled = generate.generate(net, hr, [ref], 20, 3, 1)[0][0, 0]
     assert tiled.shape == whole.shape and not torch.equal(tiled, whole)
     steps = (tiled - whole).diff(dim=2).abs().mean((0, 1))  # (w - 1,)
@@ -302,7 +311,7 @@ def test_filter_keeps_the_good_candidate(net, monkeypatch, good):
     monkeypatch.setattr(generate.diffusion, "sample", lambda *_: planted)
     hr = extractors.resized(hr, 36, 48).clamp(0, 1)
     reference = planted[good]  # of the right degradation, too
-    lr, scores = generate.generate(net, hr, [reference], 10, 2, 4)
+    lr, scores = generate.generate(net, hr, [reference], 10, 2, 4, grain=False)
     assert scores["kept"].tolist() == [good]
     assert torch.equal(lr[0], planted[..., :9, :12])
 
@@ -530,7 +539,7 @@ def test_other_weights_or_references_need_another_folder(copied, checkpoint):
     before = files_of(copied / "out")
     state = common.load_checkpoint(checkpoint)
     state["ema"] = {key: value + 0.01 for key, value in state["ema"].items()}
-    common.save_checkpoint(copied / "other.pt", state)
+    torch.save(state, copied / "other.pt")
     assert_refused(run(*flags(copied / "other.pt"), cwd=copied), "weights", "--out")
     shutil.copytree(copied / "refs", copied / "other")
     assert_refused(run(*flags(checkpoint, "--lr-ref", "other"), cwd=copied), "refs/r", "--out")

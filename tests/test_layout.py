@@ -56,6 +56,11 @@ def test_these_files_and_no_other_hold_the_project():
     assert {p.stem for p in REPO.glob("bench/*.py")} == {"speed"}
 
 
+@pytest.mark.parametrize("name", ["data/pack", "data/shards"])
+def test_a_file_of_data_imports_common_alone_as_all_files_may_import_it(name):
+    assert imported(name) & {*ORDER, "bench", "data"} <= {"common"}
+
+
 def test_no_stage_imports_a_room_of_the_benchmark():
     for name in ORDER[: ORDER.index("benchmark")]:
         assert "bench" not in imported(name)

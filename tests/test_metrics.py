@@ -71,7 +71,7 @@ def test_luma_of_known_colours():
 
 def test_deep_distances_have_their_published_values(shared, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(shared / "weights"))
-    common.perceptual_net.cache_clear()
+    metrics.perceptual_net.cache_clear()
 
     def load(name):
         return common.load_image(shared / "weights" / "reference" / f"{name}.png")[None]
@@ -86,7 +86,7 @@ def test_deep_distances_have_their_published_values(shared, monkeypatch):
 
 
 def test_packages_of_the_metrics_load_whatever_torchvisions_operators_do():
-    common.import_torchvision()
+    metrics.import_torchvision()
     import DISTS_pytorch
     import lpips
     import torchvision
@@ -96,7 +96,7 @@ def test_packages_of_the_metrics_load_whatever_torchvisions_operators_do():
 
 def test_missing_weights_are_named_and_never_downloaded(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    common.perceptual_net.cache_clear()
+    metrics.perceptual_net.cache_clear()
     x, y = two_images(height=64, width=64)
     for distance, file in (
         (metrics.lpips_distance, "models/alexnet-owt-7be5be79.pth"),
@@ -117,11 +117,13 @@ def test_damaged_weights_are_one_sentence(tmp_path, monkeypatch):
         ("alex", metrics.lpips_distance),
         ("inception", lambda x, y: metrics.fid([x], [y])),
     ):
-        common.perceptual_net.cache_clear()
+        metrics.perceptual_net.cache_clear()
         metrics.inception.cache_clear()
-        common.weights_file(net).parent.mkdir(parents=True, exist_ok=True)
-        common.weights_file(net).write_bytes(b"half a download")
-        with pytest.raises(common.UserError, match=f"{common.weights_file(net).name}: no readable"):
+        metrics.weights_file(net).parent.mkdir(parents=True, exist_ok=True)
+        metrics.weights_file(net).write_bytes(b"half a download")
+        with pytest.raises(
+            common.UserError, match=f"{metrics.weights_file(net).name}: no readable"
+        ):
             distance(x, y)
 
 
@@ -156,7 +158,7 @@ def test_frechet_distance_of_covariances_that_commute():
 
 @pytest.mark.parametrize("n", [20, 200])  # fewer images than features, and more
 def test_frechet_distance_equals_that_of_pytorch_fid(n):
-    common.import_torchvision()
+    metrics.import_torchvision()
     from pytorch_fid.fid_score import calculate_frechet_distance
 
     x, y = (features(n, 32, seed, shift).numpy() for seed, shift in ((1, 0), (2, 0.3)))
@@ -233,13 +235,13 @@ def test_set_metrics_read_batches_of_any_size_once():
 def test_inception_reads_files_as_pytorch_fid_does(tmp_path, monkeypatch):
     """With random weights, of which the metric takes no notice."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    common.import_torchvision()
+    metrics.import_torchvision()
     import torchvision
     from pytorch_fid.fid_score import get_activations
 
     net = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
-    common.weights_file("inception").parent.mkdir(parents=True)
-    torch.save(net.state_dict(), common.weights_file("inception"))
+    metrics.weights_file("inception").parent.mkdir(parents=True)
+    torch.save(net.state_dict(), metrics.weights_file("inception"))
     metrics.inception.cache_clear()
     x = common.to_uint8(two_images(batch=3)[0]) / 255
     found = metrics.stacked(x.split(2), metrics.inception_features)
@@ -279,8 +281,8 @@ def test_clip_gets_normalised_images_of_its_size(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     metrics.clip.cache_clear()
     (tmp_path / "open_clip.py").write_text(OPEN_CLIP)
-    common.weights_file("clip").parent.mkdir(parents=True)
-    common.weights_file("clip").write_text("weights")
+    metrics.weights_file("clip").parent.mkdir(parents=True)
+    metrics.weights_file("clip").write_text("weights")
     assert metrics.missing_for("clip") == ""
     x = torch.tensor([0.7, 0.4, 0.1])[:, None, None].expand(2, 3, 40, 60)
     expected = torch.tensor([[1.0, 0.0, -0.5]]).expand(2, 3)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,7 +66,9 @@ def test_two_stages_train_from_an_empty_folder(trained):
         lines = (cwd / "runs" / stage / "log.jsonl").read_text().splitlines()
         assert json.loads(lines[-1])["step"] == 2
     files = {str(p.relative_to(cwd)) for p in cwd.rglob("*") if p.is_file()}
-    assert files == {
+    decoded = {file for file in files if "/photos/" in file}
+    assert {Path(file).suffix for file in decoded} == {".pixels", ".npy"}
+    assert files - decoded == {
         *(f"runs/extractors/{part}.{kind}" for part in PARTS for kind in ("pt", "png")),
         "runs/extractors/log.jsonl",
         "runs/diffusion/last.pt",
@@ -91,16 +94,42 @@ def test_generate_makes_a_pair_of_a_sample_photo(trained):
 
 
 @pytest.mark.parametrize("script", ["extractors.py", "diffusion.py"])
-def test_the_same_command_with_more_steps_resumes(trained, script):
-    cwd = trained[0]
-    done = run(script, "--steps", 3, cwd=cwd)
+def test_the_same_command_with_more_steps_resumes(trained, tmp_path, script):
+    cwd = shutil.copytree(trained[0], tmp_path / "copy")
+    steps = ("--steps", 2, 2, 3) if script == "extractors.py" else ("--steps", 3)
+    done = run(script, *steps, cwd=cwd)
     assert_well(done)
     path = Path("runs") / Path(script).stem / "last.pt"
     assert f"resuming {path} at step 2" in done.stdout
+    assert f"{path}: from now on --steps" in done.stdout
     assert step_of(cwd / path) == 3
-    again = run(script, "--steps", 3, cwd=cwd)
+    again = run(script, *steps, cwd=cwd)
     assert_well(again)
     assert "resuming" not in again.stdout  # there is nothing left to do
+    assert f"{path} is finished" in again.stdout
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--seed 5", "--recipes bsrgan", "--as-printed", "--margin 1", "--hr {hr}",
+     "--start-from runs/extractors/last.pt"],
+)  # fmt: skip
+def test_a_flag_that_a_finished_run_would_ignore_is_refused(trained, flags):
+    cwd = trained[0]
+    before = {path: path.read_bytes() for path in (cwd / "runs/extractors").glob("*.*")}
+    flags = flags.format(hr=REPO / "data/sample/hr")
+    done = run("extractors.py", *flags.split(), "--steps", 2, cwd=cwd)
+    assert done.returncode == 2 and "--out" in done.stderr and "Traceback" not in done.stderr
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_part_whose_beginning_would_change_is_refused(trained):
+    cwd = trained[0]
+    before = {path: path.read_bytes() for path in (cwd / "runs/extractors").glob("*.*")}
+    for steps in ((3, 2, 2), (2, 3, 2)):
+        done = run("extractors.py", "--steps", *steps, cwd=cwd)
+        assert done.returncode == 2 and "delete it to train that part again" in done.stderr
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_another_configuration_needs_another_folder(trained):
@@ -112,10 +141,22 @@ def test_another_configuration_needs_another_folder(trained):
     assert (cwd / "runs/diffusion/last.pt").read_bytes() == before
 
 
+def test_a_crop_that_no_photo_has_names_the_largest_that_works(trained, tmp_path):
+    for script, sources in (("extractors.py", 1), ("diffusion.py", 2)):
+        crop = 2048
+        for _ in range(sources):  # real LR photos, then HR photos
+            flags = ("--crop", crop, "--steps", 0, "--out", tmp_path / script)
+            done = run(script, *flags, cwd=trained[0])
+            assert done.returncode == 2 and "Traceback" not in done.stderr
+            crop = re.search(rf"--crop {crop}: .*; --crop (\d+) is the largest", done.stderr)[1]
+        assert_well(run(script, "--crop", crop, *flags[2:], cwd=trained[0]))
+
+
 def test_missing_stage_1_names_the_command_that_makes_it(tmp_path):
     """Beside scripts without data/pretrained."""
-    for name in ("common.py", "degrade.py", "extractors.py", "diffusion.py"):
-        shutil.copy(REPO / name, tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("common.py", "degrade.py", "extractors.py", "diffusion.py", "data/pack.py"):
+        shutil.copy(REPO / name, tmp_path / name)
     (tmp_path / "here").mkdir()
     done = run(tmp_path / "diffusion.py", cwd=tmp_path / "here")
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -130,7 +171,8 @@ def test_two_processes_train_and_resume(tmp_path):
         assert_well(done)
         assert step_of(path) == 1
         assert done.stdout.count("preset small") == 1  # one process speaks
-        done = run(script, "--steps", 2, cwd=tmp_path, processes=2)
+        more = (1, 1, 2) if script == "extractors.py" else (2,)
+        done = run(script, "--steps", *more, cwd=tmp_path, processes=2)
         assert_well(done)
         assert "resuming" in done.stdout
         assert step_of(path) == 2
@@ -143,8 +185,12 @@ def test_two_processes_train_and_resume(tmp_path):
         ("extractors.py --crop 50", "--crop 50"),
         ("extractors.py --recipes foo", "foo"),
         ("extractors.py --num-samples 9", "--num-samples 9"),
+        ("extractors.py --accumulate 3", "--accumulate 3"),
+        ("extractors.py --seed 99999999999999999999", "--seed 99999999999999999999"),
         ("diffusion.py --lr nowhere", "nowhere"),
-        ("diffusion.py --content-from foo", "--content-from foo"),
+        ("diffusion.py --accumulate 3", "--accumulate 3"),
+        ("diffusion.py --without foo", "--without foo"),
+        ("diffusion.py --save-every 0", "--save-every 0"),
         ("diffusion.py --crop 31", "--crop 31"),
         ("generate.py --t-start 501", "--t-start 501"),
         ("generate.py --eta 2", "--eta 2"),
