@@ -495,7 +495,11 @@ def check_weights(weights: Any, net: nn.Module, name: str) -> None:
 def put_weights(net: nn.Module, state: dict[str, Any], name: str) -> None:
     """Give a network, also an empty one of device meta, the averaged weights of a checkpoint."""
     check_weights(state["ema"], net, name)
-    weights = {k: v.float() if v.is_floating_point() else v for k, v in state["ema"].items()}
+    types = {key: value.dtype for key, value in net.state_dict().items()}
+    weights = {
+        key: value.to(types[key]).clone(memory_format=torch.contiguous_format)
+        for key, value in state["ema"].items()
+    }
     net.load_state_dict(weights, assign=True)
 
 

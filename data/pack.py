@@ -75,8 +75,8 @@ def decode(items: Sequence[Item], target: Path, read: Callable[..., np.ndarray])
             np.save(file, np.array(table, np.int64))
     if bad and main:
         print(f"skipped {len(bad)} of {len(items)} photos: unreadable (the first: {bad[0]})")
-    for old in target.parent.glob("*.*"):  # of photos that have changed
-        if old.stem != target.stem and old.suffix in (".pixels", ".npy"):
+    for old in target.parent.iterdir():  # of photos that have changed, or of a killed run
+        if old.stem != target.stem and old.suffix in (".pixels", ".npy", ".tmp"):
             old.unlink()
 
 

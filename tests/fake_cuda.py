@@ -5,17 +5,20 @@ counted. Only theta, which decides on the host what is launched, is drawn really
 """
 
 import contextlib
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_leaves
 
 import common
 import degrade
+import extractors
 
 
 class Launches(TorchDispatchMode):
@@ -36,6 +39,73 @@ class Launches(TorchDispatchMode):
 
     def total(self) -> int:
         return sum(self.names.values())
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive, and the most that ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive: set[int] = set()
+
+    def free(self, key: int, size: int) -> None:
+        self.alive.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            storage = x.untyped_storage() if isinstance(x, Tensor) else None
+            if storage is not None and storage._cdata not in self.alive:
+                size = storage.nbytes()
+                self.alive.add(storage._cdata)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage._cdata, size)
+        return result
+
+
+@contextlib.contextmanager
+def counted_memory() -> Iterator[Memory]:
+    """Counts what a training step takes, without computing it: D is left out, which is small.
+
+    Tensors are fake ones of a CPU, because autograd asks for the device of others; attention is
+    taken as the fast kernels of a GPU do it, which keep no matrix of all pairs of pixels.
+    """
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+
+    def reduced(hr: Tensor, theta: object, generator: object = None) -> Tensor:
+        return hr.new_zeros(len(hr), 3, hr.shape[2] // 4, hr.shape[3] // 4)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+        patch.setattr(degrade, "degrade", reduced)
+        patch.setattr(extractors, "sample_mixed", really(extractors.sample_mixed))
+        patch.setattr(degrade, "sample_degradation", really(degrade.sample_degradation))
+        patch.setattr(degrade.Degradation, "cat", staticmethod(really(degrade.Degradation.cat)))
+        memory = Memory()
+        with FakeTensorMode(allow_non_fake_inputs=True), memory:
+            yield memory
+
+
+def training_memory(net: nn.Module, trained: list[nn.Parameter], loss) -> float:
+    """GiB of a step: weights, their average, two moments, gradients and all that backward needs.
+
+    To be called within counted_memory, in which the network must have been made.
+    """
+    net.requires_grad_(False)
+    for p in trained:
+        p.requires_grad_(True)
+    kept = [torch.zeros_like(p) for p in trained for _ in range(2)]
+    kept += [value.detach().clone() for value in net.state_dict().values()]
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss()["loss"]
+    value.backward()
+    assert len(kept) > 0
+    return next(m for m in _get_current_dispatch_mode_stack() if isinstance(m, Memory)).peak / 2**30
 
 
 def indexed(x: Tensor, key: object) -> tuple[Tensor, list[Tensor | None]]:

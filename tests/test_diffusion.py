@@ -15,7 +15,7 @@ import common
 import diffusion
 import extractors
 from diffusion import ALPHAS_CUMPROD, BETAS, Config
-from tests.fake_cuda import fake_cuda, really
+from tests.fake_cuda import counted_memory, fake_cuda, really, training_memory
 
 CPU = common.Runtime(torch.device("cpu"))
 STAGE_1 = extractors.Config(
@@ -651,3 +651,17 @@ def test_no_operation_of_the_loss_and_the_picture_leaves_the_gpu(preset, tmp_pat
             assert loss.device == lr.device
         diffusion.swap_grid(net, lr, hr, tmp_path / "grid.png")
         assert sheets[0].device.type == "cpu"
+
+
+def test_a_step_of_the_paper_fits_into_24_gib():
+    """Counted; the batch of a process, at the paper's crop of 256: content is read in tiles."""
+    stage_1, cfg = extractors.Config(), Config()
+    with counted_memory():
+        net = diffusion.DecoupledDDPM(extractors.Extractors(stage_1), stage_1, cfg)
+        lr, draw = torch.zeros(cfg.batch_size, 3, cfg.crop, cfg.crop), torch.Generator()
+        trained = [*net.modulation.parameters(), *net.unet.parameters()]
+        trained += diffusion.finetuned(net.extractors)
+        used = training_memory(
+            net, trained, lambda: diffusion.decoupled_loss(net, lr, None, cfg, draw)
+        )
+        assert 8 < used < 24
