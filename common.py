@@ -152,6 +152,11 @@ def launch(
     except (UserError, OSError) as error:  # for instance no room, no permission
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(
+            f"error: a smaller --crop, --batch-size or --preset is needed: {error}", file=sys.stderr
+        )
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -430,12 +435,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         if str(path).endswith(".safetensors"):
             with safe_open(path, "pt") as file:
                 weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                return {
-                    "ema": {
-                        k: v.float() if v.is_floating_point() else v for k, v in weights.items()
-                    },
-                    "config": json.loads((file.metadata() or {}).get("config", "{}")),
-                }
+                half = {k: v.float() for k, v in weights.items() if v.dtype == torch.float16}
+                config = json.loads((file.metadata() or {}).get("config", "{}"))
+                return {"ema": weights | half, "config": config}
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
         reason = (str(error).splitlines() or ["it is empty"])[0]
@@ -443,14 +445,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError:
         way_out = "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pt')"
         found = "it is damaged, or holds Python objects"
-        raise UserError(
-            f"{path}: {found}. If you trust it, store its weights: {way_out}."
-        ) from None
+        trusted = f"If you trust it, store its weights: {way_out}."
+        raise UserError(f"{path}: {found}. {trusted}") from None
     except Exception as error:  # torch raises errors of several kinds for a damaged file
         raise UserError(f"{path}: no readable checkpoint ({type(error).__name__}).") from None
-    require(
-        isinstance(state, dict), f"{path}: holds a {type(state).__name__}, not weights by name."
-    )
+    kind = type(state).__name__
+    require(isinstance(state, dict), f"{path}: holds a {kind}, not weights by name.")
     names = ("ema", "params_ema", "params", "state_dict")
     weights = next((state[name] for name in names if name in state), state)
     return {"config": {}} | (state if "config" in state else {}) | {"ema": weights}
@@ -536,15 +536,11 @@ def from_dict(config: type[C], values: Any, name: str) -> C:
         wrong = f"{name}: {key} = {value!r} in its configuration: of another version, or damaged."
         require(key in fields, wrong)
         sample: Any = fields[key]
-        alike = isinstance(value, type(sample)) and isinstance(value, bool) == isinstance(
-            sample, bool
-        )
-        if isinstance(sample, float):
-            alike = isinstance(value, int | float) and not isinstance(value, bool)
-        if isinstance(sample, tuple) and alike:
+        kinds = (int, float) if isinstance(sample, float) else (type(sample),)
+        require(type(value) in kinds, wrong)
+        if isinstance(sample, tuple):
             kind = type(sample[0]) if sample else str
-            alike = all(type(v) is kind for v in value) and len(value) <= 16
-        require(alike, wrong)
+            require(len(value) <= 16 and all(type(v) is kind for v in value), wrong)
     return config(**values)
 
 
@@ -655,9 +651,8 @@ class Run:
         self.rates = [group["lr"] for group in groups]
         self.opt = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self.ema = {key: value.detach().clone() for key, value in net.state_dict().items()}
-        self.before = path.with_name(
-            "before.pt" if path.name == "last.pt" else f"before-{path.name}"
-        )
+        before = "before.pt" if path.name == "last.pt" else f"before-{path.name}"
+        self.before = path.with_name(before)
         if path.is_file() or self.before.is_file():
             self.resume(self.read())
 
@@ -681,16 +676,13 @@ class Run:
         elsewhere = f"give another --{'name' if 'name' in self.config else 'out'} or delete it"
         stored = state["config"] if isinstance(state["config"], dict) else {}
         different = [key for key, value in self.config.items() if stored.get(key, missing) != value]
-        for key in different:
-            flag = f"--{key.replace('_', '-')}"
-            if key in MAY_CHANGE:
-                if self.rt.is_main and key in stored:
-                    print(f"{path}: from now on {flag} {self.config[key]} ({stored[key]} before)")
-                continue
-            values = f"{flag} is {self.config[key]}, in {path} {stored.get(key, 'missing')}"
-            if key == "began":
-                values = f"{path} began from other weights"
+        flags = {key: f"--{key.replace('_', '-')}" for key in different}
+        for key in sorted(set(different) - set(MAY_CHANGE)):
+            values = f"{flags[key]} is {self.config[key]}, in {path} {stored.get(key, 'missing')}"
+            values = f"{path} began from other weights" if key == "began" else values
             raise UserError(f"{values}: {elsewhere}.")
+        for key in different if self.rt.is_main else ():
+            print(f"{path}: from now on {flags[key]} {self.config[key]} ({stored.get(key)} before)")
         wrong = f"{path} is no checkpoint of this training: {elsewhere}."
         require({"step", "steps", "net", "ema", "opt"} <= state.keys(), wrong)
         step, steps = state["step"], state["steps"]
@@ -720,7 +712,7 @@ class Run:
         A batch is divided where the memory of a GPU asks for it, or as --accumulate says; a part
         has at least `least` images.
         """
-        cfg, rt, sizes = self.cfg, self.rt, [c.batch_size for c in crops]
+        cfg, rt = self.cfg, self.rt
         if self.step < self.steps and rt.device.type == "cuda" and not cfg.accumulate:
             yield from self.trial(crops, least)
         else:
@@ -732,7 +724,9 @@ class Run:
                 yield from range(step * per_step + rt.rank, (step + 1) * per_step, rt.world_size)
 
         streams = [c.batches(numbers(), c.batch_size // self.parts, rt.device) for c in crops]
-        self.images = sum(sizes) * rt.world_size
+        self.images = sum(c.batch_size for c in crops) * rt.world_size
+        pairs = [(self.ema[key], value) for key, value in self.net.state_dict().items()]
+        self.averaged = [pair for pair in pairs if pair[0].is_floating_point()]
         self.stop: list[bool] = []
         before = signal.signal(signal.SIGTERM, lambda *_: self.stop.append(True))
         try:
@@ -780,9 +774,8 @@ class Run:
         self.opt.zero_grad(set_to_none=True)
         # A warm-up of the average, so that a short run does not ship its initialisation.
         decay = min(cfg.ema_decay, (1 + self.step) / (10 + self.step))
-        weights = [v for v in self.net.state_dict().values() if v.is_floating_point()]
-        averaged = [v for v in self.ema.values() if v.is_floating_point()]
-        torch._foreach_lerp_(averaged, weights, 1 - decay)
+        averages, weights = zip(*self.averaged, strict=True)
+        torch._foreach_lerp_(averages, weights, 1 - decay)
         self.step += 1
         together = rt.world_size == 1 or self.step % 10 == 0  # all processes stop at the same step
         stopping = together and largest(bool(self.stop), rt) > 0

@@ -6,6 +6,11 @@ the U-Net denoises. M and the U-Net are trained, small parts of the extractors f
 
     python diffusion.py
     torchrun --nproc_per_node=8 diffusion.py --lr data/lr --preset paper
+
+What is ours and not the paper's, which --as-printed and so --preset paper take out:
+
+    Algorithm 1  half of a batch are true pairs: content from HR, code from another scene
+    M            sees Rec_lr's answer where there is an HR image, and the blocks of JPEG
 """
 
 import functools
@@ -430,18 +435,10 @@ class Config:
 
 
 SMALL: dict = {
-    "steps": 1500,
-    "batch_size": 0,
-    "crop": 48,
-    "learning_rate": 5e-4,
-    "widths": (32, 64, 128),
-    "attention": (2,),
-    "mod_channels": 48,
-    "cond_channels": 16,
-    "ema_decay": 0.998,
-    "compile": False,
-    "save_every": 100,
-}
+    "steps": 1500, "batch_size": 0, "crop": 48, "learning_rate": 5e-4, "widths": (32, 64, 128),
+    "attention": (2,), "mod_channels": 48, "cond_channels": 16, "ema_decay": 0.998,
+    "compile": False, "save_every": 100,
+}  # fmt: skip
 PRESETS: dict[str, dict] = {
     "small": SMALL
     | {"as_printed": False, "recipes": ("realesrgan", "light", "camera", "wide"), "t_power": 2.0},

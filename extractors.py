@@ -6,6 +6,16 @@ degraded photos against the frozen decoder (Eq. 1-2); E_deg together with Rec_lr
 
     python extractors.py
     torchrun --nproc_per_node=8 extractors.py --hr data/hr --preset paper
+
+What is ours and not the paper's, which --as-printed and so --preset paper take out:
+
+    VQ-VAE     half of the images skip the codebook, as the content does
+    E_cont     a quarter of the inputs is clean, as in generation
+    E_deg      also pools the sizes of DCT coefficients; a head names its theta
+    Rec_lr     adds to the reduced HR image, filtered with a kernel that the code names
+    Rec_lr, M  are told where the blocks of JPEG are
+    Eq. (5)    the code of one scene must reconstruct other scenes
+    Eq. (6)    is the logarithm of each image's error
 """
 
 import math
@@ -691,25 +701,12 @@ class Config:
 
 
 SMALL: dict = {
-    "steps": (1500, 500, 2000),
-    "batch_size": 0,
-    "crop": 192,
-    "vq_crop": 96,
-    "vqvae_learning_rate": 2e-3,
-    "content_learning_rate": 3e-4,
-    "degradation_learning_rate": 1e-3,
-    "vq_channels": 16,
-    "vq_z": 4,
-    "vq_codes": 1024,
-    "deg_channels": 24,
-    "deg_blocks": 4,
-    "deg_dim": 256,
-    "mod_channels": 48,
-    "num_samples": 1,
-    "ema_decay": 0.995,
-    "compile": False,
+    "steps": (1500, 500, 2000), "batch_size": 0, "crop": 192, "vq_crop": 96,
+    "vqvae_learning_rate": 2e-3, "content_learning_rate": 3e-4, "degradation_learning_rate": 1e-3,
+    "vq_channels": 16, "vq_z": 4, "vq_codes": 1024, "deg_channels": 24, "deg_blocks": 4,
+    "deg_dim": 256, "mod_channels": 48, "num_samples": 1, "ema_decay": 0.995, "compile": False,
     "save_every": 100,
-}
+}  # fmt: skip
 PRESETS: dict[str, dict] = {
     "small": SMALL
     | {"as_printed": False, "recipes": ("realesrgan", "light", "camera", "wide"), "hr_blur": 1.5},
@@ -750,9 +747,8 @@ def checked(cfg: Config, rt: common.Runtime) -> Config:
     """The settings with the batch of this device and three numbers of steps; UserError if wrong."""
     three = cfg.steps if len(cfg.steps) == 3 else cfg.steps[:1] * 3
     cfg = replace(cfg, batch_size=cfg.batch_size or BATCH.get(rt.device.type, 16))
-    common.require(
-        len(cfg.steps) in (1, 3), "--steps takes one number, or one for each of the parts."
-    )
+    numbers = "--steps takes one number, or one for each of the parts."
+    common.require(len(cfg.steps) in (1, 3), numbers)
     common.check_ranges(cfg, RANGES)
     for flag, crop in (("--crop", cfg.crop), ("--vq-crop", cfg.vq_crop)):
         common.require(crop % 16 == 0, f"{flag} {crop}: must be a multiple of 16.")
