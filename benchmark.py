@@ -133,22 +133,9 @@ def realdgen(
     """
     if batch[0].scale != generate.SCALE:  # content and LR meet at this scale only
         hr = extractors.resized(hr, *(generate.SCALE * side for side in batch[0].size))
-    lr, scores = generate.generate(
-        net,
-        hr,
-        [codes[p.index] if codes else load_lr(p.reference, p.shrink) for p in batch],
-        t_start=cfg.t_start,
-        num_steps=cfg.num_steps,
-        candidates=cfg.candidates,
-        start=cfg.start,
-        eta=cfg.eta,
-        seeds=[cfg.seed << 32 | pair.index for pair in batch],
-        bf16=cfg.bf16,
-        solver=cfg.solver,
-        recipe=cfg.recipe,
-        grain=cfg.grain,
-    )
-    return lr[torch.arange(len(lr)), scores["kept"].cpu()]
+    lr_ref = [codes[p.index] if codes else load_lr(p.reference, p.shrink) for p in batch]
+    seeds = [cfg.seed << 32 | pair.index for pair in batch]
+    return generate.chosen(*generate.generate(net, hr, lr_ref, cfg, seeds))
 
 
 # ---- Table 2 ------------------------------------------------------------------------------------
@@ -169,7 +156,7 @@ def table_2(
     alone = dataclasses.replace(cfg, t_start=0, start="reconstruct", grain=False)
     rec_lr = functools.partial(realdgen, net=net, cfg=alone)
     diffusion = functools.partial(realdgen, net=net, cfg=cfg)
-    codes = mean_codes(own, net, cfg.bf16)
+    codes = mean_codes(own, net)
     rows: list[tuple[str, Method, list[Pair]]] = [
         ("bicubic", bicubic, own),
         ("Real-ESRGAN", functools.partial(synthetic, recipe="realesrgan", seed=cfg.seed), own),
@@ -191,12 +178,9 @@ def table_2(
 
 
 @torch.no_grad()
-def mean_codes(pairs: Sequence[Pair], net: Any, bf16: bool) -> dict[int, Tensor]:
+def mean_codes(pairs: Sequence[Pair], net: Any) -> dict[int, Tensor]:
     """For each pair (by index) the mean F_deg (D,) of the other LR images of its camera."""
-    device, codes = next(net.parameters()).device, {}
-    with common.Runtime(device).autocast(bf16):
-        for pair in pairs:
-            codes[pair.index] = generate.code_of(net, load_lr(pair.lr, pair.shrink))[0]
+    codes = {p.index: generate.code_of(net, load_lr(p.lr, p.shrink))[0] for p in pairs}
     others = {
         pair.index: [
             codes[p.index]
@@ -221,11 +205,7 @@ def table_sampling(
         ("Rec_lr with grain (T=0)", {"t_start": 0}),
     ]
     for T in [t for t in cfg.t_starts if t > 0]:
-        for solver, num_steps in (("ddim", (1, 2, 5, 10)), ("dpm", (5, 10))):
-            rows += [
-                (f"T={T}, {solver}, {n}", {"t_start": T, "solver": solver, "num_steps": n})
-                for n in num_steps
-            ]
+        rows += [(f"T={T}, ddim, {n}", {"t_start": T, "num_steps": n}) for n in (1, 2, 5, 10)]
         rows += [(f"T={T}, ddpm, {T}", {"t_start": T, "eta": 1.0, "num_steps": T})]
     rows += [
         (
@@ -235,8 +215,8 @@ def table_sampling(
         for K in (1, generate.CANDIDATES)
     ]
     rows += [(f"T={FULL}, ddpm, {FULL}, start {start}", full | {"start": start})
-             for start in generate.STARTS]  # fmt: skip
-    plain = dataclasses.replace(cfg, candidates=1, eta=0.0, solver="ddim", start="reconstruct")
+             for start in generate.STARTS[:2]]  # fmt: skip
+    plain = dataclasses.replace(cfg, candidates=1, eta=0.0, start="reconstruct")
     results = []
     for name, changes in rows:
         method = functools.partial(realdgen, net=net, cfg=dataclasses.replace(plain, **changes))
@@ -354,7 +334,7 @@ def markdown_filter(result: dict[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(generate.Sampler):
     """Settings of the command; every field is a flag."""
 
     pairs: tuple[str, ...] = ()  # folders: HR/ and LR/ of the same names, or as published
@@ -383,17 +363,8 @@ class Config:
     extractors: str = ""  # stage-1 weights (default: runs/extractors, else data/pretrained)
     checkpoint: str = ""  # generator (default: runs/diffusion, else data/pretrained)
     out: str = "out/benchmark"  # folder that gets results.json and a .md for each table
-    start: str = generate.Config.start  # start image: reconstruct (Rec_lr) or degrade
-    recipe: str = generate.Config.recipe  # of D, for --start degrade
-    t_start: int = generate.Config.t_start  # T, from which generation starts
-    num_steps: int = generate.Config.num_steps  # network evaluations of the sampler
-    grain: bool = generate.Config.grain  # noise and JPEG as E_deg reads them in the reference
-    eta: float = generate.Config.eta  # 0 is DDIM, 1 is DDPM
-    solver: str = generate.Config.solver  # ddim or dpm
-    candidates: int = generate.Config.candidates  # K, of which the best is kept
-    average: int = generate.Config.average  # references of which the mean code is taken (training)
     batch_size: int = 8  # images at a time; no draw depends on it
-    bf16: bool = generate.Config.bf16  # where the device has it
+    bf16: bool = True  # of the SR networks, where the device has it
     seed: int = 0  # image i draws from (seed, i)
     device: str = "auto"  # cpu, cuda or auto
 
@@ -505,7 +476,7 @@ def check_weights(cfg: Config) -> None:
     if not used - {"extractors"}:
         return
     ts = [cfg.t_start, *(cfg.t_starts if used & {"3", "factors", "sampling"} else ())]
-    ts += [2 * cfg.t_start] * ("3" in used) + [FULL] * bool(used & {"4", "sampling"})
+    ts += [FULL] * bool(used & {"4", "sampling"})
     known = generate.load_generator(cfg.checkpoint, cpu, cfg.grain).t_max
     common.require(max(ts) <= known, f"T = {max(ts)}: the weights know {known} steps.")
     downstream = bool(used & set(DOWNSTREAM))
@@ -611,10 +582,7 @@ def main(cfg: Config, rt: common.Runtime) -> None:
             print("\n" + tables[-1])
             write(table, "\n".join(tables))
     if "factors" in cfg.table:
-        sampler = (cfg.num_steps, cfg.start, cfg.eta, cfg.bf16, cfg.grain)
-        results["factors"] = probes.table_factors(
-            hr, net, cfg.t_starts, cfg.repeats, *sampler, cfg.seed
-        )
+        results["factors"] = probes.table_factors(hr, net, cfg.t_starts, cfg.repeats, cfg, cfg.seed)
         print("\n" + (text := probes.markdown_factors(results["factors"])))
         write("factors", text)
     if "extractors" in cfg.table:

@@ -8,8 +8,10 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib
 import inspect
+import io
 import json
 import math
 import os
@@ -18,23 +20,24 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 A = TypeVar("A")
 B = TypeVar("B")
 C = TypeVar("C")
@@ -60,7 +63,8 @@ def parse_args(
 
     A flag beats the preset, the preset the field's default. Tuples take one or several values.
     """
-    help_of = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.M))
+    text = "".join(inspect.getsource(c) for c in config.__mro__[:-1])
+    help_of = dict(re.findall(r"^    (\w+): .*?  # (.*)$", text, re.M))
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -145,17 +149,17 @@ def launch(
     doc: str,
 ) -> None:
     """Run a stage from the command line; a UserError becomes one sentence and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not every console can print every name
+            stream.reconfigure(errors="backslashreplace")
     try:
         cfg = parse_args(config, presets, doc)
         with runtime(cfg.device, cfg.seed) as rt:
             main(cfg, rt)
-    except (UserError, OSError) as error:  # for instance no room, no permission
+    except (UserError, OSError, torch.OutOfMemoryError) as error:  # for instance no room on a disk
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(5)  # torchrun ends this process where the first one has said the same
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(
-            f"error: a smaller --crop, --batch-size or --preset is needed: {error}", file=sys.stderr
-        )
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -164,7 +168,10 @@ def launch(
 def wait_for_all(rt: Runtime) -> None:
     """Go on when all processes are here."""
     if rt.world_size > 1:
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError:
+            raise UserError("another process has stopped.") from None
 
 
 def in_parallel(work: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
@@ -203,22 +210,83 @@ def generator_on(device: torch.device, source: torch.Generator) -> torch.Generat
 # ---- image files ------------------------------------------------------------------------------
 
 
-def list_images(paths: Sequence[str], flag: str, packed: bool = False) -> list[Path]:
-    """All image files among files and folders (searched in depth), sorted; UserError if none.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS = 2**29  # of a photo; Pillow's own is smaller than some are
+SYSTEM = {"@eadir", "__macosx", "#recycle", "$recycle.bin", "lost+found", "thumbs.db"}
+# Formats of Pillow that hold drawings, icons, films or measurements.
+NO_PHOTOS = set("BUFR CUR EPS FITS FLI GRIB HDF5 ICNS ICO IM IPTC MPEG PDF WMF".split())
+TURNS = {  # what turns an image upright, by its EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
-    With `packed`, files of data/pack.py may be named among them.
+
+@functools.cache
+def print_once(line: str) -> None:
+    """Print a line in the first process, and only the first time."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(line)
+
+
+def read_text(path: str | Path) -> str:
+    """A text in UTF-8, with or without BOM; UserError for anything else."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text in UTF-8 ({error}).") from None
+
+
+@functools.cache
+def photo_suffixes() -> set[str]:
+    """Suffixes of the photos that the installed Pillow reads; of HEIC with pillow-heif."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    suffixes = Image.registered_extensions()
+    return {s for s, name in suffixes.items() if name in {*Image.OPEN, "MPO"} - NO_PHOTOS}
+
+
+def photos_in(
+    path: Path, left_out: collections.Counter[str], above: tuple[Path, ...] = ()
+) -> Iterator[Path]:
+    """The photos among a file or what is in a folder, in depth, sorted; all else is counted.
+
+    Links are followed, but for those to a folder `above`.
     """
-    files: list[Path] = []
+    suffix = path.suffix.lower()
+    if path.name.lower() in SYSTEM or (above and path.name.startswith(".")):
+        left_out["hidden or system"] += 1
+    elif path.is_dir() and path.resolve() in above:
+        left_out["links in a circle"] += 1
+    elif path.is_dir():
+        for inside in sorted(path.iterdir()):
+            yield from photos_in(inside, left_out, (*above, path.resolve()))
+    elif suffix not in photo_suffixes():
+        heif = " (pip install pillow-heif to read them)" if suffix in (".heic", ".heif") else ""
+        left_out[(suffix or "without suffix") + heif] += 1
+    elif not path.is_file():
+        left_out["broken links"] += 1
+    else:
+        yield path
+
+
+def list_images(paths: Sequence[str], flag: str, packed: bool = False) -> list[Path]:
+    """All photos among files and folders, sorted, each once; UserError if none.
+
+    Says what is left out. With `packed`, files of data/pack.py may be named among them.
+    """
+    files, left_out = [], collections.Counter[str]()
     for path in map(Path, paths):
         require(path.exists(), f"{flag} {path}: no such file or folder.")
         if path.suffix == ".npy" and path.is_file():
             require(packed, f"{flag} {path}: packed crops are only to train on; name photos here.")
             files.append(path)
-            continue
-        inside = path.rglob("*") if path.is_dir() else [path]
-        files += sorted(p for p in inside if p.suffix.lower() in SUFFIXES and p.is_file())
-    where = " ".join(map(str, paths))
-    require(bool(files), f"{flag} {where}: no images there ({', '.join(sorted(SUFFIXES))}).")
+        else:
+            files += photos_in(path, left_out)
+    where, reasons = f"{flag} {' '.join(map(str, paths))}", left_out.most_common(9)
+    rest = f"left out {left_out.total()} files: {', '.join(f'{n} {why}' for why, n in reasons)}"
+    require(bool(files), f"{where}: no images there{'; ' + rest if reasons else ''}.")
+    if reasons:
+        print_once(f"{where}: {rest}")
     return list(dict.fromkeys(files))
 
 
@@ -234,12 +302,10 @@ def find_photos(given: Sequence[str], kind: str, flag: str, packed: bool = False
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"using the packed crops of data/{kind}.npy, not the photos of data/{kind}")
         return [here / f"{kind}.npy"]
-    with contextlib.suppress(UserError):
+    try:
         return list_images([str(here / kind)], flag)
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(
-            f"data/{kind} has no images: using the few of data/sample/{kind} (see data/README.md)"
-        )
+    except UserError as error:
+        print_once(f"{error} Using the few of data/sample/{kind} (see data/README.md).")
     return list_images([str(here / "sample" / kind)], flag)
 
 
@@ -254,7 +320,8 @@ def outside(files: list[Path], out: Path, flag: str) -> list[Path]:
 def photo_names(files: Sequence[Path], given: Sequence[str]) -> list[str]:
     """A name for each photo, from its path below the folder given and nothing else.
 
-    Folders and file are joined by underscores. Where two would be equal, but for their case, each
+    Folders and file are joined by underscores, which also stand for blanks and commas: most lists
+    of files can't hold these. Where two would be equal, but for their case, each
     gets eight digits that depend on its whole path.
     """
     data = Path(__file__).parent / "data"
@@ -262,12 +329,53 @@ def photo_names(files: Sequence[Path], given: Sequence[str]) -> list[str]:
     names = []
     for file in files:
         below = next((file.relative_to(p) for p in file.parents if p in folders), Path(file.name))
-        names.append("_".join(below.with_suffix("").parts))
+        names.append(re.sub(r"[\s,]+", "_", "_".join(below.with_suffix("").parts)))
     count = collections.Counter(name.casefold() for name in names)
     return [
         name if count[name.casefold()] == 1 else f"{name}-{zlib.crc32(os.fsencode(file)):08x}"
         for name, file in zip(names, files, strict=True)
     ]
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an opened image: 1 is upright, also where EXIF can't be read."""
+    try:
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # of many types, where it is damaged
+        return 1
+
+
+def pixels_of(file: ImageFile.ImageFile) -> Tensor:
+    """Pixels (3, H, W) in [0, 1] of an opened image; ValueError if their range is not known."""
+    if file.width * file.height > MAX_PIXELS:
+        raise ValueError(f"{file.width} x {file.height} pixels are more than {MAX_PIXELS}")
+    mode, tile, tags = file.mode, str(file.tile[:1]), getattr(file, "tag_v2", {})
+    inverted = tags.get(262) == 0 and mode in ("I;16", "F")  # Pillow turns round those of 8 bits
+    bits, signed, planar = tags.get(258, (8,)), 2 in tags.get(339, ()), tags.get(284) == 2
+    if (
+        (signed or mode == "I" and file.format not in ("PNG", "PPM"))  # of 32 bits
+        or (mode == "F" and (inverted or "libtiff" in tile and "BF" in tile))  # Pillow: wrong bytes
+        or (planar and "raw" in tile and bits[0] > 8)  # Pillow takes them for 8 bits
+    ):
+        raise ValueError("numbers of a rare kind: convert it to RGB of 8 or 16 bits")
+    file.load()
+    turn = TURNS.get(orientation(file))
+    image: Image.Image = file if turn is None else file.transpose(turn)
+    if mode.startswith(("I", "F")):  # gray; Pillow's convert() would clip it
+        white = 1 if mode == "F" else 4095 if "I;12" in tile else 65535
+        gray = torch.from_numpy(np.asarray(image).astype(np.float32)).div_(white)
+        if not (gray.min() >= 0 and gray.max() <= 1):  # or NaN
+            raise ValueError("numbers outside of 0 to 1: scale them, or convert it to 16 bits")
+        x = gray.expand(3, -1, -1).contiguous()
+    else:
+        if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        x = x.contiguous().float().div_(255)  # in place: photos may be large
+    if re.search(r"(I|LA|RGBA?);16", tile) and x.max() < 1 / 16:
+        raise ValueError("numbers of 16 bits that use only 12 of them: scale them up")
+    return 1 - x if inverted else x
 
 
 def load_image(path: str | Path) -> Tensor:
@@ -277,20 +385,10 @@ def load_image(path: str | Path) -> Tensor:
     applies.
     """
     try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith(("I", "F")):  # 16-bit gray; Pillow's convert() would clip it
-                gray = np.asarray(image, np.float32)
-                top = 65535 if image.mode.startswith("I") else max(1.0, float(gray.max()))
-                pixels = np.repeat((gray / top)[..., None], 3, axis=2)
-            else:
-                if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
-                    image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                pixels = np.asarray(image.convert("RGB"), np.float32) / 255
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with Image.open(path) as file:
+            return pixels_of(file)
+    except Exception as error:  # Pillow raises errors of many types where a file is damaged
         raise ValueError(f"{path}: not a readable image ({error})") from None
-    return torch.from_numpy(pixels.clip(0, 1)).permute(2, 0, 1).contiguous()
 
 
 def crop_to_multiple(image: Tensor, scale: int, path: str | Path) -> Tensor:
@@ -305,14 +403,14 @@ def crop_to_multiple(image: Tensor, scale: int, path: str | Path) -> Tensor:
 
 def to_uint8(x: Tensor) -> Tensor:
     """Round an image in [0, 1] to 8 bits."""
-    return (x.clamp(0, 1) * 255).round().to(torch.uint8)
+    return x.clamp(0, 1).mul_(255).round_().to(torch.uint8)
 
 
 def save_image(path: str | Path, x: Tensor) -> None:
     """Write an image (3, H, W) in [0, 1] as PNG: whole or not at all."""
     image = Image.fromarray(to_uint8(x).permute(1, 2, 0).cpu().numpy())
     with replacing(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", compress_level=1)
 
 
 def copy_file(source: str | Path, target: str | Path) -> None:
@@ -361,65 +459,157 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text, whole or not at all; a file that says the same stays as it is."""
+    data = text.encode(errors="surrogateescape")  # names need not be valid Unicode
+    if not path.is_file() or path.read_bytes() != data:
+        with replacing(path) as temporary:
+            temporary.write_bytes(data)
+
+
 class PairFolder:
     """A folder of pairs hr/NAME.png, lr/NAME.png and their table pairs.jsonl, made bit by bit.
 
-    The table says what is in the folder at any time. Pairs of earlier runs stay until finish();
-    those that are no longer asked for are removed then. UserError if files of others are there:
-    pairs whose rows have no `field`, or images that are neither in the table nor among `names`.
+    While a run goes on, each process notes its pairs in a table of its own; finish() joins them.
+    Pairs that are no longer asked for go to the folder `removed` then. UserError if another run is
+    at work, or if there are pairs whose rows have no `field` or other `settings`, or images of no
+    pair.
     """
 
-    def __init__(self, out: Path, names: Sequence[str], field: str) -> None:
-        self.out, self.table = out, out / "pairs.jsonl"
-        self.before: dict[str, str] = {}  # lines by name
-        lines = self.table.read_text(encoding="utf-8").splitlines() if self.table.is_file() else []
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:  # a killed run may leave half a line
-                continue
-            ours = field in row and row["lr"] == "lr" + row["hr"][2:]
-            require(ours, f"--out {out} holds pairs of another command: give another --out.")
-            self.before[Path(row["lr"]).stem] = line
-        known = {*names, *self.before}
-        for file in sorted(f for side in ("hr", "lr") for f in (out / side).glob("[!.]*")):
+    def __init__(
+        self,
+        out: Path,
+        names: Sequence[str],
+        field: str,
+        rt: Runtime,
+        settings: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        self.out, self.table, self.names, self.rt = out, out / "pairs.jsonl", names, rt
+        self.part = out / f"pairs.{rt.rank}.jsonl"
+        self.locked: Any = None
+        self.mutex = threading.Lock()
+        if out.is_dir():
+            self.lock()
+        try:
+            self.before = self.read("pairs*.jsonl")
+            self.check(field, settings)
+        except UserError:
+            self.unlock()
+            raise
+        wait_for_all(rt)  # no process writes before all have read
+        if rt.is_main and list(out.glob("pairs.*.jsonl")):  # of a killed run
+            self.write(list(self.before.values()))
+        wait_for_all(rt)
+
+    def check(self, field: str, settings: Mapping[str, Any]) -> None:
+        """UserError unless what is in the folder is of this command and these settings."""
+        for row in self.before.values():
+            foreign = f"--out {self.out} holds pairs of another command: give another --out."
+            require(field in row, foreign)
+            different = [key for key, value in settings.items() if row.get(key) != value]
+            other = f"{self.table} has pairs of other settings ({', '.join(different)})"
+            require(not different, f"{other}: give another --out.")
+        known = {*self.names, *self.before}
+        for file in sorted(f for side in ("hr", "lr") for f in (self.out / side).glob("[!.]*")):
             stray = f"{file} is of no pair in {self.table}: move it or give another --out."
             require(file.stem in known, stray)
-        self.done = set(self.before.values())
+
+    def lock(self) -> None:
+        """Keep other runs out where the system can lock files; UserError if one is in."""
+        with self.mutex, contextlib.suppress(ImportError):
+            import fcntl
+
+            if not self.rt.is_main or self.locked is not None:
+                return
+            file = open(self.out / ".lock", "w")  # noqa: SIM115
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                file.close()
+                busy = "another run is writing there: wait for it, or give another --out."
+                raise UserError(f"--out {self.out}: {busy}") from None
+            except OSError:  # a file system without locks
+                pass
+            self.locked = file
+
+    def unlock(self) -> None:
+        """Let other runs in."""
+        if self.locked is not None:
+            (self.out / ".lock").unlink(missing_ok=True)
+            self.locked.close()
+            self.locked = None
+
+    def begin(self) -> None:
+        """To be called before images are written: the folder is there, and this run's alone."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        (self.out / "preview.png").unlink(missing_ok=True)  # of pairs that may change now
+
+    def read(self, tables: str) -> dict[str, dict]:
+        """Rows of tables by name of the pair."""
+        rows = {}
+        for table in sorted(self.out.glob(tables), key=lambda file: file != self.table):
+            for line in table.read_bytes().splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:  # a killed run may leave half a line
+                    continue
+                ours = isinstance(row, dict) and str(row.get("hr")).startswith("hr/")
+                ours = ours and row.get("lr") == "lr" + row["hr"][2:]
+                require(ours, f"{table} is of another program: give another --out.")
+                rows[Path(row["lr"]).stem] = row
+        return rows
+
+    def write(self, rows: list[dict]) -> None:
+        """Make these rows the table, and remove those of the processes."""
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        if not self.table.is_file() or self.table.read_bytes() != text.encode():
+            (self.out / "preview.png").unlink(missing_ok=True)
+            write_text(self.table, text)
+        for part in self.out.glob("pairs.*.jsonl"):
+            part.unlink()
 
     def row(self, name: str, **facts: Any) -> dict[str, Any]:
         """A row of the table."""
         return {"hr": f"hr/{name}.png", "lr": f"lr/{name}.png", **facts}
 
-    def has(self, rows: list[dict], later_than: Path) -> bool:
-        """Whether an earlier run made just these pairs, after the photo was last changed."""
-        files = [self.out / row[side] for row in rows for side in ("hr", "lr")]
-        changed = later_than.stat().st_mtime
-        return self.done.issuperset(map(json.dumps, rows)) and all(
-            file.is_file() and file.stat().st_mtime >= changed for file in files
-        )
+    def earlier(self, row: dict, made_of: Sequence[Path]) -> dict | None:
+        """The row of an earlier run that says the same, if its files are later than these."""
+        found = self.before.get(Path(row["lr"]).stem)
+        if found is None or found | json.loads(json.dumps(row)) != found:
+            return None
+        files = [] if found.get("dropped") else [self.out / row[side] for side in ("hr", "lr")]
+        changed = max(file.stat().st_mtime for file in made_of)
+        return found if all(f.is_file() and f.stat().st_mtime >= changed for f in files) else None
 
     def add(self, rows: list[dict]) -> None:
         """Note pairs that are there now, so that a killed run goes on."""
-        lines = [json.dumps(row) for row in rows]
-        if not self.done.issuperset(lines):
-            with open(self.table, "a", encoding="utf-8") as file:
-                file.write("".join(line + "\n" for line in lines))
+        if rows:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            with open(self.part, "a", encoding="utf-8") as file:
+                file.write("".join("\n" + json.dumps(row) + "\n" for row in rows))
 
-    def finish(self, rows: list[dict]) -> bool:
-        """Leave these pairs and no others, in this order; whether anything changed."""
-        others = self.before.keys() - {Path(row["lr"]).stem for row in rows}
+    def finish(self) -> list[dict]:
+        """Leave the pairs of this run and no others; its rows. UserError if there are none."""
+        made = self.read("pairs.*.jsonl")
+        rows = [made[name] for name in self.names if name in made]
+        require(bool(rows), "none of the HR images could be used; see the files named above.")
+        stay = {Path(row["lr"]).stem for row in rows if not row.get("dropped")}
+        there = {f.stem for side in ("hr", "lr") for f in (self.out / side).glob("[!.]*.png")}
+        others = there - stay
         for name in others:
-            for side in ("hr", "lr"):
-                (self.out / side / f"{name}.png").unlink(missing_ok=True)
+            for file in [self.out / side / f"{name}.png" for side in ("hr", "lr")]:
+                if file.is_file():
+                    target = self.out / "removed" / file.relative_to(self.out)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(file, target)
         if others:
-            print(f"removed {len(others)} pairs of an earlier run that this one does not make")
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        same = self.table.read_text(encoding="utf-8") == text
-        if not same:
-            with replacing(self.table) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-        return not same or not (self.out / "preview.png").is_file()
+            print(f"{len(others)} pairs of before are not asked for: now in {self.out / 'removed'}")
+        for half in self.out.rglob(".*.tmp"):  # of a killed run
+            half.unlink()
+        self.write(rows)
+        return rows
 
 
 # ---- weights ----------------------------------------------------------------------------------

@@ -979,7 +979,8 @@ def main(cfg: Config, rt: common.Runtime) -> None:
     files = common.outside(common.find_photos(cfg.hr, "hr", "--hr"), out, "--hr")
     ends = [""] if cfg.per_image == 1 else [f"_{k}" for k in range(cfg.per_image)]
     photos = list(zip(files, common.photo_names(files, cfg.hr), strict=True))
-    folder = common.PairFolder(out, [name + end for _, name in photos for end in ends], "theta")
+    names = [name + end for _, name in photos for end in ends]
+    folder = common.PairFolder(out, names, "theta", rt)
 
     def work(photo: tuple[Path, str]) -> list[dict] | str:
         """Rows for the table, once the photo's pairs are there; or why it can't be used."""
@@ -990,13 +991,14 @@ def main(cfg: Config, rt: common.Runtime) -> None:
             folder.row(name + end, source=str(file), theta=json.loads(theta.to_json()[0]))
             for end, theta in zip(ends, thetas, strict=True)
         ]
-        if folder.has(rows, later_than=file):
+        if all(folder.earlier(row, [file]) for row in rows):
             return rows
         try:
             hr = common.crop_to_multiple(common.load_image(file), cfg.scale, file)
         except ValueError as error:
             return f"skipped: {error}"
         hr = common.to_uint8(hr).float() / 255  # as it is written, also of a 16-bit photo
+        folder.begin()
         common.save_image(out / rows[0]["hr"], hr)
         for row, theta in zip(rows, thetas, strict=True):
             common.save_image(out / row["lr"], degrade(hr[None].to(rt.device), theta)[0])
@@ -1004,7 +1006,6 @@ def main(cfg: Config, rt: common.Runtime) -> None:
                 common.copy_file(out / rows[0]["hr"], out / row["hr"])
         return rows
 
-    rows: list[dict] = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each thread below has a core to itself
     with plain_float32(rt.device):
@@ -1014,12 +1015,13 @@ def main(cfg: Config, rt: common.Runtime) -> None:
                 tqdm.write(result)
             else:
                 folder.add(result)
-                rows += result
-    common.require(bool(rows), "none of the HR images could be used; see the files named above.")
-    if folder.finish(rows):
-        save_preview(out / "preview.png", out, rows[: 4 * cfg.per_image : cfg.per_image])
+    rows = folder.finish()
+    preview = out / "preview.png"
+    if not preview.is_file():
+        save_preview(preview, out, rows[: 4 * cfg.per_image : cfg.per_image])
+    folder.unlock()
     skipped = len(files) - len(rows) // cfg.per_image
-    print(f"{len(rows)} pairs in {out}, {skipped} images skipped; look at {out / 'preview.png'}")
+    print(f"{len(rows)} pairs in {out}, {skipped} images skipped; look at {preview}")
 
 
 if __name__ == "__main__":

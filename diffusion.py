@@ -99,24 +99,6 @@ def ddim_step(
     return x_next if noise is None else x_next + variance.sqrt() * noise
 
 
-def half_log_snr(t: Tensor) -> Tensor:
-    """lambda_t = log(alpha_t / sigma_t) at steps t (B,), shaped (B, 1, 1, 1); infinite at t = 0."""
-    return torch.logit(alpha_bar(t)) / 2
-
-
-def dpm_step(
-    x_t: Tensor, t: Tensor, t_next: Tensor, x_0: Tensor, t_before: Tensor, x_0_before: Tensor
-) -> Tensor:
-    """One step of DPM-Solver++(2M) from t to any t_next in 1..t-1 (arXiv:2211.01095, Alg. 2).
-
-    x_0 and x_0_before are predicted at t and, in the step before, at t_before > t. The line through
-    them (in lambda) gives x_0 in the middle of this step; with it, the step is DDIM's with eta = 0.
-    """
-    before, now, after = (half_log_snr(step) for step in (t_before, t, t_next))  # lambda
-    x_0 = x_0 + (after - now) / (2 * (now - before)) * (x_0 - x_0_before)
-    return ddim_step(x_t, t, t_next, x_0)
-
-
 def randn_rows(like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Normal noise (B, C, h, w) for images like these; row b comes from generators[b] alone."""
     rows = [torch.randn(like.shape[1:], generator=g, device=g.device) for g in generators]
@@ -137,37 +119,32 @@ def sample(
     net: Callable[[Tensor, Tensor, Tensor], Tensor],
     start: Tensor,
     c: Tensor,
-    t_start: int,
+    t_start: Sequence[int],
     num_steps: int,
     generators: Sequence[torch.Generator],
     eta: float = 0.0,
-    solver: str = "ddim",
 ) -> Tensor:
-    """Algorithm 2: noise the start image to t_start, denoise it under the condition c.
+    """Algorithm 2: noise the start images to t_start, denoise them under the condition c.
 
-    start (B, 3, h, w) in [0, 1]; c (B, C, h, w); num_steps evaluations of net(x_t, t, c) -> eps;
-    with num_steps = t_start and eta = 1 this is DDPM's full chain. Returns (B, 3, h, w) in [0, 1].
-    Not in the paper: solver "dpm" is of second order, for fewer evaluations. Its first step has no
-    x_0 before it, and its last one, to t = 0, returns x_0 itself: both are DDIM's with eta = 0.
+    start (B, 3, h, w) in [0, 1]; c (B, C, h, w); t_start: B numbers; num_steps evaluations of
+    net(x_t, t, c) -> eps, fewer where t_start is less; with num_steps = t_start and eta = 1 this is
+    DDPM's full chain. Row b draws from generators[b]. Returns (B, 3, h, w) in [0, 1].
     """
-    if solver not in ("ddim", "dpm") or (solver == "dpm" and eta > 0):
-        raise ValueError(f'solver must be "ddim", or "dpm" with eta 0; not {solver!r}, eta {eta}')
-    if t_start == 0:
+    if max(t_start) == 0:
         return start.clamp(0, 1)
-    B = len(start)
-    ts = steps_of_noise(t_start, min(num_steps, t_start))
+    device = start.device
+    ts = [steps_of_noise(t, min(num_steps, t)) if t > 0 else [0] for t in t_start]
     x = to_signed(start)
-    x = q_sample(x, torch.full((B,), t_start, device=x.device), randn_rows(x, generators))
-    last: tuple[Tensor, Tensor] | None = None  # t and x_0 of the step before
-    for now, after in zip(ts, ts[1:], strict=False):
-        t, t_next = (torch.full((B,), step, device=x.device) for step in (now, after))
-        noise = randn_rows(x, generators) if eta > 0 else None
-        x_0 = predict_x_0(x, t, net(x, t, c).float())
-        if solver == "ddim" or last is None or after == 0:
-            x = ddim_step(x, t, t_next, x_0, eta, noise)
-        else:
-            x = dpm_step(x, t, t_next, x_0, *last)
-        last = t, x_0
+    x = q_sample(x, torch.tensor(t_start, device=device), randn_rows(x, generators))
+    for left in range(max(map(len, ts)) - 1, 0, -1):  # evaluations that are left
+        rows = [b for b in range(len(x)) if len(ts[b]) > left]  # a short chain begins later
+        t, t_next = (
+            torch.tensor([ts[b][k] for b in rows], device=device) for k in (-1 - left, -left)
+        )
+        x_t = x[rows]
+        x_0 = predict_x_0(x_t, t, net(x_t, t, c[rows]).float())
+        noise = randn_rows(x_t, [generators[b] for b in rows]) if eta > 0 else None
+        x[rows] = ddim_step(x_t, t, t_next, x_0, eta, noise)
     return to_image(x)
 
 
@@ -389,7 +366,7 @@ def swap_grid(net: DecoupledDDPM, lr: Tensor, hr: Tensor, path: Path) -> dict[st
         code = nets.e_deg(reference[None]).expand(B, -1)
         start = nets.reconstruct(code, hr, content).float()
         draws = [common.generator(b) for b in range(B)]
-        made = sample(net, start, net.condition(code, content, known(start)), t, 10, draws)
+        made = sample(net, start, net.condition(code, content, known(start)), [t] * B, 10, draws)
         side = lr.shape[2]
         rows.append([common.centre(image, side, 2 * side) for image in (reference, *made)])
     common.save_sheet(path, ("LR", "its degradation, other scenes", *[""] * (B - 1)), rows)

@@ -47,8 +47,7 @@ DATA = {
     "paired": ("real pairs (oracle)", ""),
 }
 # Flags of generate.py that benchmark.py has, too.
-SAMPLER = ("start", "recipe", "t_start", "num_steps", "eta", "solver", "candidates", "average",
-           "bf16", "grain")  # fmt: skip
+SAMPLER = tuple(field.name for field in dataclasses.fields(generate.Sampler))
 DOWNSTREAM = ("1", "3", "4", "5", "7")  # tables of trained networks
 MEMORY = {"cuda": "most that torch had allocated", "cpu": "peak RSS of the whole process"}
 SR_COLUMNS = ("PSNR Y", "SSIM Y", "LPIPS", "DISTS", "FID")
@@ -121,13 +120,11 @@ def downstream_rows(table: str, names: list[str], cfg: Settings) -> list[Row]:
             for data in cfg.data
         ]
     if table == "3":
-        ts = [Row(f"T={t}", light, "realdgen", {"t_start": t}) for t in cfg.t_starts]
-        chosen = Row("T chosen by the filter", light, "realdgen", {"auto_t": True} | filtered)
-        return [*ts, chosen]
+        return [Row(f"T={t}", light, "realdgen", {"t_start": t}) for t in cfg.t_starts]
     if table == "4":
         # Rec_lr's answer and grain would bring in what an ablation is to do without.
         noised = {"t_start": max(cfg.t_start, 300), "num_steps": max(cfg.num_steps, 10)}
-        plain = {"start": "degrade", "grain": False} | noised
+        plain = {"start": "realesrgan", "grain": False} | noised
         ablations = (("E_deg", cfg.without_degradation), ("E_cont", cfg.without_content))
         rows = [
             Row(f"without {name}", light, "realdgen", plain | {"checkpoint": path})

@@ -266,15 +266,15 @@ def in_tiles(
     grid: tuple[int, int],
     *inputs: Tensor,
     tile: int = 0,
-    overlap: int = OVERLAP,
+    overlap: int = 0,
 ) -> Tensor:
     """function(*inputs) -> (B, C, h, w) tile by tile, so that memory does not grow with the image.
 
     Inputs (B, C', f h, f w) with whole factors f; grid is (h, w). Tiles overlap and fade into each
-    other; an image no larger than a tile (of TILE pixels unless told) is computed at once.
+    other; an image no larger than a tile (of TILE pixels, unless told) is computed at once.
     """
     h, w = grid
-    th, tw = min(h, tile or TILE), min(w, tile or TILE)
+    th, tw, overlap = min(h, tile or TILE), min(w, tile or TILE), overlap or OVERLAP
     if (th, tw) == (h, w):
         return function(*inputs)
 

@@ -1,11 +1,11 @@
 """HR images and real LR images of the same scenes: found, read, and what a method makes of them.
 
-In: a folder of aligned pairs: HR/ and LR/ (or hr/ and lr/) with the same file names, or RealSR,
-DRealSR or RealVSR as published (data/README.md). Out: a list of Pair, and, for a method that makes
-LR from HR or HR from LR, its distance to the truth by each metric. Shared by all tables.
+In: a folder of aligned pairs: HR/ and LR/ (or GT/ and LQ/, in any case) with the same file names,
+or NAMEx4 in LR/ for NAME in HR/, or RealSR, DRealSR or RealVSR as published (data/README.md). Out:
+a list of Pair, and, for a method that makes LR from HR or HR from LR, its distance to the truth by
+each metric. Shared by all tables.
 """
 
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -48,7 +48,8 @@ def camera_of(name: str) -> str:
 # A layout: the HR and the LR files below the folder, without suffix, and the scales it comes in (0:
 # to be seen from the sizes). {0} is the scale, what is in brackets makes the name of the pair.
 LAYOUTS = (
-    (r"(?:HR|hr)/(.+)", r"(?:LR|lr)/(.+)", (0,)),
+    (r"(?i:HR|GT)/(.+)", r"(?i:LR|LQ)/(.+)x{0}", (4, 3, 2)),
+    (r"(?i:HR|GT)/(.+)", r"(?i:LR|LQ)/(.+)", (0,)),
     (r"[^/]+/Test/{0}/([^/]+)_HR", r"[^/]+/Test/{0}/([^/]+)_LR{0}", (4, 3, 2)),  # RealSR
     (r"Test_x{0}/test_HR/([^/]+)_x{0}", r"Test_x{0}/test_LR/([^/]+)_x1", (4, 3, 2)),  # DRealSR
     (r"GT_test/([^/]+)/(0+)", r"LQ_test/([^/]+)/(0+)", (4,)),  # RealVSR, the first frames
@@ -73,15 +74,15 @@ def find_files(folder: Path, published: bool = True) -> tuple[dict[str, tuple[Pa
     """
     here = f"--pairs {folder}"
     common.require(folder.is_dir(), f"{here}: no such folder.")
-    walk = os.walk(folder, followlinks=True)
-    files = sorted(Path(root, name) for root, _, names in walk for name in names)
-    files = [file for file in files if file.suffix.lower() in common.SUFFIXES]
+    files = common.list_images([str(folder)], "--pairs")
     images = [(file.relative_to(folder).with_suffix("").as_posix(), file) for file in files]
-    for *patterns, scales in LAYOUTS if published else LAYOUTS[:1]:
+    for *patterns, scales in LAYOUTS if published else LAYOUTS[:2]:
         for scale in scales:  # of several the largest
             hr, lr = (by_name(images, pattern.format(scale)) for pattern in patterns)
+            alone = sorted(hr.keys() ^ lr.keys())
+            if alone and (*patterns, scales) == LAYOUTS[0]:
+                continue  # names that end so by chance, if at all
             if hr or lr:
-                alone = sorted(hr.keys() ^ lr.keys())
                 counts = f"{len(hr)} HR and {len(lr)} LR images"
                 names = f"{len(alone)} names are of one kind only, such as {', '.join(alone[:2])}"
                 common.require(not alone, f"{here}: {counts}; {names}.")
@@ -89,6 +90,19 @@ def find_files(folder: Path, published: bool = True) -> tuple[dict[str, tuple[Pa
     known = "HR/ and LR/ with the same names"
     known += ", or RealSR, DRealSR or RealVSR as published" if published else ""
     raise common.UserError(f"{here}: no images as {known} (see data/README.md).")
+
+
+def stored_sizes(hr: Path, lr: Path) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Width and height of both images by their headers; ValueError if EXIF turns them unlike."""
+    try:
+        with Image.open(hr) as large, Image.open(lr) as small:
+            alike = common.orientation(large) == common.orientation(small)
+            sizes = large.size, small.size
+    except Exception as error:  # Pillow raises errors of many types
+        raise ValueError(f"{hr} or {lr}: no image ({error})") from None
+    if not alike:
+        raise ValueError(f"{hr}: EXIF turns this image and its LR image unlike")
+    return sizes
 
 
 def find_pairs(folder: Path) -> tuple[list[Pair], int]:
@@ -101,6 +115,7 @@ def find_pairs(folder: Path) -> tuple[list[Pair], int]:
     pairs: list[Pair] = []
     for index, (name, (hr, lr)) in enumerate(sorted(files.items())):
         try:
+            stored_sizes(hr, lr)
             H, W = common.load_image(hr).shape[1:]
             h, w = common.load_image(lr).shape[1:]
         except ValueError as error:

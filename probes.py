@@ -10,6 +10,7 @@ not see (extractors)? Not in the paper.
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,11 +212,7 @@ def table_factors(
     net: Any,
     t_starts: Sequence[int],
     repeats: int,
-    num_steps: int,
-    start: str,
-    eta: float,
-    bf16: bool,
-    grain: bool,
+    sampler: generate.Sampler,
     seed: int,
 ) -> dict[str, Any]:
     """All rows: the truth, then the network from each T, with K = 1; T = 0 has no diffusion.
@@ -224,17 +221,18 @@ def table_factors(
     """
 
     def network(t_start: int) -> Answer:
-        first = start if t_start else "reconstruct"
-        return lambda hr, lr_ref, theta, seeds: generate.generate(
-            net, hr, lr_ref, t_start, num_steps, 1, first, eta, seeds, bf16, grain=grain
-        )[0][:, 0]
+        start = sampler.start if t_start else "reconstruct"
+        own = replace(sampler, t_start=t_start, start=start, candidates=1)
+        return lambda hr, lr_ref, theta, seeds: generate.generate(net, hr, lr_ref, own, seeds)[0][
+            :, 0
+        ]
 
     banks = [reductions(x) for x in hr]
     answers = {"truth": truth} | {f"T={t}": network(t) for t in t_starts}
     rows = []
     for factor in FACTORS:
         for name, answer in answers.items():
-            drawn = name != "truth" and (grain or name != "T=0")
+            drawn = name != "truth" and (sampler.grain or name != "T=0")
             noises = range(repeats if drawn else 1)
             parts = [follow(hr, banks, answer, factor, seed, noise) for noise in noises]
             values = {key: [v for part in parts for v in part[key]] for key in parts[0]}

@@ -9,6 +9,7 @@ paper's four, trained from scratch, and FSRCNN, which a CPU can train.
     python sr.py --sr fsrcnn --recipe bicubic --preset smoke
 """
 
+import functools
 import json
 import math
 import zlib
@@ -19,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ import degrade
 import extractors
 import metrics
 from data.pack import Crops, Photos
-from pairs import find_files
+from pairs import find_files, stored_sizes
 
 # ---- networks: lr (B, 3, h, w) in [0, 1] -> hr (B, 3, scale h, scale w) --------------------------
 
@@ -155,43 +155,37 @@ def split(pair: Tensor) -> tuple[Tensor, Tensor]:
     return F.pixel_shuffle(pair[:, :-3], math.isqrt(pair.shape[1] // 3 - 1)), pair[:, -3:]
 
 
-def size_of(file: Path) -> tuple[int, int] | None:
-    """Width and height by an image file's header; None if it has none."""
-    try:
-        with Image.open(file) as image:
-            return image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
-
-
 def find_pairs(folder: str, scale: int, rt: common.Runtime) -> dict[Path, Path]:
     """HR file of each LR file of a folder; UserError where they do not belong together.
 
-    Pairs without an image's header are left out, counted and named.
+    HR may be up to scale - 1 pixels larger than scale times LR. Pairs without an image's header, or
+    of which EXIF turns one, are left out and counted.
     """
     files, _ = find_files(Path(folder), published=False)  # published are only the halves to test on
     found, bad = {}, []
     for name, (hr, lr) in files.items():
-        large, small = size_of(hr), size_of(lr)
-        if large is None or small is None:
-            bad.append(name)
+        try:
+            large, small = stored_sizes(hr, lr)
+        except ValueError as error:
+            bad.append(str(error))
             continue
         sizes = f"{name} has {large[0]} x {large[1]} and {small[0]} x {small[1]} pixels"
-        fits = large == (scale * small[0], scale * small[1])
+        fits = (large[0] // scale, large[1] // scale) == small
         common.require(fits, f"--pairs {folder}: {sizes}, which is not --scale {scale}.")
         found[lr] = hr
     if bad and rt.is_main:
-        print(f"skipped {len(bad)} of {len(files)} pairs: unreadable (the first: {bad[0]})")
+        print(f"skipped {len(bad)} of {len(files)} pairs (the first: {bad[0]})")
     common.require(bool(found), f"--pairs {folder}: none of its pairs can be read.")
     return found
 
 
-def read_pair(files: tuple[Path, Path]) -> np.ndarray:
+def read_pair(files: tuple[Path, Path], scale: int) -> np.ndarray:
     """The LR and HR files of a pair, joined, as uint8 (3 scale^2 + 3, h, w)."""
     lr, hr = (common.to_uint8(common.load_image(f))[None] for f in files)
-    if hr.shape[2] * lr.shape[3] != hr.shape[3] * lr.shape[2]:  # EXIF can turn one of them
-        raise ValueError(f"{files[0]}: its HR image lies on its side")
-    return join(hr, lr)[0].numpy()
+    h, w = (scale * side for side in lr.shape[2:])
+    if hr.shape[2] < h or hr.shape[3] < w:  # in spite of the headers
+        raise ValueError(f"{files[1]}: is smaller than {scale} times its LR image")
+    return join(hr[:, :, :h, :w], lr)[0].numpy()
 
 
 class PairCrops(Crops):
@@ -343,7 +337,8 @@ def train(cfg: Config, rt: common.Runtime) -> Path:
     crops: Crops
     if cfg.pairs:
         pairs = [(lr, hr) for lr, hr in find_pairs(cfg.pairs, cfg.scale, rt).items()]
-        crops = PairCrops(Photos(pairs, folder, rt, read_pair), cfg.crop, cfg.batch_size, cfg.seed)
+        read = functools.partial(read_pair, scale=cfg.scale)
+        crops = PairCrops(Photos(pairs, folder, rt, read), cfg.crop, cfg.batch_size, cfg.seed)
     else:
         photos = Photos(common.find_photos(cfg.hr, "hr", "--hr", packed=True), folder, rt)
         crops = HRCrops(photos, cfg.crop, cfg.batch_size, cfg.seed, scale=cfg.scale)

@@ -12,7 +12,7 @@ samples of one content differ (diversity)?
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -112,14 +112,9 @@ def methods(net: Any, cfg: generate.Config) -> dict[str, Method]:
 
         return make
 
-    def network(t_start: int) -> Method:
+    def network(sampler: generate.Sampler) -> Method:
         def make(hr: Tensor, lr_ref: list[Tensor], seeds: list[int]) -> Tensor:
-            lr, scores = generate.generate(
-                net, hr, lr_ref, t_start, cfg.num_steps, cfg.candidates,
-                cfg.start if t_start else "reconstruct", cfg.eta, seeds, cfg.bf16, cfg.solver,
-                cfg.recipe, cfg.grain,
-            )  # fmt: skip
-            return lr[torch.arange(len(lr)), scores["kept"].cpu()]
+            return generate.chosen(*generate.generate(net, hr, lr_ref, sampler, seeds))
 
         return make
 
@@ -127,8 +122,8 @@ def methods(net: Any, cfg: generate.Config) -> dict[str, Method]:
         "bicubic": plain,
         "Real-ESRGAN": synthetic("realesrgan"),
         "BSRGAN": synthetic("bsrgan"),
-        "Rec_lr with grain (T=0)": network(0),
-        "RealDGen": network(cfg.t_start),
+        "Rec_lr with grain (T=0)": network(replace(cfg, t_start=0, start="reconstruct")),
+        "RealDGen": network(cfg),
     }
 
 

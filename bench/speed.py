@@ -157,15 +157,12 @@ def generating(cfg: Config, rt: common.Runtime) -> Rows:
     hr = sample_photos("hr", batch, 512, rt.device)
     lr_ref, seeds = list(sample_photos("lr", len(hr), 128, rt.device)), range(len(hr))
 
-    def work(t_start: int, num_steps: int) -> Work:
-        return lambda: generate.generate(
-            net, hr, lr_ref, t_start, num_steps, 1, seeds=seeds, bf16=cfg.bf16
-        )
+    def work(sampler: generate.Sampler) -> Work:
+        return lambda: generate.generate(net, hr, lr_ref, sampler, seeds)
 
-    default = generate.Config()
     return {
-        "generate, default": (work(default.t_start, default.num_steps), batch),
-        "generate, T = 200, 10 steps": (work(200, 10), batch),
+        "generate, default": (work(generate.Sampler()), batch),
+        "generate, T = 200, 10 steps": (work(generate.Sampler(t_start=200, num_steps=10)), batch),
     }
 
 

@@ -51,7 +51,8 @@ small { color: #666; }
 <h2>Domains of the references</h2>$domains
 <h2>Best and worst pairs</h2>
 <p>From left to right: HR, LR reference, generated LR; the middle of each. Pairs are ordered by the
-sum of both errors, each divided by its mean over all pairs.</p>
+sum of both errors, each divided by its mean over all pairs, if they were computed (several
+candidates, or --max-error).</p>
 $pairs
 </body></html>
 """)
@@ -129,7 +130,7 @@ def save_report(path: Path, out: Path, records: list[dict], settings: dict) -> N
     One HTML file that needs no other; opens only the images it shows.
     """
     assert records, "a report needs a pair"
-    names = ("content", "degradation")
+    names = [n for n in ("content", "degradation") if all(f"{n}_errors" in r for r in records)]
     lists = {name: [r[f"{name}_errors"] for r in records] for name in names}
     chosen = [r["kept"] for r in records]
     kept = {n: np.array([e[k] for e, k in zip(lists[n], chosen, strict=True)]) for n in names}
@@ -137,7 +138,7 @@ def save_report(path: Path, out: Path, records: list[dict], settings: dict) -> N
 
     members: dict[str, list[int]] = {}
     for i, record in enumerate(records):
-        members.setdefault(record.get("domain") or "(no sub-folder)", []).append(i)
+        members.setdefault(Path(record["lr_ref"]).parent.name or "(no folder)", []).append(i)
     largest = sorted(members.items(), key=lambda item: (-len(item[1]), item[0]))
     head: list[object] = [
         "domain",
@@ -171,7 +172,7 @@ def save_report(path: Path, out: Path, records: list[dict], settings: dict) -> N
         if shown:
             pairs += f'<h3>{title}</h3><div class="pairs">{"".join(map(figure, shown))}</div>'
     references = len({r["lr_ref"] for r in records})
-    candidates = sum(map(len, lists["content"]))
+    candidates = sum(record["candidates"] for record in records)
     page = PAGE.substitute(
         title=html.escape(f"Pairs in {out}"),
         counts=f"Pairs: {len(records)}. Candidates: {candidates}. References: {references}. "
@@ -201,11 +202,11 @@ def main(cfg: Config, rt: common.Runtime) -> None:
     common.require(table.is_file(), f"{table} is missing: make it with `python generate.py`.")
     lines = table.read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
-    ours = all(generate.SETTINGS[0] in record for record in records)
-    common.require(ours, f"{table}: not of generate.py.")
+    common.require(all("lr_ref" in r for r in records), f"{table}: not of generate.py.")
     records = [record for record in records if not record["dropped"]]
     common.require(bool(records), f"{table} has no pairs.")
-    settings = {key: records[0].get(key) for key in generate.SETTINGS}
+    of_pair = ("hr", "lr", "source", "lr_ref", "kept", "dropped")
+    settings = {k: v for k, v in records[0].items() if k not in of_pair and "errors" not in k}
     save_report(out / "report.html", out, records, settings)
     print(f"{len(records)} pairs: look at {out / 'report.html'}")
 

@@ -5,7 +5,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -175,6 +175,34 @@ def test_folders_of_pairs_may_be_links(tmp_path):
     assert [pair.name for pair in benchmark.find_pairs(tmp_path / "set")[0]] == ["a1", "a2"]
 
 
+@pytest.mark.parametrize(
+    "hr, lr, names",
+    [
+        ("gt/{}.png", "lq/{}.png", ["a", "bx4"]),
+        ("GT/{}.png", "LQ/{}.png", ["a", "bx4"]),
+        ("hr/{}.png", "lr/{}x4.png", ["0001", "a/b", "cx2"]),
+    ],
+)
+def test_pairs_are_known_as_others_lay_them_out(tmp_path, hr, lr, names):
+    for number, name in enumerate(names):
+        write(tmp_path / hr.format(name), photo(number, 192))
+        write(tmp_path / lr.format(name), photo(number, 48))
+    pairs, skipped = benchmark.find_pairs(tmp_path)
+    assert [(pair.name, pair.scale) for pair in pairs] == [(name, 4) for name in names]
+    assert [pair.lr for pair in pairs] == [tmp_path / lr.format(name) for name in names]
+    assert skipped == 0
+
+
+@pytest.mark.parametrize("turn", [3, 6])
+def test_a_square_pair_of_which_exif_turns_one_image_is_skipped(tmp_path, turn):
+    write_pairs(tmp_path, ["a1", "a2"])
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    Image.open(tmp_path / "LR/a2.png").save(tmp_path / "LR/a2.png", exif=exif)
+    pairs, skipped = benchmark.find_pairs(tmp_path)
+    assert [pair.name for pair in pairs] == ["a1"] and skipped == 1
+
+
 def test_a_corrupt_image_is_skipped_and_leaves_the_others_their_draws(tmp_path):
     write_pairs(tmp_path, ["a1", "a2", "a3"])
     (tmp_path / "HR/a2.png").write_bytes((tmp_path / "HR/a2.png").read_bytes()[:300])
@@ -215,17 +243,17 @@ def copying_generator(monkeypatch):
     """A generator that answers with the reference, resized: shows what it was given."""
     calls = []
 
-    def answer(net, hr, lr_ref, t_start, candidates, start, seeds, **options):
-        calls.append({"t_start": t_start, "start": start, "seeds": seeds})
-        calls[-1] |= {"candidates": candidates} | options
+    def answer(net, hr, lr_ref, sampler, seeds):
+        settings = {f.name: getattr(sampler, f.name) for f in fields(generate.Sampler)}
+        calls.append(settings | {"seeds": seeds})
         size = (hr.shape[2] // 4, hr.shape[3] // 4)
         lr = torch.stack([torch.nn.functional.interpolate(x[None], size)[0] for x in lr_ref])
-        candidates = torch.stack([torch.zeros_like(lr)] * (candidates - 1) + [lr], dim=1)
+        candidates = torch.stack([torch.zeros_like(lr)] * (sampler.candidates - 1) + [lr], dim=1)
         return candidates, {"kept": torch.full((len(hr),), candidates.shape[1] - 1)}
 
     monkeypatch.setattr(generate, "load_generator", lambda *_: SimpleNamespace(t_max=500))
     monkeypatch.setattr(generate, "generate", answer)
-    own = lambda pairs, net, bf16: {p.index: benchmark.load_lr(p.lr, p.shrink) for p in pairs}  # noqa: E731
+    own = lambda pairs, net: {p.index: benchmark.load_lr(p.lr, p.shrink) for p in pairs}  # noqa: E731
     monkeypatch.setattr(benchmark, "mean_codes", own)
     return calls
 
@@ -248,7 +276,7 @@ def run_table(tmp_path, folder, **options):
 def test_the_table_has_each_method_and_every_value(tmp_path, monkeypatch, copying_generator):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
     results, table = run_table(
-        tmp_path, write_pairs(tmp_path / "RealSR"), batch_size=2, start="degrade"
+        tmp_path, write_pairs(tmp_path / "RealSR"), batch_size=2, start="realesrgan"
     )
     rows = {row["method"]: row for row in results["sets"][0]["rows"]}
     counts = {name: row["n"] for name, row in rows.items()}
@@ -280,7 +308,7 @@ def test_the_table_has_each_method_and_every_value(tmp_path, monkeypatch, copyin
     assert means[4] >= means[3] > means[0] - 0.1
     # T = 0 is Rec_lr alone, whatever diffusion starts from.
     starts = {call["t_start"]: call["start"] for call in copying_generator}
-    assert starts == {0: "reconstruct", 9: "degrade"}
+    assert starts == {0: "reconstruct", 9: "realesrgan"}
     assert results["config"]["batch_size"] == 2 and results["torch"] == torch.__version__
     # No weights: no number, neither in the table nor in the file.
     assert "LPIPS" not in rows["bicubic"]["mean"] and "| - | - | 5 |" in table
@@ -326,14 +354,15 @@ def test_sampling_compares_settings_on_the_same_pairs(tmp_path, monkeypatch, cop
     folder = write_pairs(tmp_path / "RealSR")
     results, text = run_table(tmp_path, folder, table=("sampling",), images=3, t_starts=(0, 7))
     rows = results["sampling"][0]["rows"]
-    assert len(rows) == 13 and all(row["n"] == 3 for row in rows) and results["sets"] == []
-    used = {(c["t_start"], c["num_steps"], c["eta"], c["solver"], c["candidates"], c["start"])
+    assert len(rows) == 11 and all(row["n"] == 3 for row in rows) and results["sets"] == []
+    used = {(c["t_start"], c["num_steps"], c["eta"], c["candidates"], c["start"])
             for c in copying_generator}  # fmt: skip
-    assert {(7, 10, 0.0, "dpm", 1, "reconstruct"), (7, 7, 1.0, "ddim", 1, "reconstruct"),
-            (9, benchmark.Config.num_steps, 0.0, "ddim", 4, "reconstruct"),
-            (300, 300, 1.0, "ddim", 1, "degrade")} <= used  # fmt: skip
+    assert {(7, 10, 0.0, 1, "reconstruct"), (7, 7, 1.0, 1, "reconstruct"),
+            (9, benchmark.Config.num_steps, 0.0, 4, "reconstruct"),
+            (300, 300, 1.0, 1, "reconstruct"),
+            (300, 300, 1.0, 1, "realesrgan")} <= used  # fmt: skip
     assert [c["grain"] for c in copying_generator if c["t_start"] == 0] == [False, True]
-    assert "T=7, dpm, 5" in text and "images/s" in text
+    assert "T=7, ddim, 5" in text and "images/s" in text
 
 
 def test_scale_2_reaches_the_generator_at_4_times_the_lr_size(
@@ -381,7 +410,7 @@ def test_bicubic_rows_of_the_shared_pairs_are_reproduced_without_our_code(shared
 def test_the_mean_code_is_that_of_the_other_scenes_of_the_camera(tmp_path, monkeypatch):
     pairs, _ = benchmark.find_pairs(write_pairs(tmp_path / "set", ["a1", "a2", "a3", "b1"]))
     monkeypatch.setattr(generate, "code_of", lambda net, lr: lr.mean((1, 2))[None])
-    codes = benchmark.mean_codes(pairs, torch.nn.Linear(1, 1), False)
+    codes = benchmark.mean_codes(pairs, torch.nn.Linear(1, 1))
     means = [common.load_image(pair.lr).mean((1, 2)) for pair in pairs]
     assert set(codes) == {0, 1, 2}  # there is no other b
     torch.testing.assert_close(codes[1], (means[0] + means[2]) / 2)
@@ -390,9 +419,12 @@ def test_the_mean_code_is_that_of_the_other_scenes_of_the_camera(tmp_path, monke
 # ---- the command line ---------------------------------------------------------------------------
 
 
-def test_the_presets_of_generation_serve_here_too():
-    for preset in benchmark.PRESETS.values():
-        benchmark.Config(**preset)
+def test_the_sampler_and_its_presets_serve_here_too():
+    """The same settings, with the same defaults, in both commands; not only the same names."""
+    for preset in benchmark.PRESETS:
+        here, there = (of.Config(**of.PRESETS[preset]) for of in (benchmark, generate))
+        for field in fields(generate.Sampler):
+            assert getattr(here, field.name) == getattr(there, field.name)
 
 
 def unequal_names(folder):
@@ -408,7 +440,7 @@ def fractional_scale(folder):
 
 
 def no_lr(folder):
-    (folder / "LR").rename(folder / "lq")
+    (folder / "LR").rename(folder / "elsewhere")
 
 
 def empty_hr(folder):
@@ -493,8 +525,8 @@ def nothing(folder):
         (nothing, "--table extractors --extractors no.pt", "--extractors no.pt: no such file"),
         (nothing, "--table extractors --hr set/HR --crop 32 --lr nowhere", "--lr nowhere: no such"),
         (nothing, "--pairs set --batch-size 0", "must be at least 1"),
-        (nothing, "--pairs set --start noise", "--start noise: choose reconstruct, degrade"),
-        (nothing, "--pairs set --solver x", "--solver x: choose ddim, dpm"),
+        (nothing, "--pairs set --start noise", "--start noise: choose reconstruct, realesr"),
+        (nothing, "--pairs set --eta 2", "--eta 2"),
         (nothing, "--pairs set --t-start 900", "T = 900: the weights know 500 steps"),
         (nothing, "--pairs set --sr fsrcnn --table 3 --t-starts 200 501", "T = 501: the weights"),
         (nothing, "--pairs set --checkpoint no.pt", "no such file"),

@@ -1073,6 +1073,9 @@ def test_several_pairs_of_each_photo(photos, tmp_path, monkeypatch, capsys):
     Image.open(out / "preview.png").load()
 
 
+SIDES = ("hr", "lr")
+
+
 def lr_files(out: Path) -> set[str]:
     """The LR files, which are those of the table and have HR files beside them."""
     names = {file.name for file in (out / "lr").iterdir()}
@@ -1100,7 +1103,9 @@ def test_the_folder_holds_what_the_last_command_asked_for(tmp_path, monkeypatch,
     capsys.readouterr()
     launch(monkeypatch, "--hr", photos, "--out", out, "--recipe", "wide")
     assert lr_files(out) == {"a.png", "b.png", "d_b.png"}
-    assert "removed 8 pairs" in capsys.readouterr().out
+    assert "8 pairs of before" in capsys.readouterr().out
+    gone = {f"{side}/{n}_{k}.png" for side in SIDES for n in ("a", "b", "c", "d_b") for k in (0, 1)}
+    assert set(contents(out / "removed")) >= gone  # they are set aside, not deleted
     (photos / "a.png").write_text("not an image any more")
     launch(monkeypatch, "--hr", photos, "--out", out, "--recipe", "wide")
     assert lr_files(out) == {"b.png", "d_b.png"}
@@ -1115,7 +1120,9 @@ def test_a_photo_that_is_replaced_is_degraded_anew(tmp_path, monkeypatch, capsys
     common.save_image(photo, drawn_image(40, 40, 1))
     launch(monkeypatch, "--hr", photo.parent, "--out", out)
     after = contents(out)
-    assert all(before[f"{side}/a.png"] != after[f"{side}/a.png"] for side in ("hr", "lr"))
+    assert all(before[f"{side}/a.png"] != after[f"{side}/a.png"] for side in SIDES)
+    assert before["preview.png"] != after["preview.png"]
+    assert not (out / "removed").exists()
 
 
 def test_results_inside_the_folder_of_photos_are_not_read_as_photos(photos, monkeypatch, capsys):
@@ -1149,22 +1156,18 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     subprocess.run([*command, "--out", whole], check=True, capture_output=True)
     process = subprocess.Popen([*command, "--out", broken], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    table = broken / "pairs.jsonl"
+    table = broken / "pairs.0.jsonl"  # of this process, until the run has finished
     while not (table.is_file() and table.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
     process.wait()
-    finished = [json.loads(line) for line in table.read_text().splitlines()]
+    finished = [json.loads(line) for line in table.read_text().splitlines() if line]
     assert 0 < len(finished) < 40
     for pair in finished:
         assert (broken / pair["lr"]).read_bytes() == (whole / pair["lr"]).read_bytes()
     times = {pair["lr"]: (broken / pair["lr"]).stat().st_mtime_ns for pair in finished}
     subprocess.run([*command, "--out", broken], check=True, capture_output=True)
     assert {name: (broken / name).stat().st_mtime_ns for name in times} == times
-    left = [path for path in broken.rglob("*.tmp") if path.is_file()]
-    for path in left:  # half-written files of the killed run have names that no one reads
-        assert path.name.startswith(".")
-        path.unlink()
     assert contents(broken) == contents(whole)
 
 

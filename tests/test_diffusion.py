@@ -163,19 +163,10 @@ def test_ddim_step_with_eta_0_moves_along_the_same_noise():
 
 
 @pytest.mark.parametrize(
-    ("t_start", "num_steps", "eta", "solver"),
-    [
-        (300, 300, 1.0, "ddim"),
-        (30, 10, 0.0, "ddim"),
-        (7, 3, 0.5, "ddim"),
-        (1, 1, 0.0, "dpm"),
-        (30, 2, 0.0, "dpm"),
-        (500, 7, 0.0, "dpm"),
-        (1000, 20, 0.0, "dpm"),
-        (300, 300, 0.0, "dpm"),
-    ],
+    ("t_start", "num_steps", "eta"),
+    [(300, 300, 1.0), (30, 10, 0.0), (7, 3, 0.5), (1, 1, 0.0), (500, 7, 0.0), (1000, 20, 0.0)],
 )
-def test_sampling_with_the_true_noise_finds_the_image(t_start, num_steps, eta, solver):
+def test_sampling_with_the_true_noise_finds_the_image(t_start, num_steps, eta):
     target, calls = uniform(2, 3, 4, 4), []
 
     def exact(x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
@@ -184,94 +175,70 @@ def test_sampling_with_the_true_noise_finds_the_image(t_start, num_steps, eta, s
         return (x_t - alpha_bar.sqrt() * diffusion.to_signed(target)) / (1 - alpha_bar).sqrt()
 
     start, c = uniform(2, 3, 4, 4, seed=5), torch.zeros(2, 1, 4, 4)
-    x = diffusion.sample(exact, start, c, t_start, num_steps, generators(0, 1), eta, solver)
+    x = diffusion.sample(exact, start, c, [t_start] * 2, num_steps, generators(0, 1), eta)
     torch.testing.assert_close(x, target, atol=1e-4, rtol=0)
     assert len(calls) == num_steps and calls[0] == [t_start] * 2 and calls[-1][0] >= 1
     assert all(a[0] > b[0] for a, b in zip(calls, calls[1:], strict=False))
 
 
-def test_dpm_step_matches_the_algorithm_as_printed():
-    """arXiv:2211.01095, Algorithm 2, in float64."""
-    x_t, x_0, before = normal(3, 3, 4, 4), normal(3, 3, 4, 4, seed=1), normal(3, 3, 4, 4, seed=2)
-    steps = torch.tensor([[500, 100, 12], [400, 50, 7], [380, 10, 1]])  # before, now and next
-    ours = diffusion.dpm_step(x_t, steps[1], steps[2], x_0, steps[0], before).numpy()
-    alpha_bars = np.concatenate([[1.0], np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))])
-    for b, ts in enumerate(steps.T.tolist()):
-        alpha, sigma = np.sqrt(alpha_bars[ts]), np.sqrt(1 - alpha_bars[ts])
-        h_before, h = np.diff(np.log(alpha / sigma))
-        r = h_before / h
-        d = (1 + 1 / (2 * r)) * x_0[b].numpy() - 1 / (2 * r) * before[b].numpy()
-        expected = sigma[2] / sigma[1] * x_t[b].numpy() - alpha[2] * (np.exp(-h) - 1) * d
-        np.testing.assert_allclose(ours[b], expected, atol=1e-3 if ts[2] == 1 else 1e-4)
-        lambdas = diffusion.half_log_snr(torch.tensor(ts)).flatten()
-        np.testing.assert_allclose(lambdas, np.log(alpha / sigma), atol=1e-3)
+def test_the_ode_of_ddim_is_of_first_order():
+    """Of images N(mu, s^2) the ideal eps_pred is known, and where a chain from T would end, too.
 
-
-def recorded(solver: str, num_steps: int, t_start: int = 400, rows: tuple[int, ...] = (0, 1)):
-    """Samples images of N(mu, s^2): the result, and x_t at each t of an evaluation.
-
-    The ideal eps_pred is known; mu and s are small enough that no prediction of x_0 is clamped.
+    The ODE keeps (x_t - sqrt(abar_t) mu) / sqrt(abar_t s^2 + 1 - abar_t) as it is; mu and s are
+    small enough that no prediction of x_0 is clamped.
     """
-    states, mu, s = {}, 0.1, 0.1
+    mu, s, T = 0.1, 0.1, 400
+    start = uniform(2, 3, 8, 8)
 
-    def ideal(x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        alpha_bar, states[int(t[0])] = diffusion.alpha_bar(t), x_t
-        sigma = (1 - alpha_bar).sqrt()
-        eps_pred = sigma * (x_t - alpha_bar.sqrt() * mu) / (alpha_bar * s**2 + sigma**2)
-        assert ((x_t - sigma * eps_pred) / alpha_bar.sqrt()).abs().max() < 1
-        return eps_pred
+    def error(num_steps: int) -> float:
+        states = {}
 
-    start, draws = uniform(2, 3, 8, 8)[list(rows)], generators(*rows)
-    x = diffusion.sample(ideal, start, start, t_start, num_steps, draws, 0.0, solver)
-    return x, states
+        def ideal(x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+            alpha_bar, states[int(t[0])] = diffusion.alpha_bar(t), x_t
+            sigma = (1 - alpha_bar).sqrt()
+            return sigma * (x_t - alpha_bar.sqrt() * mu) / (alpha_bar * s**2 + sigma**2)
 
-
-def test_dpm_is_of_second_order_and_ddim_of_first():
-    """The ODE keeps (x_t - sqrt(abar_t) mu) / sqrt(abar_t s^2 + 1 - abar_t) as it is."""
-
-    def error(solver: str, num_steps: int) -> float:
-        states, mean_std = recorded(solver, num_steps)[1], []
-        for t in (400, 100):
+        diffusion.sample(ideal, start, start, [T] * 2, num_steps, generators(0, 1))
+        mean_std = []
+        for t in (T, 100):
             alpha_bar = ALPHAS_CUMPROD[t]
-            mean_std.append((0.1 * alpha_bar.sqrt(), (0.01 * alpha_bar + 1 - alpha_bar).sqrt()))
+            mean_std.append((mu * alpha_bar.sqrt(), (s**2 * alpha_bar + 1 - alpha_bar).sqrt()))
         (mean_start, std_start), (mean, std) = mean_std
-        exact = mean + std * (states[400] - mean_start) / std_start
+        exact = mean + std * (states[T] - mean_start) / std_start
         return (states[100] - exact).square().mean().sqrt().item()
 
-    ddim, dpm = ([error(solver, n) for n in (10, 20, 40)] for solver in ("ddim", "dpm"))
-    for n in (0, 1):
-        assert 1.8 < ddim[n] / ddim[n + 1] < 2.2
-        assert 3.3 < dpm[n] / dpm[n + 1] < 4.5
-    assert dpm[0] < ddim[0] / 3 and dpm[2] < ddim[2] / 10
-
-
-def test_the_first_step_of_dpm_is_ddim_s():
-    (ddim, steps_ddim), (dpm, steps_dpm) = recorded("ddim", 4), recorded("dpm", 4)
-    assert list(steps_dpm) == list(steps_ddim) == [400, 225, 100, 25]
-    assert torch.equal(steps_dpm[225], steps_ddim[225])
-    assert not torch.allclose(steps_dpm[100], steps_ddim[100], atol=1e-4)
-    assert not torch.allclose(ddim, dpm, atol=1e-4)
-    assert torch.equal(recorded("ddim", 1)[0], recorded("dpm", 1)[0])
-
-
-def test_dpm_draws_nothing_but_the_first_noise_and_rows_are_independent():
-    together = recorded("dpm", 5)[0]
-    assert torch.equal(together, recorded("dpm", 5)[0])
-    for b in (0, 1):
-        assert torch.equal(together[b], recorded("dpm", 5, rows=(b,))[0][0])
-
-
-@pytest.mark.parametrize(("solver", "eta"), [("dpm", 0.5), ("euler", 0.0)])
-def test_an_unknown_solver_and_dpm_with_noise_are_refused(solver, eta):
-    start = uniform(1, 3, 4, 4)
-    with pytest.raises(ValueError, match="solver"):
-        diffusion.sample(lambda *_: 1 / 0, start, start, 10, 5, generators(0), eta, solver)
+    errors = [error(n) for n in (10, 20, 40)]
+    for coarse, fine in itertools.pairwise(errors):
+        assert 1.8 < coarse / fine < 2.2
 
 
 def test_no_noise_steps_give_the_start_image():
     start = uniform(2, 3, 4, 4)
-    x = diffusion.sample(lambda *_: 1 / 0, start, start, 0, 10, generators(0, 1))
-    assert torch.equal(x, start)
+    x = diffusion.sample(lambda *_: 1 / 0, start, start, [0, 0], 10, generators(0, 1))
+    torch.testing.assert_close(x, start, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("num_steps", "eta"), [(5, 0.0), (5, 1.0), (300, 1.0)])
+def test_rows_of_different_t_start_equal_each_row_alone(num_steps, eta):
+    """Short chains begin later; a row with t_start 0 is the start image in any company."""
+    ts, start, c = [300, 0, 20, 3, 1], uniform(5, 3, 4, 4), uniform(5, 1, 4, 4, seed=1)
+    evaluations = []
+
+    def net(x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        assert len(x_t) == len(t) == len(c)
+        evaluations.append(t.tolist())
+        return x_t / 2 + c * t.view(-1, 1, 1, 1) / 1000
+
+    x = diffusion.sample(net, start, c, ts, num_steps, generators(*range(5)), eta)
+    calls, evaluations = evaluations, []
+    for b, t in enumerate(ts):
+        facts = start[b : b + 1], c[b : b + 1], [t], num_steps, generators(b), eta
+        assert torch.equal(diffusion.sample(net, *facts)[0], x[b])
+    torch.testing.assert_close(x[1], start[1], atol=1e-6, rtol=0)
+    # As many evaluations of each row as alone, and as few calls as the longest chain has.
+    assert len(calls) == num_steps
+    assert sorted(sum(calls, [])) == sorted(sum(evaluations, []))
+    assert 300 in calls[0] and all(1 <= t <= 300 for t in sum(calls, []))
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -279,7 +246,9 @@ def test_sampling_depends_on_the_seeds_alone(eta):
     start, c = uniform(2, 3, 4, 4), torch.zeros(2, 1, 4, 4)
 
     def run(*seeds: int) -> Tensor:
-        return diffusion.sample(lambda x, t, c: 0.9 * x, start, c, 20, 5, generators(*seeds), eta)
+        return diffusion.sample(
+            lambda x, t, c: 0.9 * x, start, c, [20] * 2, 5, generators(*seeds), eta
+        )
 
     assert torch.equal(run(1, 2), run(1, 2))
     assert not torch.equal(run(1, 2)[0], run(3, 2)[0])
@@ -296,7 +265,9 @@ def test_the_draws_of_a_row_do_not_depend_on_the_batch():
     def run(*rows: int) -> Tensor:
         draws = generators(*rows)
         rows_ = list(rows)
-        return diffusion.sample(lambda x, t, c: x / 2, start[rows_], c[rows_], 20, 5, draws, 1.0)
+        return diffusion.sample(
+            lambda x, t, c: x / 2, start[rows_], c[rows_], [20] * len(rows), 5, draws, 1.0
+        )
 
     assert torch.equal(run(0, 1, 2)[1], run(1)[0])
 

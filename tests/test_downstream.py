@@ -154,11 +154,10 @@ def test_every_table_has_its_rows():
     cfg = benchmark.Config(sr=("hat", "fsrcnn"), t_starts=(200, 300), without_content="c.pt")
     rows = {t: downstream.downstream_rows(t, ["A", "B"], cfg) for t in downstream.DOWNSTREAM}
     assert len(rows["1"]) == 2 * len(downstream.DATA)
-    chosen = {"auto_t": True, "candidates": 4}
-    assert [r.settings for r in rows["3"]] == [{"t_start": 200}, {"t_start": 300}, chosen]
+    assert [r.settings for r in rows["3"]] == [{"t_start": 200}, {"t_start": 300}]
     assert [r.settings for r in rows["7"]] == [{"candidates": 1}, {"candidates": 4}]
     # An ablation gets nothing of what it is without by another way: Rec_lr's answer, grain.
-    noised = {"start": "degrade", "grain": False, "t_start": 300, "num_steps": 10}
+    noised = {"start": "realesrgan", "grain": False, "t_start": 300, "num_steps": 10}
     assert [r.settings for r in rows["4"]] == [noised | {"checkpoint": "c.pt"}, noised]
     assert [r.without for r in rows["5"]][-2:] == ["A", "B"]
     assert {r.network for t in "3457" for r in rows[t]} == {"fsrcnn"}

@@ -113,7 +113,7 @@ def reading_generator(monkeypatch):
     monkeypatch.setenv("TORCH_HOME", "nowhere")
     seen = []
 
-    def answer(net, hr, lr_ref, **options):
+    def answer(net, hr, lr_ref, sampler, seeds):
         seen.extend(lr_ref)
         lr = pairs.reduced(hr, hr.shape[2] // 4, hr.shape[3] // 4)
         return lr[:, None], {"kept": torch.zeros(len(hr), dtype=torch.long)}

@@ -80,13 +80,29 @@ def test_a_batch_that_does_not_fit_goes_in_parts(trained):
     assert total > 90 or "parts, as memory asks for" in printed
 
 
-@pytest.mark.parametrize("flags", ["", "--start degrade --t-start 20 --num-steps 4 --candidates 2"])
+@pytest.mark.parametrize(
+    "flags", ["", "--start realesrgan --t-start 20 --num-steps 4 --candidates 2"]
+)
 def test_pairs_are_generated_and_taken_up_again(trained, flags):
     command = f"generate.py --device cuda --out pairs{len(flags)} {flags}"
     run(command, trained)
     files = {path: path.read_bytes() for path in (trained / f"pairs{len(flags)}/lr").iterdir()}
     run(command, trained)
     assert files and files == {path: path.read_bytes() for path in files}
+
+
+def test_a_batch_on_a_gpu_is_what_each_image_is_alone_but_for_rounding(trained):
+    import common
+    import generate
+
+    device = torch.device("cuda")
+    net = generate.load_generator("", device, grain=True)
+    hr = torch.rand(4, 3, 256, 256, generator=common.generator(0)).to(device)
+    refs = [torch.rand(3, 64, 64, generator=common.generator(b)) for b in range(4)]
+    together, _ = generate.generate(net, hr, refs, generate.Sampler(), range(4))
+    for b in range(4):
+        alone, _ = generate.generate(net, hr[b : b + 1], refs[b : b + 1], generate.Sampler(), [b])
+        assert (together[b] - alone[0]).abs().mean() < 2 / 255
 
 
 def test_a_folder_is_degraded(trained):

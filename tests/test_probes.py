@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,7 @@ def drawn_folder(folder, batch=3):
 def test_a_network_that_obeys_its_reference_scores_high_another_one_near_0(monkeypatch, obeys):
     levels = {f: torch.linspace(low, high, 8) for f, (_, low, high) in probes.FACTORS.items()}
     given = {}  # the parameters of each reference, by its pixels
+    asked = []
     original = degrade.degrade
 
     def remember(hr, theta, generator=None):
@@ -84,8 +86,9 @@ def test_a_network_that_obeys_its_reference_scores_high_another_one_near_0(monke
         given.update({x.numpy().tobytes(): theta[[i]] for i, x in enumerate(lr)})
         return lr
 
-    def answer(net, hr, lr_ref, t_start, num_steps, candidates, start, eta, seeds, bf16, grain):
-        assert candidates == 1 and len(set(seeds)) == len(seeds) == len(levels["blur"])
+    def answer(net, hr, lr_ref, sampler, seeds):
+        asked.append(sampler)
+        assert len(set(seeds)) == len(seeds) == len(levels["blur"])
         if obeys:
             theta = degrade.Degradation.cat([given[x.numpy().tobytes()] for x in lr_ref])
             return original(hr, theta)[:, None], {}
@@ -95,15 +98,13 @@ def test_a_network_that_obeys_its_reference_scores_high_another_one_near_0(monke
 
     monkeypatch.setattr(degrade, "degrade", remember)
     monkeypatch.setattr(generate, "generate", answer)
-    options = {
-        "num_steps": 5,
-        "start": "reconstruct",
-        "eta": 0.0,
-        "bf16": True,
-        "grain": obeys,
-        "seed": 0,
+    sampler = generate.Sampler("light", 7, 5, 0.5, candidates=4, grain=obeys)
+    rows = probes.table_factors(scenes(4), None, (0, 9), 2, sampler, 0)["rows"]
+    alone = replace(sampler, candidates=1)
+    assert set(asked) == {
+        replace(alone, t_start=0, start="reconstruct"),
+        replace(alone, t_start=9),
     }
-    rows = probes.table_factors(scenes(4), None, (0, 9), 2, **options)["rows"]
     assert [row["factor"] for row in rows[::3]] == list(probes.FACTORS)
     # Repeats where noise is drawn: with grain from T = 0, too.
     assert [len(row["rank"]) for row in rows[:3]] == [4, 8 if obeys else 4, 8]

@@ -1,6 +1,7 @@
 """data/report.py and data/shards.py: what they say of a finished run, and that nothing is lost."""
 
 import base64
+import dataclasses
 import hashlib
 import io
 import json
@@ -29,7 +30,7 @@ from data import shards as tars
 
 REPO = Path(__file__).resolve().parents[1]
 
-SETTINGS = {"start": "reconstruct", "t_start": 15}
+SETTINGS = {"start": "reconstruct", "t_start": 15, "candidates": 3}
 
 
 def make_records(out: Path, count: int) -> list[dict]:
@@ -38,10 +39,11 @@ def make_records(out: Path, count: int) -> list[dict]:
         g = torch.Generator().manual_seed(i)
         common.save_image(out / f"hr/{i}.png", torch.rand(3, 64, 96, generator=g))
         common.save_image(out / f"lr/{i}.png", torch.rand(3, 16, 24, generator=g))
-        common.save_image(out / f"ref/{i % 2}.png", torch.rand(3, 40, 40, generator=g))
+        lr_ref = out / f"ref/camera{i % 2}/{i}.png"
+        common.save_image(lr_ref, torch.rand(3, 40, 40, generator=g))
         errors = torch.rand(2, 3, generator=g).tolist()
         record = {"hr": f"hr/{i}.png", "lr": f"lr/{i}.png", "source": f"photos/{i}.jpg"}
-        record |= {"lr_ref": str(out / f"ref/{i % 2}.png"), "domain": f"camera{i % 2}"}
+        record |= {"lr_ref": str(lr_ref), "dropped": False}
         record |= {"content_errors": errors[0], "degradation_errors": errors[1], "kept": i % 3}
         records.append(record | SETTINGS)
     return records
@@ -103,17 +105,33 @@ def test_report_orders_pairs_by_their_errors_over_the_mean(tmp_path):
     assert shown_pairs(read_page(tmp_path / "report.html")) == expected
 
 
-def test_report_averages_domains(tmp_path):
+def test_report_averages_the_folders_of_the_references(tmp_path):
     records = make_records(tmp_path, 5)
     report.save_report(tmp_path / "report.html", tmp_path, records, SETTINGS)
     text = read_page(tmp_path / "report.html")
-    mine = [r for r in records if r["domain"] == "camera1"]
+    mine = [r for r in records if "/camera1/" in r["lr_ref"]]
     kept = [np.mean([r[f"{k}_errors"][r["kept"]] for r in mine])
             for k in ("content", "degradation")]  # fmt: skip
     drawn = [np.mean([r[f"{k}_errors"] for r in mine]) for k in ("content", "degradation")]
     values = (kept[0], drawn[0], kept[1], drawn[1])
     cells = "".join(f"<td>{v:.4g}</td>" for v in values)
     assert f"<td>camera1</td><td>2</td>{cells}" in text
+
+
+@pytest.mark.parametrize("missing", [["content"], ["content", "degradation"]])
+def test_report_works_without_errors(tmp_path, missing):
+    """Which a run of one candidate does not compute: pairs, settings and domains are shown."""
+    records = make_records(tmp_path, 5)
+    for record in records:
+        for name in missing:
+            del record[f"{name}_errors"]
+    report.save_report(tmp_path / "report.html", tmp_path, records, SETTINGS)
+    text = read_page(tmp_path / "report.html")
+    assert len(shown_pairs(text)) == len(set(shown_pairs(text))) == 5
+    assert text.count("<svg") == 2 - len(missing) and "nan" not in text
+    assert "<td>camera1</td><td>2</td>" in text and "<td>t_start</td><td>15</td>" in text
+    for name in missing:
+        assert f"{name}: kept" not in text and f"{name} error" not in text
 
 
 def test_report_of_one_pair_and_of_few(tmp_path):
@@ -126,14 +144,13 @@ def test_report_of_one_pair_and_of_few(tmp_path):
 
 def test_report_survives_missing_files_and_errors_that_are_no_numbers(tmp_path):
     records = make_records(tmp_path, 4)
-    (tmp_path / "ref/0.png").unlink()
+    Path(records[0]["lr_ref"]).unlink()
     (tmp_path / "hr/1.png").write_bytes(b"no image")
     records[2]["content_errors"] = [math.nan] * 3
     records[3]["degradation_errors"] = [math.inf] * 3
-    del records[0]["domain"]
     report.save_report(tmp_path / "report.html", tmp_path, records, SETTINGS)
     text = read_page(tmp_path / "report.html")
-    assert text.count('class="missing"') == 3
+    assert text.count('class="missing"') == 2
     assert set(shown_pairs(text)[2:]) == {"lr/2.png", "lr/3.png"}
     for record in records:
         record["content_errors"] = [math.nan]
@@ -144,7 +161,7 @@ def test_report_survives_missing_files_and_errors_that_are_no_numbers(tmp_path):
 def test_report_escapes_names(tmp_path):
     records = make_records(tmp_path, 2)
     evil = "<script>alert('1')</script>\"&\udcff.png"
-    for key in ("lr", "hr", "source", "lr_ref", "domain"):
+    for key in ("lr", "hr", "source", "lr_ref"):
         records[0][key] = evil
     report.save_report(tmp_path / "report.html", tmp_path / "<b>", records, {evil: evil})
     text = read_page(tmp_path / "report.html")
@@ -167,7 +184,7 @@ def test_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_report_of_many_pairs_takes_seconds(tmp_path):
     few = make_records(tmp_path, 50)
-    records = [few[i % 50] | {"domain": f"d{i % 997}"} for i in range(100_000)]
+    records = [few[i % 50] | {"lr_ref": f"d{i % 997}/x.png"} for i in range(100_000)]
     began = time.process_time()
     report.save_report(tmp_path / "report.html", tmp_path, records, SETTINGS)
     print(f"{time.process_time() - began:.1f} s")
@@ -322,7 +339,8 @@ def finished(tmp_path) -> Path:
     out = tmp_path / "pairs"
     records = make_records(out, 5)
     for i, record in enumerate(records):
-        record |= {key: 0 for key in generate.SETTINGS} | {"dropped": i == 4}
+        record |= {field.name: 0 for field in dataclasses.fields(generate.Sampler)}
+        record |= {"dropped": i == 4}
     text = "".join(json.dumps(record) + "\n" for record in records)
     (out / "pairs.jsonl").write_text(text)
     return out
@@ -337,6 +355,11 @@ def test_commands_take_the_pairs_that_were_not_dropped(finished, tmp_path, monke
     launch(monkeypatch, report, "--pairs", finished)
     page = read_page(finished / "report.html")
     assert "lr/3.png" in page and "lr/4.png" not in page
+    table = page[page.index("<h2>Settings</h2>") : page.index("<h2>Errors")]
+    assert {f.name for f in dataclasses.fields(generate.Sampler)} <= set(
+        re.findall(r"<td>(\w+)</td>", table)
+    )
+    assert not re.search("<td>(hr|lr|lr_ref|source|kept|content_errors)</td>", table)
     argv = ("--pairs", finished, "--out", tmp_path / "shards", "--per-shard", 3)
     launch(monkeypatch, tars, *argv)
     launch(monkeypatch, tars, *argv)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +155,8 @@ def test_the_eight_ways_to_turn_are_different():
 def crops_of_pairs(folder: str, seed: int = 0) -> sr.PairCrops:
     """Crops of 16 LR pixels of the pairs of a folder, which are decoded beside it."""
     found = list(sr.find_pairs(folder, 4, CPU).items())
-    photos = Photos(found, Path(f"{folder}-decoded"), CPU, sr.read_pair)
+    read = partial(sr.read_pair, scale=4)
+    photos = Photos(found, Path(f"{folder}-decoded"), CPU, read)
     return sr.PairCrops(photos, 16, 1, seed)
 
 
@@ -221,22 +223,46 @@ def test_unreadable_pairs_are_skipped_and_counted(tmp_path, capsys):
     cut.write_bytes(cut.read_bytes()[:300])  # its header is whole
     crops = crops_of_pairs(folder)
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("skipped 1 of 4 pairs") and "1" in first.split()[-1]
+    assert first.startswith("skipped 1 of 4 pairs") and "hr/1.png" in first
     assert second.startswith("skipped 1 of 3 photos") and str(cut) in second
     assert len(crops.rows) == 2 and crops.batch(0, 20).shape == (20, 51, 16, 16)
 
 
-def test_a_pair_of_which_one_is_turned_by_exif_is_skipped(tmp_path, capsys):
-    folder = tmp_path / "p"
-    save_pairs(folder, [(20, 24), (20, 24)])
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+@pytest.mark.parametrize("size, turn", [((20, 24), 6), ((20, 24), 3), ((20, 20), 8)])
+def test_a_pair_of_which_exif_turns_one_image_is_skipped(tmp_path, capsys, size, turn):
+    folder, exif = tmp_path / "p", Image.Exif()
+    save_pairs(folder, [size, (20, 24)])
+    exif[0x0112] = turn
     with Image.open(folder / "hr" / "0.png") as image:
         image.save(folder / "hr" / "0.png", exif=exif)
     crops = crops_of_pairs(str(folder))
     message = capsys.readouterr().out
-    assert "skipped 1 of 2" in message and "0.png: its HR image lies on its side" in message
+    assert "skipped 1 of 2" in message and "hr/0.png: EXIF turns" in message
     assert len(crops.rows) == 1 and crops.batch(0, 9).shape == (9, 51, 16, 16)
+    with Image.open(folder / "lr" / "0.png") as image:
+        image.save(folder / "lr" / "0.png", exif=exif)  # both are turned alike
+    assert len(crops_of_pairs(str(folder)).rows) == 2
+
+
+def test_hr_that_is_a_little_larger_is_cut_at_the_right_and_at_the_bottom(tmp_path):
+    exact, larger = (save_pairs(tmp_path / name, [(20, 24)]) for name in ("exact", "larger"))
+    hr = common.load_image(f"{larger}/hr/0.png")
+    for more in ((0, 3, 0, 1), (0, 2, 0, 3)):
+        common.save_image(f"{larger}/hr/0.png", F.pad(hr, more))
+        first, second = (crops_of_pairs(folder).batch(0, 9) for folder in (exact, larger))
+        assert torch.equal(first, second)
+    common.save_image(f"{larger}/hr/0.png", F.pad(hr, (0, 4)))
+    with pytest.raises(common.UserError, match="0 has 100 x 80 and 24 x 20 pixels, which is not"):
+        sr.find_pairs(larger, 4, CPU)
+
+
+def test_hidden_files_are_of_no_pair(tmp_path, capsys):
+    folder = save_pairs(tmp_path / "p", [(16, 16)] * 2)
+    for name in ("hr/._0.png", "lr/.ipynb_checkpoints/1-checkpoint.png", "hr/@eaDir/1.png"):
+        (tmp_path / "p" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "p" / name).touch()
+    assert len(sr.find_pairs(folder, 4, CPU)) == 2
+    assert "3 hidden or system" in capsys.readouterr().out
 
 
 # ---- training ---------------------------------------------------------------------------------
