@@ -130,8 +130,6 @@ def sample(
     net(x_t, t, c) -> eps, fewer where t_start is less; with num_steps = t_start and eta = 1 this is
     DDPM's full chain. Row b draws from generators[b]. Returns (B, 3, h, w) in [0, 1].
     """
-    if max(t_start) == 0:
-        return start.clamp(0, 1)
     device = start.device
     ts = [steps_of_noise(t, min(num_steps, t)) if t > 0 else [0] for t in t_start]
     x = to_signed(start)
@@ -145,7 +143,8 @@ def sample(
         x_0 = predict_x_0(x_t, t, net(x_t, t, c[rows]).float())
         noise = randn_rows(x_t, [generators[b] for b in rows]) if eta > 0 else None
         x[rows] = ddim_step(x_t, t, t_next, x_0, eta, noise)
-    return to_image(x)
+    untouched = torch.tensor([t == 0 for t in t_start], device=device)[:, None, None, None]
+    return torch.where(untouched, start.clamp(0, 1), to_image(x))
 
 
 # ---- U-Net ------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ import diffusion
 import extractors
 import generate
 from generate import Sampler
+from tests.fake_cuda import fake_cuda
 
 REPO = Path(__file__).resolve().parents[1]
 STAGE_1 = extractors.Config(
@@ -1220,3 +1221,22 @@ def test_memory_does_not_grow_with_the_number_of_photos(inputs, checkpoint):
         assert process.exitcode == 0
         peaks.append(int((inputs / "peak").read_text()))
     assert peaks[1] - peaks[0] < 60 * 2**20
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_a_gpu_is_asked_for_no_more_launches_by_a_batch_and_never_waited_for():
+    counts = []
+    for B in (1, 16):
+        with fake_cuda() as launches, torch.no_grad():
+            with torch.device("cuda:0"):
+                nets = extractors.Extractors(STAGE_1)
+                net = diffusion.DecoupledDDPM(nets, STAGE_1, STAGE_2)
+                hr = torch.zeros(B, 3, 512, 512)
+                codes = [torch.zeros(STAGE_1.deg_dim) for _ in range(B)]
+            before = launches.total()
+            sampler = generate.Sampler(t_start=20, num_steps=3, candidates=2)
+            lr, scores = generate.generate(net, hr, codes, sampler, range(B))
+            counts.append(launches.total() - before)
+            assert lr.shape == (B, 2, 3, 128, 128)
+            assert {x.device.type for x in (lr, *scores.values())} == {"cuda"}
+    assert max(counts) <= min(counts) + 2 and max(counts) < 1500
