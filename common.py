@@ -158,7 +158,7 @@ def launch(
             main(cfg, rt)
     except (UserError, OSError, torch.OutOfMemoryError) as error:  # for instance no room on a disk
         if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(5)  # torchrun ends this process where the first one has said the same
+            time.sleep(2)  # torchrun ends this process where the first one has said the same
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

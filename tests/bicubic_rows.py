@@ -6,7 +6,9 @@ It shares no code with the project: Pillow resizes, scikit-image measures.
 """
 
 import functools
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +33,16 @@ def rows(folder: Path) -> dict[str, np.ndarray]:
     """Means over the pairs of a folder (HR/ and LR/ of the same names), (4,) each."""
     found: dict[str, list[list[float]]] = {"bicubic": [], "bicubic enlargement": []}
     larger = {file.stem: file for file in (folder / "HR").iterdir()}
-    for file in sorted((folder / "LR").iterdir()):
+
+    def of(file: Path) -> tuple[list[float], list[float]]:
         hr, lr = (Image.open(f).convert("RGB") for f in (larger[file.stem], file))
-        found["bicubic"].append(compare(lr, hr.resize(lr.size, Image.Resampling.BICUBIC)))
-        found["bicubic enlargement"].append(
-            compare(hr, lr.resize(hr.size, Image.Resampling.BICUBIC))
-        )
+        small, large = (a.resize(b.size, Image.Resampling.BICUBIC) for a, b in ((hr, lr), (lr, hr)))
+        return compare(lr, small), compare(hr, large)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for reduced, enlarged in pool.map(of, sorted((folder / "LR").iterdir())):
+            found["bicubic"].append(reduced)
+            found["bicubic enlargement"].append(enlarged)
     return {name: np.mean(values, axis=0) for name, values in found.items()}
 
 
