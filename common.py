@@ -325,7 +325,8 @@ def photo_names(files: Sequence[Path], given: Sequence[str]) -> list[str]:
     gets eight digits that depend on its whole path.
     """
     data = Path(__file__).parent / "data"
-    folders = {Path(path) for path in given} or {data / "hr", data / "sample" / "hr"}
+    usual = {top / kind for top in (data, data / "sample") for kind in ("hr", "lr")}
+    folders = {Path(path) for path in given} or usual
     names = []
     for file in files:
         below = next((file.relative_to(p) for p in file.parents if p in folders), Path(file.name))

@@ -769,3 +769,39 @@ def test_no_thread_outlives_the_processes_group(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == ["threads 1"] * 2
+
+
+def test_a_step_of_a_run_mixes_no_devices(tmp_path, monkeypatch):
+    """All but the backward pass, of which the wheel for CPUs is not capable on fake tensors."""
+
+    class Drawn:
+        batch_size = 4
+
+        def batches(self, numbers, count: int, device: torch.device):
+            for _ in numbers:
+                yield torch.zeros(count, 3, 16, 16, device=device)
+
+    def backward(loss: Tensor) -> None:
+        assert loss.device.type == "cuda"
+        for p in run.trained:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad + 1
+
+    seen = []
+    monkeypatch.setattr(common, "generator", lambda *key, device: torch.Generator())
+    monkeypatch.setattr(Tensor, "backward", backward)
+    monkeypatch.setattr(nn.Module, "to", lambda net, *place, **options: net)  # it is there
+    monkeypatch.setattr(common.Run, "report", lambda run, losses, norm, saving: seen.append(norm))
+    monkeypatch.setattr(torch, "save", lambda state, path: seen.append(state))
+    with fake_cuda(), torch.no_grad():
+        rt = common.Runtime(torch.device("cuda:0"))
+        with rt.device:
+            net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 3, 3))
+        groups = [{"params": list(net.parameters()), "lr": 1e-3}]
+        cfg = Toy(accumulate=2, save_every=1)
+        run = common.Run(cfg, rt, net, groups, tmp_path / "last.pt", 2)
+        for x, _ in run.batches(Drawn()):
+            run.update({"loss": net(x).mean()})
+    assert run.step == 2 and len(seen) == 4
+    state = seen[-1]
+    tensors = [*state["net"].values(), *state["ema"].values(), seen[0]]
+    assert {x.device.type for x in tensors} == {"cuda"}
