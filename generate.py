@@ -361,6 +361,8 @@ class Maker:
         self.net = load_generator(cfg.checkpoint, rt.device, cfg.grain)
         reach = f"--t-start {cfg.t_start}: the weights know {self.net.t_max} steps."
         common.require(cfg.t_start <= self.net.t_max, reach)
+        if rt.is_main:
+            print(f"weights {weights}; {len(files)} HR photos, {len(lr_ref)} references")
         names = common.photo_names(lr_ref, cfg.lr_ref)
         self.references = References(lr_ref, names, self.net, cfg.average)
         self.jobs = plan(cfg, files, lr_ref)
