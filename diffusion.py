@@ -130,20 +130,22 @@ def sample(
     net(x_t, t, c) -> eps, fewer where t_start is less; with num_steps = t_start and eta = 1 this is
     DDPM's full chain. Row b draws from generators[b]. Returns (B, 3, h, w) in [0, 1].
     """
-    device = start.device
+
+    def there(values: list) -> Tensor:  # the host does not wait for the device
+        return torch.tensor(values).to(start.device, non_blocking=True)
+
     ts = [steps_of_noise(t, min(num_steps, t)) if t > 0 else [0] for t in t_start]
     x = to_signed(start)
-    x = q_sample(x, torch.tensor(t_start, device=device), randn_rows(x, generators))
+    x = q_sample(x, there([*t_start]), randn_rows(x, generators))
     for left in range(max(map(len, ts)) - 1, 0, -1):  # evaluations that are left
         rows = [b for b in range(len(x)) if len(ts[b]) > left]  # a short chain begins later
-        t, t_next = (
-            torch.tensor([ts[b][k] for b in rows], device=device) for k in (-1 - left, -left)
-        )
-        x_t = x[rows]
-        x_0 = predict_x_0(x_t, t, net(x_t, t, c[rows]).float())
+        t, t_next = (there([ts[b][k] for b in rows]) for k in (-1 - left, -left))
+        index = there(rows)
+        x_t = x[index]
+        x_0 = predict_x_0(x_t, t, net(x_t, t, c[index]).float())
         noise = randn_rows(x_t, [generators[b] for b in rows]) if eta > 0 else None
-        x[rows] = ddim_step(x_t, t, t_next, x_0, eta, noise)
-    untouched = torch.tensor([t == 0 for t in t_start], device=device)[:, None, None, None]
+        x[index] = ddim_step(x_t, t, t_next, x_0, eta, noise)
+    untouched = there([t == 0 for t in t_start])[:, None, None, None]
     return torch.where(untouched, start.clamp(0, 1), to_image(x))
 
 
