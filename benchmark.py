@@ -43,10 +43,8 @@ import common
 import degrade
 import extractors
 import generate
-import probes
-import sr
-import transfer
-from downstream import (
+from bench import factors, sr, transfer
+from bench.downstream import (
     DATA,
     DOWNSTREAM,
     SAMPLER,
@@ -55,8 +53,8 @@ from downstream import (
     stand_in,
     table_downstream,
 )
-from figure1 import markdown_figure1, table_figure1
-from metrics import (  # noqa: F401  (all are names of benchmark, too)
+from bench.figure1 import markdown_figure1, table_figure1
+from bench.metrics import (  # noqa: F401  (all are names of benchmark, too)
     METRICS,
     SET_METRICS,
     available_metrics,
@@ -69,7 +67,7 @@ from metrics import (  # noqa: F401  (all are names of benchmark, too)
     psnr,
     ssim,
 )
-from pairs import (
+from bench.pairs import (
     DECIMALS,
     Method,
     Pair,
@@ -81,7 +79,7 @@ from pairs import (
     reduced,
     with_other_scenes,
 )
-from sr import sr_network  # noqa: F401  (a name of benchmark, too)
+from bench.sr import sr_network  # noqa: F401  (a name of benchmark, too)
 
 # ---- the methods: hr (B, 3, H, W) in [0, 1] of some pairs -> lr (B, 3, h, w) --------------------
 
@@ -107,7 +105,7 @@ def best_blurs(pairs: Sequence[Pair]) -> tuple[dict[int, Tensor], dict[int, Tens
     """
     banks, values = {}, {}
     for pair in pairs:
-        bank = common.to_uint8(probes.reductions(load_hr(pair)))  # (21, 3, h, w)
+        bank = common.to_uint8(factors.reductions(load_hr(pair)))  # (21, 3, h, w)
         lr = load_lr(pair.lr, pair.shrink).expand(len(bank), -1, -1, -1)
         banks[pair.index], values[pair.index] = bank, psnr(bank / 255, lr).clamp(max=100)
     best = int(torch.stack([*values.values()]).mean(0).argmax())
@@ -517,12 +515,12 @@ def main(cfg: Config, rt: common.Runtime) -> None:
         scenes, few = transfer.gather(all_scenes(names, sets.values()), cfg.crop)
     if {"factors", "extractors", "figure1"} & set(cfg.table):
         files, side = common.find_photos(cfg.hr, "hr", "--hr"), generate.SCALE * cfg.crop
-        hr = probes.load_photos(files, side, cfg.images, cfg.seed).to(rt.device)
+        hr = factors.load_photos(files, side, cfg.images, cfg.seed).to(rt.device)
     alone = "extractors" in used or ("figure1" in used and not sets)  # real LR without its HR
     real = common.find_photos(cfg.lr, "lr", "--lr") if alone else []
     if "extractors" in cfg.table:
-        devices = probes.device_crops(real, cfg.crop, cfg.images, cfg.seed)
-        nets = probes.load_extractors(cfg.extractors, rt.device)
+        devices = factors.device_crops(real, cfg.crop, cfg.images, cfg.seed)
+        nets = factors.load_extractors(cfg.extractors, rt.device)
     if used - {"extractors", *DOWNSTREAM}:
         net = generate.load_generator(cfg.checkpoint, rt.device, cfg.grain)
     check_weights(cfg)
@@ -582,13 +580,14 @@ def main(cfg: Config, rt: common.Runtime) -> None:
             print("\n" + tables[-1])
             write(table, "\n".join(tables))
     if "factors" in cfg.table:
-        results["factors"] = probes.table_factors(hr, net, cfg.t_starts, cfg.repeats, cfg, cfg.seed)
-        print("\n" + (text := probes.markdown_factors(results["factors"])))
+        given = (hr, net, cfg.t_starts, cfg.repeats, cfg, cfg.seed)
+        results["factors"] = factors.table_factors(*given)
+        print("\n" + (text := factors.markdown_factors(results["factors"])))
         write("factors", text)
     if "extractors" in cfg.table:
-        found = probes.table_extractors(hr, devices, nets, cfg.batch_size, cfg.seed)
+        found = factors.table_extractors(hr, devices, nets, cfg.batch_size, cfg.seed)
         results["extractors"] = found
-        print("\n" + (text := probes.markdown_extractors(found)))
+        print("\n" + (text := factors.markdown_extractors(found)))
         write("extractors", text)
     for table in [table for table in transfer.TABLES if table in used]:
         settings = generate.Config(seed=cfg.seed, **{key: getattr(cfg, key) for key in SAMPLER})

@@ -19,9 +19,9 @@ from PIL import Image, ImageFilter
 
 import benchmark
 import common
-import downstream
 import generate
-from pairs import other_scenes
+from bench import downstream
+from bench.pairs import other_scenes
 
 ROOT = Path(benchmark.__file__).parent
 SHIPPED = ROOT / "data/pretrained/diffusion.safetensors"

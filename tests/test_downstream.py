@@ -13,10 +13,8 @@ from test_benchmark import photo, write, write_pairs
 
 import benchmark
 import common
-import downstream
 import generate
-import pairs
-import sr
+from bench import downstream, pairs, sr
 
 
 @pytest.fixture

@@ -9,15 +9,13 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from test_benchmark import write_pairs
-from test_probes import scenes
+from test_factors import scenes
 
 import benchmark
 import common
 import degrade
-import figure1
 import generate
-import pairs
-import probes
+from bench import factors, figure1, pairs
 
 CPU = common.Runtime(torch.device("cpu"))
 GRID = [(0.3, 0.0), (1.1, 0.0), (0.3, 10.0), (1.1, 10.0)]
@@ -29,7 +27,7 @@ GRID = [(0.3, 0.0), (1.1, 0.0), (0.3, 10.0), (1.1, 10.0)]
 def test_a_set_without_noise_is_blurred_and_reduced_and_nothing_else():
     hr = scenes(1)
     made = degrade.degrade(hr, figure1.blurred_and_noisy((0.8, 0.0), 3))
-    blurred = degrade.degrade(hr, probes.only("blur", torch.tensor([0.8])))
+    blurred = degrade.degrade(hr, factors.only("blur", torch.tensor([0.8])))
     assert torch.equal(made, blurred)
 
 

@@ -16,7 +16,7 @@ ORDER = [
     "metrics",
     "pairs",
     "sr",
-    "probes",
+    "factors",
     "transfer",
     "downstream",
     "figure1",

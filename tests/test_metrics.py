@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import common
-import metrics
+from bench import metrics
 
 
 def two_images(batch=2, height=37, width=50):

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 import common
 import degrade
-import metrics
-import sr
+from bench import metrics, sr
+from bench.sr import Config
 from data.pack import Photos
-from sr import Config
 
 REPO = Path(__file__).resolve().parents[1]
 CPU = common.Runtime(torch.device("cpu"))

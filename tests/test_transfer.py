@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_probes import scenes as drawn
+from test_factors import scenes as drawn
 
 import common
 import degrade
-import probes
-import transfer
+from bench import factors, transfer
 
 ROOT = Path(transfer.__file__).parent
 CPU = torch.device("cpu")
@@ -30,7 +29,7 @@ def plain(hr, lr_ref, seeds):
 def taken(camera, hr, seed):
     """LR of hr (B, 3, H, W) by a planted camera, with fresh noise of 1 level."""
     factor, level = CAMERAS[camera]
-    lr = degrade.degrade(hr, probes.only(factor, torch.full((len(hr),), level), noise=seed))
+    lr = degrade.degrade(hr, factors.only(factor, torch.full((len(hr),), level), noise=seed))
     noise = torch.randn(lr.shape, generator=common.generator(seed))
     return (lr + noise / 255).clamp(0, 1)
 

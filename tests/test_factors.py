@@ -15,9 +15,9 @@ import common
 import degrade
 import extractors
 import generate
-import probes
+from bench import factors
 
-ROOT = Path(probes.__file__).parent
+ROOT = Path(factors.__file__).parent
 
 
 def scenes(batch=3, size=192):
@@ -43,29 +43,29 @@ def scenes(batch=3, size=192):
 )
 def test_the_measure_of_a_factor_rises_with_the_factor(factor, least):
     hr = scenes()
-    banks = [probes.reductions(x) for x in hr]
-    found = probes.follow(hr, banks, probes.truth, factor, seed=0)
+    banks = [factors.reductions(x) for x in hr]
+    found = factors.follow(hr, banks, factors.truth, factor, seed=0)
     assert len(found["rank"]) == 3 and min(found["rank"]) > least
     np.testing.assert_allclose(found["detail"], 1)
 
 
 def test_measures_have_the_units_of_the_factors():
     hr = scenes(1)[0]
-    bank = probes.reductions(hr)
+    bank = factors.reductions(hr)
     plain = bank[:1]
     blurred = ndimage.gaussian_filter(hr, (0, 4, 4), mode="mirror", truncate=3)  # 1 LR pixel
     soft = extractors.resized(torch.from_numpy(blurred)[None], 48, 48)
-    assert probes.blur_of(soft, bank).item() == pytest.approx(1, abs=0.02)
+    assert factors.blur_of(soft, bank).item() == pytest.approx(1, abs=0.02)
     noise = torch.randn(plain.shape, generator=common.generator(5))
     noisy = plain / 2 + 0.25 + 0.02 * noise  # a change of contrast is no noise
-    assert probes.noise_of(noisy, bank).item() == pytest.approx(0.02 * 255, rel=0.1)
+    assert factors.noise_of(noisy, bank).item() == pytest.approx(0.02 * 255, rel=0.1)
     one = torch.from_numpy(ndimage.gaussian_filter(plain, (0, 0, 1, 1), mode="mirror"))
     for amount in (-0.5, 0.0, 0.8):
         sharp = plain + amount * (plain - one)
-        assert probes.sharpening_of(sharp, bank).item() == pytest.approx(amount, abs=0.02)
+        assert factors.sharpening_of(sharp, bank).item() == pytest.approx(amount, abs=0.02)
     steps = torch.arange(48) // 8 / 100
-    assert probes.blockiness(noise / 100 + steps + steps[:, None]) > 1
-    assert probes.blockiness(noise).item() == pytest.approx(1, abs=0.1)
+    assert factors.blockiness(noise / 100 + steps + steps[:, None]) > 1
+    assert factors.blockiness(noise).item() == pytest.approx(1, abs=0.1)
 
 
 def drawn_folder(folder, batch=3):
@@ -76,7 +76,7 @@ def drawn_folder(folder, batch=3):
 
 @pytest.mark.parametrize("obeys", [True, False])
 def test_a_network_that_obeys_its_reference_scores_high_another_one_near_0(monkeypatch, obeys):
-    levels = {f: torch.linspace(low, high, 8) for f, (_, low, high) in probes.FACTORS.items()}
+    levels = {f: torch.linspace(low, high, 8) for f, (_, low, high) in factors.FACTORS.items()}
     given = {}  # the parameters of each reference, by its pixels
     asked = []
     original = degrade.degrade
@@ -92,20 +92,20 @@ def test_a_network_that_obeys_its_reference_scores_high_another_one_near_0(monke
         if obeys:
             theta = degrade.Degradation.cat([given[x.numpy().tobytes()] for x in lr_ref])
             return original(hr, theta)[:, None], {}
-        theta = probes.only("noise", torch.full((len(hr),), 5.0), noise=seeds[0])
+        theta = factors.only("noise", torch.full((len(hr),), 5.0), noise=seeds[0])
         theta.seed = torch.tensor(seeds) % 2**31
         return original(hr, theta)[:, None], {}
 
     monkeypatch.setattr(degrade, "degrade", remember)
     monkeypatch.setattr(generate, "generate", answer)
     sampler = generate.Sampler("light", 7, 5, 0.5, candidates=4, grain=obeys)
-    rows = probes.table_factors(scenes(4), None, (0, 9), 2, sampler, 0)["rows"]
+    rows = factors.table_factors(scenes(4), None, (0, 9), 2, sampler, 0)["rows"]
     alone = replace(sampler, candidates=1)
     assert set(asked) == {
         replace(alone, t_start=0, start="reconstruct"),
         replace(alone, t_start=9),
     }
-    assert [row["factor"] for row in rows[::3]] == list(probes.FACTORS)
+    assert [row["factor"] for row in rows[::3]] == list(factors.FACTORS)
     # Repeats where noise is drawn: with grain from T = 0, too.
     assert [len(row["rank"]) for row in rows[:3]] == [4, 8 if obeys else 4, 8]
     for row in rows:
@@ -119,25 +119,25 @@ def test_a_network_that_obeys_its_reference_scores_high_another_one_near_0(monke
 
 def test_retrieval_finds_the_same_theta_by_theta_and_not_by_chance():
     theta = torch.randn(64, 5, generator=common.generator(1))
-    assert set(probes.retrieval(theta, theta + 1e-4).values()) == {1.0}
-    assert set(probes.retrieval(theta * 9, theta * 9, standardise=True).values()) == {1.0}
+    assert set(factors.retrieval(theta, theta + 1e-4).values()) == {1.0}
+    assert set(factors.retrieval(theta * 9, theta * 9, standardise=True).values()) == {1.0}
     other = torch.randn(64, 5, generator=common.generator(2))
-    found = probes.retrieval(theta, other)
+    found = factors.retrieval(theta, other)
     assert found["L2 top-1"] < 0.1 and found["cosine top-1"] < 0.1 and found["L2 top-5"] < 0.25
     # A code that says nothing is no better than chance, although each distance is the smallest.
-    assert set(probes.retrieval(torch.ones(64, 5), torch.ones(64, 5)).values()) == {0.0}
+    assert set(factors.retrieval(torch.ones(64, 5), torch.ones(64, 5)).values()) == {0.0}
 
 
 def test_statistics_tell_noise_from_blur():
     hr, found = scenes(2), []
     for seed in range(8):
         theta = [
-            probes.only(factor, torch.full((2,), level), noise=seed)
+            factors.only(factor, torch.full((2,), level), noise=seed)
             for factor, level in (("blur", 1.5), ("noise", 15.0))
         ]
-        lr = [probes.statistics(degrade.degrade(hr, t)) for t in theta]
+        lr = [factors.statistics(degrade.degrade(hr, t)) for t in theta]
         queries, candidates = (torch.stack([x[i] for x in lr]) for i in (0, 1))
-        found.append(probes.retrieval(queries, candidates, standardise=True)["L2 top-1"])
+        found.append(factors.retrieval(queries, candidates, standardise=True)["L2 top-1"])
     assert np.mean(found) > 0.8  # of two, chance is half
 
 
@@ -149,10 +149,10 @@ def test_devices_are_sub_folders_and_give_two_files_each(tmp_path):
     common.save_image(tmp_path / "d/0.png", photos[0][:, :16])  # too small
     common.save_image(tmp_path / "d/1.png", photos[1])
     files = common.list_images([str(tmp_path)], "--lr")
-    queries, candidates = probes.device_crops(files, 32, 9, seed=0)
+    queries, candidates = factors.device_crops(files, 32, 9, seed=0)
     assert queries.shape == candidates.shape == (2, 3, 32, 32)
     assert not any(torch.equal(q, c) for q, c in zip(queries, candidates, strict=True))
-    assert probes.device_crops(files[:3], 32, 9, seed=0) == []  # one device
+    assert factors.device_crops(files[:3], 32, 9, seed=0) == []  # one device
 
 
 def test_both_tables_run_from_the_command_line_with_the_shipped_weights(tmp_path):
@@ -187,12 +187,12 @@ def test_both_tables_run_from_the_command_line_with_the_shipped_weights(tmp_path
 def test_the_shipped_head_reads_noise_and_compression_as_they_are():
     """Of the sample photos, which it was not trained on; `grain` adds what is read here."""
     shipped = ROOT / "data/pretrained/extractors.safetensors"
-    nets = probes.load_extractors(str(shipped), torch.device("cpu"))
+    nets = factors.load_extractors(str(shipped), torch.device("cpu"))
     noises, losses = torch.tensor([0.0, 15.0, 18.0]), torch.tensor([20.0, 40.0, 60.0])
     for file in sorted((ROOT / "data/sample/hr").iterdir()):
         hr = common.crop_to_multiple(common.load_image(file), 4, file).repeat(3, 1, 1, 1)
-        noise, quality = nets.named(nets.e_deg(degrade.degrade(hr, probes.only("noise", noises))))
+        noise, quality = nets.named(nets.e_deg(degrade.degrade(hr, factors.only("noise", noises))))
         assert 255 * noise[0] < 1 and quality.min() >= generate.UNCOMPRESSED, file
         np.testing.assert_allclose(255 * noise[1:], noises[1:], rtol=0.25, err_msg=str(file))
-        _, quality = nets.named(nets.e_deg(degrade.degrade(hr, probes.only("jpeg", losses))))
+        _, quality = nets.named(nets.e_deg(degrade.degrade(hr, factors.only("jpeg", losses))))
         np.testing.assert_allclose(quality, 100 - losses, atol=20, err_msg=str(file))

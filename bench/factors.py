@@ -25,7 +25,7 @@ import common
 import degrade
 import extractors
 import generate
-from metrics import psnr
+from bench.metrics import psnr
 
 # ---- the photos and the networks ----------------------------------------------------------------
 

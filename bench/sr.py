@@ -26,9 +26,9 @@ from torch import Tensor, nn
 import common
 import degrade
 import extractors
-import metrics
+from bench import metrics
+from bench.pairs import find_files, stored_sizes
 from data.pack import Crops, Photos
-from pairs import find_files, stored_sizes
 
 # ---- networks: lr (B, 3, h, w) in [0, 1] -> hr (B, 3, scale h, scale w) --------------------------
 

@@ -26,9 +26,18 @@ from tqdm import tqdm
 
 import common
 import degrade
-import probes
-from downstream import MEMORY, Settings, cost_cells, super_resolved, train_network
-from pairs import Method, Pair, camera_of, evaluate, find_pairs, load_hr, load_lr, with_other_scenes
+from bench import factors
+from bench.downstream import MEMORY, Settings, cost_cells, super_resolved, train_network
+from bench.pairs import (
+    Method,
+    Pair,
+    camera_of,
+    evaluate,
+    find_pairs,
+    load_hr,
+    load_lr,
+    with_other_scenes,
+)
 
 Place = tuple[float, float]  # blur (LR pixels) and noise (levels of 255)
 
@@ -37,7 +46,7 @@ Place = tuple[float, float]  # blur (LR pixels) and noise (levels of 255)
 
 def blurred_and_noisy(place: Place, seed: int) -> degrade.Degradation:
     """Parameters of D for one image: this blur, the reduction, this noise and nothing else."""
-    theta = probes.only("blur", torch.tensor([place[0]]), noise=seed)
+    theta = factors.only("blur", torch.tensor([place[0]]), noise=seed)
     theta.order[:, 2] = degrade.OPERATIONS.index("gaussian 2")
     theta.gaussian_std[:, 1] = place[1] / 255
     return theta
@@ -56,8 +65,8 @@ def place_of(pairs: Sequence[Pair]) -> Place:
     """Blur and noise of real LR, measured by comparison with its HR images: the medians."""
     values = []
     for pair in pairs:
-        bank, lr = probes.reductions(load_hr(pair)), load_lr(pair.lr, pair.shrink)[None]
-        values.append([probes.blur_of(lr, bank).item(), probes.noise_of(lr, bank).item()])
+        bank, lr = factors.reductions(load_hr(pair)), load_lr(pair.lr, pair.shrink)[None]
+        values.append([factors.blur_of(lr, bank).item(), factors.noise_of(lr, bank).item()])
     blur, noise = np.median(values, axis=0).tolist()
     return blur, noise
 
@@ -162,7 +171,7 @@ def unpaired(hr: Sequence[Pair], files: Sequence[Path], root: Path, side: int) -
             print(f"skipped: {error}")
             continue
         crops.append((f"{file.parent.name}/{number}", root / f"{number:04d}.png"))
-        common.save_image(crops[-1][1], probes.middle(image, min(side, *image.shape[1:])))
+        common.save_image(crops[-1][1], factors.middle(image, min(side, *image.shape[1:])))
     common.require(bool(crops), "--lr: none of its photos can be read.")
     return [
         dataclasses.replace(pair, index=i, name=name, lr=crop, reference=crop)

@@ -24,8 +24,8 @@ from tqdm import tqdm
 import common
 import degrade
 import generate
-import probes
-from metrics import lpips_distance, missing_weights
+from bench import factors
+from bench.metrics import lpips_distance, missing_weights
 
 # ---- the scenes, and the methods that make LR of them -------------------------------------------
 
@@ -534,7 +534,7 @@ def table_diversity(
             turn = [[*cameras.values()][c][place] for place, c in ranked][:samples]
             turn = turn if len(cameras) > 1 else turn[:1]
             plans.append({"noise": same[:1] * samples, "references": same, "cameras": turn})
-            banks.append(probes.reductions(own[i].hr))
+            banks.append(factors.reductions(own[i].hr))
         for name, method in compared.items():
             values: dict[str, list[float]] = {}
             for i, plan, bank in zip(
@@ -549,13 +549,13 @@ def table_diversity(
                     if changing:
                         far = distance(lr, own[i].middle.expand_as(lr))
                         values.setdefault("measured", []).append(
-                            probes.noise_of(lr, bank).mean().item()
+                            factors.noise_of(lr, bank).mean().item()
                         )
                         values.setdefault("to real", []).append(far.mean().item())
                         values.setdefault("nearest", []).append(far.min().item())
             result["rows"].append({"set": group, "method": name, **values})
         real = [
-            probes.noise_of(own[i].middle[None], bank).item()
+            factors.noise_of(own[i].middle[None], bank).item()
             for i, bank in zip(contents, banks, strict=True)
         ]
         result["rows"].append({"set": group, "method": "real LR", "measured": real})

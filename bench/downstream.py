@@ -30,8 +30,8 @@ from torch import Tensor, nn
 import common
 import degrade
 import generate
-import sr
-from pairs import DECIMALS, Pair, camera_of, evaluate, load_hr, load_lr, reduced
+from bench import sr
+from bench.pairs import DECIMALS, Pair, camera_of, evaluate, load_hr, load_lr, reduced
 
 Settings = Any  # benchmark.Config, which is to the right of this file
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
-from metrics import METRICS, SET_METRICS
+from bench.metrics import METRICS, SET_METRICS
 
 # ---- the pairs of a folder ----------------------------------------------------------------------
 
