@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import common
+from tests.commands import assert_refused, files_of, run, run_two
 
 REPO = Path(__file__).resolve().parents[1]
 TINY = {
@@ -22,29 +23,18 @@ TINY = {
     "--mod-channels 8 --cond-channels 4",
     "generate.py": "--t-start 10 --num-steps 2 --candidates 2",
 }
+STEPS = {"extractors.py": (2, 2, 3), "diffusion.py": (3,)}  # one more than the runs below have
 
 
-PARTS = ("vqvae", "content", "last")
+def tiny(script: str, *args: object) -> list[object]:
+    return [script, *TINY[script].split(), *args]
 
 
-def run(
-    script: str | Path, *args: object, cwd: Path, processes: int = 1
-) -> subprocess.CompletedProcess:
-    """Run a stage with the flags that make it tiny, and further ones."""
-    launcher: list[object] = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone"]
-        launcher += [f"--nproc_per_node={processes}"]
-    command = [*launcher, REPO / script, *TINY[Path(script).name].split(), *args]
+def run_apart(script: str | Path, *args: object, cwd: Path) -> subprocess.CompletedProcess:
+    """`python script args` in a new process."""
+    command = [sys.executable, str(REPO / script), *map(str, args)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [str(a) for a in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
-    )
-
-
-def assert_well(done: subprocess.CompletedProcess) -> None:
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Traceback" not in done.stderr
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 def step_of(path: Path) -> int:
@@ -53,151 +43,124 @@ def step_of(path: Path) -> int:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder in which the first two stages ran for two steps, and what they said."""
+    """A folder in which the first two stages ran for two steps, and their runs."""
     cwd = tmp_path_factory.mktemp("trained")
-    return cwd, [run(s, "--steps", 2, cwd=cwd) for s in ("extractors.py", "diffusion.py")]
+    scripts = ("extractors.py", "diffusion.py")
+    return cwd, [run_apart(*tiny(script, "--steps", 2), cwd=cwd) for script in scripts]
 
 
-def test_two_stages_train_from_an_empty_folder(trained):
-    cwd, done = trained
-    for stage, finished in zip(("extractors", "diffusion"), done, strict=True):
-        assert_well(finished)
-        assert "preset small" in finished.stdout
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of that folder, which a test may change."""
+    return shutil.copytree(trained[0], tmp_path / "copy")
+
+
+def test_all_stages_run_from_an_empty_folder(trained):
+    cwd, runs = trained
+    for stage, done in zip(("extractors", "diffusion"), runs, strict=True):
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+        assert "preset small" in done.stdout
         lines = (cwd / "runs" / stage / "log.jsonl").read_text().splitlines()
-        assert json.loads(lines[-1])["step"] == 2
-    files = {str(p.relative_to(cwd)) for p in cwd.rglob("*") if p.is_file()}
-    decoded = {file for file in files if "/photos/" in file}
-    assert {Path(file).suffix for file in decoded} == {".pixels", ".npy"}
-    assert files - decoded == {
-        *(f"runs/extractors/{part}.{kind}" for part in PARTS for kind in ("pt", "png")),
-        "runs/extractors/log.jsonl",
-        "runs/diffusion/last.pt",
-        "runs/diffusion/last.png",
-        "runs/diffusion/log.jsonl",
-    }
-    assert step_of(cwd / "runs/extractors/last.pt") == step_of(cwd / "runs/diffusion/last.pt") == 2
+        assert json.loads(lines[-1])["step"] == step_of(cwd / "runs" / stage / "last.pt") == 2
+    files = {name for name in files_of(cwd) if "/photos/" not in name}  # the decoded photos
+    parts = [f"extractors/{part}" for part in ("vqvae", "content", "last")] + ["diffusion/last"]
+    expected = {f"runs/{part}.{kind}" for part in parts for kind in ("pt", "png")}
+    assert files == expected | {"runs/extractors/log.jsonl", "runs/diffusion/log.jsonl"}
 
-
-def test_generate_makes_a_pair_of_a_sample_photo(trained):
-    cwd = trained[0]
     photo = REPO / "data" / "sample" / "hr" / "chelsea.jpg"
-    done = run("generate.py", "--hr", photo, "--out", "pairs", cwd=cwd)
-    assert_well(done)
-    with Image.open(photo) as source:
-        width, height = (side // 4 * 4 for side in source.size)
-    with Image.open(cwd / "pairs" / "hr" / "chelsea.png") as hr:
-        assert hr.size == (width, height)
-    with Image.open(cwd / "pairs" / "lr" / "chelsea.png") as lr:
-        assert lr.size == (width // 4, height // 4)
+    done = run_apart(*tiny("generate.py", "--hr", photo, "--out", "pairs"), cwd=cwd)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    width, height = (side // 4 * 4 for side in Image.open(photo).size)
+    assert Image.open(cwd / "pairs" / "hr" / "chelsea.png").size == (width, height)
+    assert Image.open(cwd / "pairs" / "lr" / "chelsea.png").size == (width // 4, height // 4)
     assert (cwd / "pairs" / "preview.png").is_file()
     assert len((cwd / "pairs" / "pairs.jsonl").read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize("script", ["extractors.py", "diffusion.py"])
-def test_the_same_command_with_more_steps_resumes(trained, tmp_path, script):
-    cwd = shutil.copytree(trained[0], tmp_path / "copy")
-    steps = ("--steps", 2, 2, 3) if script == "extractors.py" else ("--steps", 3)
-    done = run(script, *steps, cwd=cwd)
-    assert_well(done)
+@pytest.mark.parametrize("script", STEPS)
+def test_the_same_command_with_more_steps_resumes(copied, script):
     path = Path("runs") / Path(script).stem / "last.pt"
+    done = run(*tiny(script, "--steps", *STEPS[script]), cwd=copied)
+    assert done.returncode == 0, done.stderr
     assert f"resuming {path} at step 2" in done.stdout
     assert f"{path}: from now on --steps" in done.stdout
-    assert step_of(cwd / path) == 3
-    again = run(script, *steps, cwd=cwd)
-    assert_well(again)
-    assert "resuming" not in again.stdout  # there is nothing left to do
+    assert step_of(copied / path) == 3
+    again = run(*tiny(script, "--steps", *STEPS[script]), cwd=copied)
+    assert again.returncode == 0 and "resuming" not in again.stdout
     assert f"{path} is finished" in again.stdout
 
 
+@pytest.mark.parametrize("script", STEPS)
+def test_two_processes_train_and_resume(copied, script):
+    first, second = run_two(*tiny(script, "--steps", *STEPS[script]), cwd=copied)
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    path = Path("runs") / Path(script).stem / "last.pt"
+    assert "preset small" in first.stdout and f"resuming {path} at step 2" in first.stdout
+    assert second.stdout == ""  # one process prints
+    assert step_of(copied / path) == 3
+
+
 @pytest.mark.parametrize(
-    "flags",
-    ["--seed 5", "--recipes bsrgan", "--as-printed", "--margin 1", "--hr {hr}",
-     "--start-from runs/extractors/last.pt"],
-)  # fmt: skip
-def test_a_flag_that_a_finished_run_would_ignore_is_refused(trained, flags):
-    cwd = trained[0]
-    before = {path: path.read_bytes() for path in (cwd / "runs/extractors").glob("*.*")}
-    flags = flags.format(hr=REPO / "data/sample/hr")
-    done = run("extractors.py", *flags.split(), "--steps", 2, cwd=cwd)
-    assert done.returncode == 2 and "--out" in done.stderr and "Traceback" not in done.stderr
-    assert {path: path.read_bytes() for path in before} == before
-
-
-def test_a_part_whose_beginning_would_change_is_refused(trained):
-    cwd = trained[0]
-    before = {path: path.read_bytes() for path in (cwd / "runs/extractors").glob("*.*")}
-    for steps in ((3, 2, 2), (2, 3, 2)):
-        done = run("extractors.py", "--steps", *steps, cwd=cwd)
-        assert done.returncode == 2 and "delete it to train that part again" in done.stderr
-    assert {path: path.read_bytes() for path in before} == before
-
-
-def test_another_configuration_needs_another_folder(trained):
-    cwd = trained[0]
-    before = (cwd / "runs/diffusion/last.pt").read_bytes()
-    done = run("diffusion.py", "--steps", 5, "--widths", 8, 24, cwd=cwd)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("error: ") and "--out" in done.stderr
-    assert (cwd / "runs/diffusion/last.pt").read_bytes() == before
+    ("command", "words"),
+    [
+        ("extractors.py --steps 2 --seed 5", "--out"),
+        ("extractors.py --steps 2 --recipes bsrgan", "--out"),
+        ("extractors.py --steps 2 --as-printed", "--out"),
+        ("extractors.py --steps 2 --margin 1", "--out"),
+        (f"extractors.py --steps 2 --hr {REPO}/data/sample/hr", "--out"),
+        ("extractors.py --steps 2 --start-from runs/extractors/last.pt", "--out"),
+        ("extractors.py --steps 3 2 2", "delete it to train that part again"),
+        ("extractors.py --steps 2 3 2", "delete it to train that part again"),
+        ("diffusion.py --steps 5 --widths 8 24", "--out"),
+    ],
+)
+def test_a_flag_that_a_trained_part_would_ignore_is_refused(trained, command, words):
+    before = files_of(trained[0])
+    script, *flags = command.split()
+    assert_refused(run(*tiny(script, *flags), cwd=trained[0]), words)
+    assert files_of(trained[0]) == before
 
 
 def test_a_crop_that_no_photo_has_names_the_largest_that_works(trained, tmp_path):
     for script, sources in (("extractors.py", 1), ("diffusion.py", 2)):
-        crop = 2048
+        crop, flags = "2048", ("--steps", 0, "--out", tmp_path / script)
         for _ in range(sources):  # real LR photos, then HR photos
-            flags = ("--crop", crop, "--steps", 0, "--out", tmp_path / script)
-            done = run(script, *flags, cwd=trained[0])
-            assert done.returncode == 2 and "Traceback" not in done.stderr
-            crop = re.search(rf"--crop {crop}: .*; --crop (\d+) is the largest", done.stderr)[1]
-        assert_well(run(script, "--crop", crop, *flags[2:], cwd=trained[0]))
+            done = run(*tiny(script, "--crop", crop, *flags), cwd=trained[0])
+            assert_refused(done, f"--crop {crop}: ")
+            crop = re.search(r"--crop (\d+) is the largest", done.stderr)[1]
+        assert run(*tiny(script, "--crop", crop, *flags), cwd=trained[0]).returncode == 0
 
 
 def test_missing_stage_1_names_the_command_that_makes_it(tmp_path):
-    """Beside scripts without data/pretrained."""
-    (tmp_path / "data").mkdir()
+    """The scripts are copied to a folder without data/pretrained."""
     for name in ("common.py", "degrade.py", "extractors.py", "diffusion.py", "data/pack.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPO / name, tmp_path / name)
-    (tmp_path / "here").mkdir()
-    done = run(tmp_path / "diffusion.py", cwd=tmp_path / "here")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "python extractors.py" in done.stderr.strip().splitlines()[-1]
-    assert list((tmp_path / "here").iterdir()) == []
-
-
-def test_two_processes_train_and_resume(tmp_path):
-    for script in ("extractors.py", "diffusion.py"):
-        path = tmp_path / "runs" / Path(script).stem / "last.pt"
-        done = run(script, "--steps", 1, cwd=tmp_path, processes=2)
-        assert_well(done)
-        assert step_of(path) == 1
-        assert done.stdout.count("preset small") == 1  # one process speaks
-        more = (1, 1, 2) if script == "extractors.py" else (2,)
-        done = run(script, "--steps", *more, cwd=tmp_path, processes=2)
-        assert_well(done)
-        assert "resuming" in done.stdout
-        assert step_of(path) == 2
+    (tmp_path / "empty").mkdir()
+    done = run_apart(tmp_path / "diffusion.py", cwd=tmp_path / "empty")
+    assert_refused(done, "python extractors.py")
+    assert not list((tmp_path / "empty").iterdir())
 
 
 @pytest.mark.parametrize(
-    ("command", "word"),
+    "command",
     [
-        ("extractors.py --hr nowhere", "nowhere"),
-        ("extractors.py --crop 50", "--crop 50"),
-        ("extractors.py --recipes foo", "foo"),
-        ("extractors.py --num-samples 9", "--num-samples 9"),
-        ("extractors.py --accumulate 3", "--accumulate 3"),
-        ("extractors.py --seed 99999999999999999999", "--seed 99999999999999999999"),
-        ("diffusion.py --lr nowhere", "nowhere"),
-        ("diffusion.py --accumulate 3", "--accumulate 3"),
-        ("diffusion.py --without foo", "--without foo"),
-        ("diffusion.py --save-every 0", "--save-every 0"),
-        ("diffusion.py --crop 31", "--crop 31"),
-        ("generate.py --t-start 501", "--t-start 501"),
-        ("generate.py --eta 2", "--eta 2"),
+        "extractors.py --hr nowhere",
+        "extractors.py --crop 50",
+        "extractors.py --recipes foo",
+        "extractors.py --num-samples 9",
+        "extractors.py --accumulate 3",
+        "extractors.py --seed 99999999999999999999",
+        "diffusion.py --lr nowhere",
+        "diffusion.py --accumulate 3",
+        "diffusion.py --without foo",
+        "diffusion.py --save-every 0",
+        "diffusion.py --crop 31",
+        "generate.py --t-start 501",
     ],
 )
-def test_wrong_flags_are_refused_before_any_work(trained, tmp_path, command, word):
-    script, *flags = command.split()
-    done = run(script, *flags, "--out", tmp_path / "out", cwd=trained[0])
-    assert done.returncode == 2 and word in done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+def test_wrong_flags_are_refused_before_any_work(trained, tmp_path, command):
+    script, flag, value = command.split()
+    done = run(*tiny(script, flag, value, "--out", tmp_path / "out"), cwd=trained[0])
+    assert_refused(done, f"{flag} {value}")
+    assert not (tmp_path / "out").exists()
