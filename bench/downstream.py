@@ -1,25 +1,23 @@
 """What are the pairs worth? SR networks trained on each method's data, tested on real LR.
 
 In: real pairs, half of which give references and half of which are tested; HR photos to make
-training pairs from. Out: Tables 1, 3, 4, 5 and 7 (Sections 3.1 to 3.4), which benchmark.py prints.
-All else is equal: network, steps and seeds of sr.py, and generate.py makes RealDGen's pairs.
+training pairs from. Out: Tables 1, 3, 4, 5 and 7 (Sections 3.1 to 3.4). All else is equal: network,
+steps and seeds of bench.sr. What an earlier run has made is used again if all it depends on is the
+same.
 
-    python benchmark.py --pairs data/RealSR --sr swinir-l fsrcnn --seeds 3
+    python benchmark.py --sr swinir-l fsrcnn --seeds 3 --pairs data/RealSR
+    python benchmark.py --table 3 5 7 --t-starts 200 500 --num-steps 10 --pairs data/RealSR
 """
 
 import contextlib
-import dataclasses
-import functools
 import json
-import math
 import re
 import resource
 import sys
 import time
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,29 +26,278 @@ import torch
 from torch import Tensor, nn
 
 import common
-import degrade
 import generate
 from bench import sr
-from bench.pairs import DECIMALS, Pair, camera_of, evaluate, load_hr, load_lr, reduced
+from bench.inputs import DATA, SYNDIFF, Config, Inputs, Measure
+from bench.metrics import perceptual_net
+from bench.pairs import (
+    DECIMALS,
+    Method,
+    Pair,
+    camera_of,
+    evaluate,
+    halves,
+    load_hr,
+    load_lr,
+    resized,
+    table_text,
+)
 
-Settings = Any  # benchmark.Config, which is to the right of this file
+# ---- rows ---------------------------------------------------------------------------------------
 
-# ---- downstream: SR networks trained on what each method makes (Tables 1, 3, 4, 5 and 7) --------
-
-# Label in the tables and, where it is one, the recipe of degrade.py.
-DATA = {
-    "bicubic": ("bicubic", "bicubic"),
-    "bsrgan": ("BSRGAN", "bsrgan"),
-    "realesrgan": ("Real-ESRGAN", "realesrgan"),
-    "syndiff": ("SynDiff", ""),
-    "realdgen": ("RealDGen", ""),
-    "paired": ("real pairs (oracle)", ""),
+LABELS = ("bicubic", "BSRGAN", "Real-ESRGAN", "SynDiff", "RealDGen", "real pairs (oracle)")
+LABEL = dict(zip(DATA, LABELS, strict=True))
+RECIPES = ("bicubic", "bsrgan", "realesrgan")  # drawn by degrade.py while training
+ABLATIONS = {  # Table 4: weights of diffusion.py --without
+    "degradation": Path("runs/no_degradation/last.pt"),
+    "content": Path("runs/no_content/last.pt"),
 }
-# Flags of generate.py that benchmark.py has, too.
-SAMPLER = tuple(field.name for field in dataclasses.fields(generate.Sampler))
-DOWNSTREAM = ("1", "3", "4", "5", "7")  # tables of trained networks
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network, and the data it is trained on: one line of a table."""
+
+    label: str
+    network: str
+    data: str  # of DATA
+    settings: dict[str, Any] = field(default_factory=dict)  # of generate.py
+    perceptual: bool = False
+    without: str = ""  # name of a set whose references are left out
+
+
+def rows_of(table: str, cfg: Config, sets: Sequence[str]) -> list[Row]:
+    """The rows of a table."""
+    network = cfg.sr[-1]  # one is enough for an ablation
+    if table == "1":
+        return [
+            Row(LABEL[data], name, data, {}, perceptual)
+            for perceptual in ([False, True] if cfg.perceptual_weight > 0 else [False])
+            for name in cfg.sr
+            for data in cfg.data
+        ]
+    if table == "3":
+        return [Row(f"T={t}", network, "realdgen", {"t_start": t}) for t in cfg.t_starts]
+    if table == "4":
+        # Rec_lr's answer and grain would bring in what an ablation is to do without.
+        noised = {"t_start": max(cfg.t_start, 300), "num_steps": max(cfg.num_steps, 10)}
+        plain = {"start": "realesrgan", "grain": False} | noised
+        rows = [
+            Row(f"without E_{part[:4]}", network, "realdgen", plain | {"checkpoint": str(path)})
+            for part, path in ABLATIONS.items()
+        ]
+        return [*rows, Row("RealDGen", network, "realdgen", plain)]
+    if table == "5":
+        rows = [Row(LABEL[data], network, data) for data in cfg.data if data != "paired"]
+        names = sets if len(sets) > 1 else []
+        return rows + [
+            Row(f"RealDGen, no reference of {name}", network, "realdgen", without=name)
+            for name in names
+        ]
+    K = max(cfg.candidates, generate.CANDIDATES)
+    return [
+        Row("without filter", network, "realdgen", {"candidates": 1}),
+        Row("with filter", network, "realdgen", {"candidates": K}),
+    ]
+
+
+# ---- training pairs -----------------------------------------------------------------------------
+
+
+def write_references(sets: dict[str, list[Pair]], out: Path) -> None:
+    """The half of the pairs that is not tested: references/SET/CAMERA/, paired/ for the oracle."""
+    for name, pairs in sets.items():
+        for pair in halves(pairs)[0]:
+            file = f"{pair.name.replace('/', '_')}.png"
+            lr = load_lr(pair.lr, pair.full)
+            targets = {
+                out / "references" / name / (camera_of(pair.name) or "camera") / file: lr,
+                out / "paired" / "hr" / f"{name}_{file}": load_hr(pair),
+                out / "paired" / "lr" / f"{name}_{file}": lr,
+            }
+            for path, image in targets.items():
+                if not path.is_file():
+                    common.save_image(path, image)
+
+
+def folder_of(inputs: Inputs) -> Path:
+    """The folder for what is made; its name depends on all that pairs and networks depend on.
+
+    Photos and weights count by their content, wherever they are.
+    """
+    cfg = inputs.cfg
+    weights = (cfg.checkpoint or common.find_checkpoint("", "diffusion", ""), SYNDIFF,
+               *ABLATIONS.values(), *cfg.sr_start_from)  # fmt: skip
+    facts = asdict(inputs.sampler) | {
+        "sets": {
+            name: [(pair.name, common.fingerprint(pair.hr), common.fingerprint(pair.lr))
+                   for pair in pairs]
+            for name, pairs in inputs.sets.items()
+        },
+        "hr": [common.fingerprint(file) for file in inputs.hr_files],
+        "weights": [common.fingerprint(path) for path in weights if Path(path).is_file()],
+    }  # fmt: skip
+    facts |= {key: getattr(cfg, key) for key in ("seed", "sr_preset", "perceptual_weight")}
+    return Path(cfg.out) / "sets" / f"{zlib.crc32(json.dumps(facts).encode()):08x}"
+
+
+def training_source(row: Row, out: Path, inputs: Inputs) -> dict[str, Any]:
+    """Flags of bench.sr for a row's training pairs, which are generated if they are missing."""
+    cfg = inputs.cfg
+    if row.data in RECIPES:
+        return {"recipe": row.data, "hr": tuple(map(str, inputs.hr_files))}
+    if row.data == "paired":
+        return {"pairs": str(out / "paired")}
+    settings: dict[str, Any] = asdict(inputs.sampler) | {"checkpoint": cfg.checkpoint}
+    settings |= row.settings
+    if row.data == "syndiff":
+        settings |= generate.PRESETS["syndiff"] | {"checkpoint": str(SYNDIFF)}
+    name = "_".join([row.data, *map(str, row.settings.values()), *filter(None, [row.without])])
+    folder = out / "pairs" / re.sub(r"[^\w.-]", "-", name)
+    settings |= {
+        "lr_ref": tuple(str(out / "references" / s) for s in inputs.sets if s != row.without)
+    }
+    settings |= {"hr": cfg.hr, "out": str(folder), "seed": cfg.seed, "device": cfg.device}
+    generate.main(generate.Config(**settings), inputs.rt)
+    return {"pairs": str(folder)}
+
+
+# ---- training and test --------------------------------------------------------------------------
+
 MEMORY = {"cuda": "most that torch had allocated", "cpu": "peak RSS of the whole process"}
-SR_COLUMNS = ("PSNR Y", "SSIM Y", "LPIPS", "DISTS", "FID")
+
+
+@contextlib.contextmanager
+def measured(device: torch.device) -> Iterator[dict[str, float]]:
+    """What a block costs, once it has ended: seconds, and the peak of memory in bytes.
+
+    On a GPU this is what torch had allocated; on a CPU the resident memory of the whole process,
+    since the block began where the system can forget an earlier peak (Linux), else since its start.
+    """
+    cost: dict[str, float] = {}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+    began = time.time()
+    yield cost
+    cost["seconds"] = time.time() - began
+    if device.type == "cuda":
+        cost["memory"] = torch.cuda.max_memory_allocated(device)
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        cost["memory"] = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def steps_of(network: str, cfg: Config) -> int:
+    """Training steps of a network: the flag, else the preset's, else a transformer's minute."""
+    preset = sr.PRESETS[cfg.sr_preset].get("steps", sr.Config.steps)
+    minute = cfg.sr_preset == "smoke" and network != "fsrcnn"
+    return cfg.sr_steps or (20 if minute else preset)
+
+
+def train_network(
+    network: str, source: dict[str, Any], name: str, seed: int, out: Path, inputs: Inputs,
+    perceptual: bool = False,
+) -> tuple[nn.Module, dict[str, float]]:  # fmt: skip
+    """A network of bench.sr, trained with the preset of the tables, and what that cost.
+
+    source: flags of bench.sr that name the training pairs; name: of the files in out/sr.
+    """
+    cfg = inputs.cfg
+    steps = steps_of(network, cfg)
+    begun = {sr.read_network(path)["config"]["sr"]: path for path in cfg.sr_start_from}
+    settings = sr.PRESETS[cfg.sr_preset] | {
+        "sr": network, "steps": steps, "save_every": max(500, steps // 10), "seed": seed,
+        "out": str(out / "sr"), "name": f"{network}-{name}-{seed}-{steps}", "device": cfg.device,
+        "perceptual_weight": cfg.perceptual_weight if perceptual else 0.0,
+        "start_from": begun.get(network, ""),
+    }  # fmt: skip
+    with measured(inputs.device) as cost:
+        file = sr.train(sr.Config(**settings | source), inputs.rt)
+    net = sr.load_network(file).to(inputs.device)
+    return net, cost | {"parameters": sum(p.numel() for p in net.parameters())}
+
+
+def enlarging(net: nn.Module | None) -> Method:
+    """HR of real LR by a network; by Pillow's bicubic enlargement if there is none."""
+
+    def make(lr: Tensor, batch: Sequence[Pair]) -> Tensor:
+        if net is None:
+            return resized(lr, *(generate.SCALE * side for side in lr.shape[2:]))
+        return sr.super_resolve(net, lr)
+
+    return make
+
+
+def tested(net: nn.Module | None, inputs: Inputs, metrics: Sequence[str]) -> dict[str, Any]:
+    """A network's distances to the real HR of each set; nothing but on the first process."""
+    sets = inputs.tests.items() if inputs.rt.is_main else ()
+    return {
+        name: evaluate(enlarging(net), pairs, metrics, inputs.device, upwards=True)
+        for name, pairs in sets
+    }
+
+
+def train_and_test(row: Row, out: Path, inputs: Inputs) -> dict[str, Any]:
+    """A row's values on each set, one for each seed; what it cost."""
+    with measured(inputs.device) as cost:
+        source = training_source(row, out, inputs)
+    generated = row.data in ("realdgen", "syndiff")
+    result: dict[str, Any] = {"generation": cost if generated else {}, "training": [], "runs": []}
+    name = Path(source.get("pairs", row.data)).name + ("-perceptual" if row.perceptual else "")
+    for seed in range(inputs.cfg.seed, inputs.cfg.seed + inputs.cfg.seeds):
+        net, cost = train_network(row.network, source, name, seed, out, inputs, row.perceptual)
+        result["training"].append(cost)
+        result["runs"].append(tested(net, inputs, inputs.metrics))
+    return result
+
+
+def check_training(inputs: Inputs) -> None:
+    """UserError for what is wrong with the flags of trained networks."""
+    cfg = inputs.cfg
+    for path in cfg.sr_start_from:
+        common.require(Path(path).is_file(), f"--sr-start-from {path}: no such file.")
+        network = sr.read_network(path)["config"]["sr"]
+        wrong = f"--sr-start-from {path}: a {network}, which --sr does not name."
+        common.require(network in cfg.sr, wrong)
+    if cfg.perceptual_weight > 0:
+        perceptual_net("LPIPS", "vgg", inputs.device)
+
+
+def table_downstream(table: str, inputs: Inputs) -> Measure:
+    """Table 1, 3, 4, 5 or 7, beside bicubic enlargement, which needs no network."""
+    check_training(inputs)
+    cfg = inputs.cfg
+    rows = rows_of(table, cfg, [*inputs.sets])
+    needed = {SYNDIFF: "content degradation"} if any(r.data == "syndiff" for r in rows) else {}
+    needed |= {path: part for part, path in ABLATIONS.items()} if table == "4" else {}
+    for path, part in needed.items():
+        make = f"python diffusion.py --without {part} --out {path.parent}"
+        common.require(path.is_file(), f"table {table}: {path} is missing: make it by `{make}`.")
+        generate.load_generator(str(path), torch.device("cpu"))
+    inputs.check_steps(*(row.settings.get("t_start", cfg.t_start) for row in rows))
+    assert inputs.tests and inputs.hr_files is not None and inputs.metrics  # found and checked now
+
+    def measure() -> tuple[dict[str, Any], str]:
+        out = folder_of(inputs)
+        if inputs.rt.is_main:
+            write_references(inputs.sets, out)
+        common.wait_for_all(inputs.rt)
+        bicubic = Row("bicubic enlargement", "none", "")
+        results = [asdict(bicubic) | {"runs": [tested(None, inputs, inputs.metrics)]}]
+        results += [asdict(row) | train_and_test(row, out, inputs) for row in rows]
+        counts = {name: len(pairs) for name, pairs in inputs.tests.items()}
+        result = {"table": table, "rows": results, "tested": counts}
+        return result, text_of_downstream(result, inputs) if inputs.rt.is_main else ""
+
+    return measure
+
+
+# ---- the tables as text -------------------------------------------------------------------------
+
+COLUMNS = ("PSNR Y", "SSIM Y", "LPIPS", "DISTS", "FID")
 # Table 1 of the paper, all crops: RealSR PSNR, SSIM, DRealSR PSNR, SSIM of networks trained with
 # L1; RealSR LPIPS, FID, DRealSR LPIPS, FID of those trained with a perceptual loss.
 PAPER_1 = """
@@ -84,331 +331,62 @@ def paper_value(network: str, data: str, perceptual: bool, name: str, metric: st
     return ""
 
 
-@dataclass(frozen=True)
-class Row:
-    """A network, and the data it is trained on: one line of a table."""
-
-    label: str
-    network: str
-    data: str  # a key of DATA
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of generate.py
-    perceptual: bool = False
-    without: str = ""  # name of a set whose references are left out
+def spread_text(values: Sequence[float], metric: str) -> str:
+    """Mean over the seeds ± standard deviation; a dash without values."""
+    digits = DECIMALS.get(metric, 3)
+    text = f"{np.mean(values):z.{digits}f}" if values else "-"
+    return text + (f" ± {np.std(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def halves(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """Every other pair of each camera: those that give references, and those that are tested."""
-    found: tuple[list[Pair], list[Pair]] = ([], [])
-    count: Counter[str] = Counter()
-    for pair in pairs:
-        camera = camera_of(pair.name)
-        found[count[camera] % 2].append(pair)
-        count[camera] += 1
-    return found
-
-
-def downstream_rows(table: str, names: list[str], cfg: Settings) -> list[Row]:
-    """The rows of a table; names are those of the sets of pairs."""
-    filtered = {"candidates": max(cfg.candidates, generate.CANDIDATES)}
-    light = cfg.sr[-1] if table != "1" else ""  # one network is enough for an ablation
-    if table == "1":
-        kinds = [False, True] if cfg.perceptual_weight > 0 else [False]
-        return [
-            Row(DATA[data][0], network, data, {}, perceptual)
-            for perceptual in kinds
-            for network in cfg.sr
-            for data in cfg.data
-        ]
-    if table == "3":
-        return [Row(f"T={t}", light, "realdgen", {"t_start": t}) for t in cfg.t_starts]
-    if table == "4":
-        # Rec_lr's answer and grain would bring in what an ablation is to do without.
-        noised = {"t_start": max(cfg.t_start, 300), "num_steps": max(cfg.num_steps, 10)}
-        plain = {"start": "realesrgan", "grain": False} | noised
-        ablations = (("E_deg", cfg.without_degradation), ("E_cont", cfg.without_content))
-        rows = [
-            Row(f"without {name}", light, "realdgen", plain | {"checkpoint": path})
-            for name, path in ablations
-            if path
-        ]
-        return [*rows, Row("RealDGen", light, "realdgen", plain)]
-    if table == "5":
-        kept = [Row(DATA[data][0], light, data) for data in cfg.data if data != "paired"]
-        apart = [
-            Row(f"RealDGen, no reference of {name}", light, "realdgen", without=name)
-            for name in names
-            if len(names) > 1 and not cfg.lr_ref
-        ]
-        return kept + apart
-    return [  # Table 7
-        Row("without filter", light, "realdgen", {"candidates": 1}),
-        Row("with filter", light, "realdgen", filtered),
-    ]
-
-
-def write_references(sets: dict[str, list[Pair]], out: Path) -> None:
-    """The pairs that are not tested, as files: references/SET/CAMERA/, paired/ for the oracle."""
-    for name, pairs in sets.items():
-        for pair in halves(pairs)[0]:
-            file = f"{pair.name.replace('/', '_')}.png"
-            lr = load_lr(pair.lr, pair.shrink)
-            targets = {
-                out / "references" / name / (camera_of(pair.name) or "camera") / file: lr,
-                out / "paired" / "hr" / f"{name}_{file}": load_hr(pair),
-                out / "paired" / "lr" / f"{name}_{file}": lr,
-            }
-            for path, image in targets.items():
-                if not path.is_file():
-                    common.save_image(path, image)
-
-
-def key_of(sets: dict[str, list[Pair]], cfg: Settings) -> str:
-    """Eight digits for all that pairs and networks depend on, but for their own names.
-
-    What an earlier run has made is taken up where they are the same, and nowhere else.
-    """
-    generator = common.find_checkpoint(cfg.checkpoint, "diffusion", "python diffusion.py")
-    others = (cfg.syndiff, cfg.without_degradation, cfg.without_content, *cfg.sr_start_from)
-    facts = {key: getattr(cfg, key) for key in (*SAMPLER, "lr_ref", "seed", "sr_preset", "sr_steps",
-                                               "perceptual_weight")}  # fmt: skip
-    facts["sets"] = {name: [pair.name for pair in pairs] for name, pairs in sets.items()}
-    facts["hr"] = [str(file) for file in common.find_photos(cfg.hr, "hr", "--hr")]
-    facts["weights"] = [common.fingerprint(f) for f in (generator, *others) if Path(f).is_file()]
-    return f"{zlib.crc32(json.dumps(facts).encode()):08x}"
-
-
-def training_source(row: Row, names: list[str], cfg: Settings, rt: common.Runtime) -> dict:
-    """Flags of sr.py for a row's training pairs, which are generated if they are not there yet."""
-    out, recipe = Path(cfg.out), DATA[row.data][1]
-    if recipe:
-        return {"recipe": recipe, "hr": tuple(map(str, common.find_photos(cfg.hr, "hr", "--hr")))}
-    if row.data == "paired":
-        return {"pairs": str(out / "paired")}
-    settings = {key: getattr(cfg, key) for key in ("checkpoint", *SAMPLER)} | row.settings
-    if row.data == "syndiff":
-        settings |= generate.PRESETS["syndiff"] | {"checkpoint": cfg.syndiff}
-    folder = "_".join([row.data, *map(str, row.settings.values()), *filter(None, [row.without])])
-    target = out / "pairs" / re.sub(r"[^\w.-]", "-", folder)
-    references = cfg.lr_ref or [
-        str(out / "references" / name) for name in names if name != row.without
-    ]
-    generate.main(
-        generate.Config(
-            hr=cfg.hr,
-            lr_ref=tuple(references),
-            out=str(target),
-            seed=cfg.seed,
-            device=cfg.device,
-            **settings,
-        ),
-        rt,
+def cost_text(costs: Sequence[dict[str, float]], key: str) -> str:
+    """The mean of several costs as a cell of a table; a dash without costs."""
+    unit, digits, name = {"parameters": (1e6, 2, " M"), "memory": (2**20, 0, " MiB")}.get(
+        key, (1, 0, " s")
     )
-    return {"pairs": str(target)}
+    mean = np.mean([cost[key] for cost in costs]) if costs else 0
+    return f"{mean / unit:.{digits}f}{name}" if costs else "-"
 
 
-@contextlib.contextmanager
-def measured(device: torch.device) -> Iterator[dict[str, float]]:
-    """What a block costs, once it has ended: seconds, and the peak of memory in bytes.
-
-    On a GPU this is what torch had allocated; on a CPU the resident memory of the whole process,
-    since the block began where the system can forget an earlier peak (Linux), else since its start.
-    """
-    cost: dict[str, float] = {}
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-    began = time.time()
-    yield cost
-    cost["seconds"] = time.time() - began
-    if device.type == "cuda":
-        cost["memory"] = torch.cuda.max_memory_allocated(device)
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        cost["memory"] = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def training_data(row: Row, names: list[str], cfg: Settings, rt: common.Runtime) -> tuple:
-    """Flags of sr.py for a row's training pairs, and what it cost to generate them, if any were."""
-    with measured(rt.device) as cost:
-        source = training_source(row, names, cfg, rt)
-    folder = source.get("pairs", "")
-    if not folder or row.data == "paired":  # a recipe is drawn while training
-        return source, {}
-    checkpoint = cfg.syndiff if row.data == "syndiff" else row.settings.get("checkpoint")
-    net = generate.load_generator(checkpoint or cfg.checkpoint, torch.device("cpu"))
-    count = {"parameters": parameters_of(net), "pairs": len(list(Path(folder, "lr").iterdir()))}
-    return source, cost | count
-
-
-def parameters_of(net: nn.Module) -> int:
-    """The number of a network's parameters."""
-    return sum(p.numel() for p in net.parameters())
-
-
-def train_network(
-    network: str,
-    source: dict[str, Any],
-    name: str,
-    seed: int,
-    cfg: Settings,
-    rt: common.Runtime,
-    perceptual_weight: float = 0.0,
-) -> tuple[nn.Module, dict[str, float]]:
-    """A network of sr.py, trained with the preset of the tables, and what that cost.
-
-    source: flags of sr.py that name the training pairs; name: of the files in out/sr.
-    """
-    steps = {"steps": cfg.sr_steps} if cfg.sr_steps else {}
-    settings = sr.PRESETS[cfg.sr_preset] | {"save_every": 500} | steps
-    settings |= {"sr": network, "perceptual_weight": perceptual_weight, "seed": seed}
-    settings |= {"out": f"{cfg.out}/sr", "name": name, "device": cfg.device} | source
-    begun = {sr.read_network(path)["config"]["sr"]: path for path in cfg.sr_start_from}
-    settings["start_from"] = begun.get(network, "")
-    with measured(rt.device) as cost:
-        net = sr.load_network(sr.train(sr.Config(**settings), rt)).to(rt.device)
-    return net, cost | {"parameters": parameters_of(net)}
-
-
-def train_and_test(
-    row: Row,
-    tests: dict[str, list[Pair]],
-    metrics: list[str],
-    cfg: Settings,
-    rt: common.Runtime,
-) -> dict[str, Any]:
-    """A row's values on each set, one for each seed; what it cost."""
-    source, generation = training_data(row, [*tests], cfg, rt)
-    result: dict[str, Any] = {"generation": generation, "training": [], "sets": {}}
-    weight = cfg.perceptual_weight if row.perceptual else 0.0
-    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        kind = ["perceptual"] if row.perceptual else []
-        data = Path(source.get("pairs", row.data)).name
-        name = "-".join([row.network, data, *kind, str(seed)])
-        net, cost = train_network(row.network, source, name, seed, cfg, rt, weight)
-        result["training"].append(cost)
-        method = functools.partial(super_resolved, net=net, bf16=cfg.bf16)
-        for test, pairs in tests.items() if rt.is_main else ():
-            given = (f"{row.network}, {row.label}", method, pairs, metrics, 1, rt.device, True)
-            result["sets"].setdefault(test, []).append(evaluate(*given))
-    return result
-
-
-def super_resolved(lr: Tensor, batch: Sequence[Pair], net: Any, bf16: bool) -> Tensor:
-    """HR of real LR; Pillow's bicubic enlargement if there is no network."""
-    if net is None:
-        return reduced(lr, *(batch[0].scale * side for side in batch[0].size))
-    with common.Runtime(lr.device).autocast(bf16):
-        return sr.super_resolve(net, lr)
-
-
-def table_downstream(
-    table: str,
-    sets: dict[str, list[Pair]],
-    metrics: list[str],
-    cfg: Settings,
-    rt: common.Runtime,
-) -> dict[str, Any]:
-    """All rows of Table 1, 3, 4, 5 or 7, and bicubic enlargement, which needs no network."""
-    cfg = dataclasses.replace(cfg, out=str(Path(cfg.out) / "sets" / key_of(sets, cfg)))
-    if rt.is_main:
-        write_references(sets, Path(cfg.out))
-    common.wait_for_all(rt)
-    tests = {name: halves(pairs)[1] for name, pairs in sets.items()}
-    rows = []
-    if rt.is_main:
-        method = functools.partial(super_resolved, net=None, bf16=False)
-        plain = {
-            name: [evaluate("bicubic", method, pairs, metrics, 1, rt.device, True)]
-            for name, pairs in tests.items()
-        }
-        rows = [{"network": "none", "label": "bicubic enlargement", "data": "", "sets": plain}]
-    for row in downstream_rows(table, [*sets], cfg):
-        rows.append(dataclasses.asdict(row) | train_and_test(row, tests, metrics, cfg, rt))
-    tested = {name: len(pairs) for name, pairs in tests.items()}
-    return {"table": table, "rows": rows, "tested": tested, "memory": MEMORY[rt.device.type]}
-
-
-def label_of(row: dict[str, Any]) -> str:
-    """What a row is called: its data and, where it is not L1, its loss."""
-    return row["label"] + (", perceptual" if row.get("perceptual") else "")
-
-
-def cost_cells(costs: Sequence[dict[str, float]], keys: Sequence[str]) -> list[str]:
-    """The mean of several costs as cells of a table; dashes where there are none."""
-    units = {"parameters": (1e6, ".2f", " M"), "memory": (2**20, ".0f", " MiB")}
-    cells = []
-    for key in keys if costs else ():
-        unit, digits, name = units.get(key, (1, ".0f", ""))
-        cells.append(f"{np.mean([cost[key] for cost in costs]) / unit:{digits}}{name}")
-    return cells or ["-"] * len(keys)
-
-
-def cost_rows(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Lines of a table of what each network, and the generation of its pairs, cost."""
-    heads = ("parameters", "training s", "memory", "generator", "pairs", "generation s", "memory")
-    lines = [f"| network | trained on | {' | '.join(heads)} |"]
-    lines += ["| --- | --- |" + " ---: |" * len(heads)]
-    for row in rows:
-        made = [row["generation"]] if row["generation"] else []
-        cells = cost_cells(row["training"], ("parameters", "seconds", "memory"))
-        cells += cost_cells(made, ("parameters", "pairs", "seconds", "memory"))
-        lines += [f"| {row['network']} | {label_of(row)} | {' | '.join(cells)} |"]
-    return lines
-
-
-def markdown_downstream(result: dict[str, Any], cfg: Settings) -> str:
-    """A table of SR networks: mean over the seeds, +- their standard deviation, [the paper]."""
-    names, table = [*result["tested"]], result["table"]
-    columns = [(name, metric) for name in names for metric in SR_COLUMNS]
-    lines = [f"## Table {table}: networks trained on each data, on real LR", ""]
-    heads = " | ".join(f"{name} {metric}" for name, metric in columns)
-    lines += [f"| network | trained on | {heads} |"]
-    lines += ["| --- | --- |" + " ---: |" * len(columns)]
+def text_of_downstream(result: dict[str, Any], inputs: Inputs) -> str:
+    """A table of SR networks [with the paper's values], and one of what they cost."""
+    cfg, table, sets = inputs.cfg, result["table"], [*result["tested"]]
+    columns = [(name, metric) for name in sets for metric in COLUMNS]
+    lines, costs = [], []
     for row in result["rows"]:
+        label = row["label"] + (", perceptual" if row["perceptual"] else "")
         cells = []
         for name, metric in columns:
-            values = [run["mean"].get(metric, math.nan) for run in row["sets"][name]]
-            text = f"{np.mean(values):z.{DECIMALS.get(metric, 3)}f}"
-            text += f" ± {np.std(values):.{DECIMALS.get(metric, 3)}f}" if len(values) > 1 else ""
-            text = text if "nan" not in text else "-"
-            known = (row["network"], row["data"], row.get("perceptual", False), name, metric)
-            cells.append(text + (paper_value(*known) if table == "1" else ""))
-        lines += [f"| {row['network']} | {label_of(row)} | {' | '.join(cells)} |"]
-    tested = ", ".join(f"{name} {n}" for name, n in result["tested"].items())
-    lines += [
-        "",
-        f"Preset {cfg.sr_preset}, {cfg.sr_steps or 'its'} steps, {cfg.seeds} seeds.",
-        *(f"Trained on from {path}." for path in cfg.sr_start_from),
-        f"Tested on every other pair of each camera ({tested}); the oracle was trained on the",
-        f"others, {'and --lr-ref' if cfg.lr_ref else 'whose LR'} were RealDGen's references. In",
-        "brackets: the paper, on all pairs.",
-        "",
-        *cost_rows(result["rows"][1:]),
-        "",
-        f"Memory: {result['memory']}. Of several seeds the mean. A recipe of D is drawn",
-        "while training. What an earlier run had made took no time in this one.",
+            means = [run[name]["mean"] for run in row["runs"]]
+            cell = spread_text([mean[metric] for mean in means if metric in mean], metric)
+            place = (row["network"], row["data"], row["perceptual"], name, metric)
+            cells.append(cell + (paper_value(*place) if table == "1" else ""))
+        lines.append([row["network"], label, *cells])
+        if row["network"] != "none":
+            generation = [row["generation"]] if row["generation"] else []
+            cells = [cost_text(row["training"], key) for key in ("parameters", "seconds", "memory")]
+            cells += [cost_text(generation, key) for key in ("seconds", "memory")]
+            costs.append([row["network"], label, *cells])
+    heads = ["network", "trained on", *(f"{name} {metric}" for name, metric in columns)]
+    cost_heads = [
+        "network",
+        "trained on",
+        "parameters",
+        "training",
+        "memory",
+        "generation",
+        "memory",
     ]
-    return "\n".join(lines) + "\n"
+    counts = ", ".join(f"{name} {n}" for name, n in result["tested"].items())
+    steps = ", ".join(f"{network} {steps_of(network, cfg)}" for network in cfg.sr)
+    begun = "".join(f"Trained further from {path}.\n" for path in cfg.sr_start_from)
+    return f"""## Table {table}: networks trained on each data, tested on real LR
 
+{table_text(heads, lines, words=2)}
+Preset {cfg.sr_preset}, steps: {steps}; {cfg.seeds} seeds. {begun}Tested on every other pair of each
+camera ({counts}); the others trained the oracle, and their LR were RealDGen's references. In
+brackets: the paper, on all pairs.
 
-def stand_in(folder: Path, rt: common.Runtime) -> str:
-    """Pairs for a first look where there are none: sample photos, and what D makes of them."""
-    if rt.is_main:
-        print(
-            "no --pairs, no data/RealSR, no data/DRealSR: testing on sample photos degraded by D."
-        )
-        print("That shows that all works, and nothing else: a real run needs real pairs, and hours")
-        print("on a GPU (--sr-preset paper).")
-        for i, file in enumerate(
-            common.list_images([str(Path(__file__).parent / "data/sample/hr")], "")
-        ):
-            hr = common.crop_to_multiple(common.load_image(file), generate.SCALE, file)
-            theta = degrade.sample_degradation(1, "camera", generator=common.generator(i))
-            common.save_image(folder / "HR" / f"sample_{i}.png", hr)
-            common.save_image(
-                folder / "LR" / f"sample_{i}.png", degrade.degrade(hr[None], theta)[0]
-            )
-    common.wait_for_all(rt)
-    return str(folder)
+{table_text(cost_heads, costs, words=2)}
+Memory: {MEMORY[inputs.device.type]}. Of several seeds the mean. What an earlier
+run had made took no time in this one.
+"""

@@ -1,8 +1,7 @@
 """What the networks have learned, seen from outside; needs HR photos only, no aligned pairs.
 
-In: HR photos and the networks of stages 1 and 2. Out: two tables that benchmark.py prints. Does
-generated LR follow its reference, one factor at a time (factors)? Does E_deg see what E_cont must
-not see (extractors)? Not in the paper.
+In: HR photos and the generator. Out: two tables (not in the paper). Does generated LR follow its
+reference, one factor at a time (factors)? Does E_deg see what E_cont must not see (extractors)?
 
     python benchmark.py --table factors extractors --hr data/hr --lr data/lr
 """
@@ -25,42 +24,9 @@ import common
 import degrade
 import extractors
 import generate
+from bench.inputs import Inputs, Measure, middle
 from bench.metrics import psnr
-
-# ---- the photos and the networks ----------------------------------------------------------------
-
-
-def middle(image: Tensor, side: int) -> Tensor:
-    """The middle side x side pixels of an image (3, H, W); ValueError if it is smaller."""
-    top, left = ((n - side) // 2 for n in image.shape[1:])
-    if min(top, left) < 0:
-        raise ValueError(f"an image is under {side} x {side} pixels")
-    return image[:, top : top + side, left : left + side]
-
-
-def load_photos(files: list[Path], side: int, images: int, seed: int) -> Tensor:
-    """The middle (3, side, side) of so many photos, drawn from the files: (N, 3, side, side)."""
-    crops: list[Tensor] = []
-    order = torch.randperm(len(files), generator=common.generator(seed)).tolist()
-    for file in (files[i] for i in order):
-        if len(crops) < images:
-            try:
-                crops.append(middle(common.load_image(file), side))
-            except ValueError as error:
-                print(f"skipped: {file} ({error})")
-    enough = (
-        f"--hr: of {len(files)} files, {len(crops)} are photos of {side} x {side} pixels or more"
-    )
-    common.require(len(crops) > 1, f"{enough}; two are needed.")
-    return torch.stack(crops)
-
-
-def load_extractors(checkpoint: str, device: torch.device) -> extractors.Extractors:
-    """The networks of stage 1; "" looks in runs/extractors, then in data/pretrained."""
-    path = common.find_checkpoint(checkpoint, "extractors", "python extractors.py")
-    nets = extractors.load(common.load_checkpoint(path), str(path))
-    return nets.to(device).eval().requires_grad_(False)
-
+from bench.pairs import table_text
 
 # ---- does generated LR follow its reference, one factor at a time? ------------------------------
 
@@ -172,32 +138,27 @@ def fine_detail(lr: Tensor) -> Tensor:
     return filtered(gray(lr), LAPLACIAN).abs().flatten(1).median(1)[0]
 
 
-def truth(hr: Tensor, lr_ref: list[Tensor], theta: degrade.Degradation, seeds: list[int]) -> Tensor:
-    """The answer that is looked for: what the measures can see at all."""
-    return degrade.degrade(hr, theta)
-
-
 @torch.no_grad()
 def follow(
     hr: Tensor, banks: list[Tensor], answer: Answer, factor: str, seed: int, noise: int = 0
 ) -> dict[str, Any]:
-    """How an answer to references of rising levels rises itself, for contents hr (N, 3, H, W).
+    """How an answer rises when its references rise in one factor, for contents hr (N, 3, H, W).
 
     banks: the `reductions` of each. The reference of level l is D(X', theta_l) of a scene X' that
     is another one for each level (as far as there are), so that only theta rises. rank: Spearman's
-    correlation of level and measured value for each content; measured (N, L); detail (N, L),
-    relative to D(X, theta_l).
+    correlation of level and measured value for each content; measured (N, L); detail (N, L): fine
+    detail relative to D(X, theta_l).
     """
     N = len(hr)
     levels = torch.linspace(*FACTORS[factor][1:], LEVELS)
     result: dict[str, Any] = {"rank": [], "measured": [], "detail": []}
-    for i, own in enumerate(tqdm(hr, desc=factor, unit="scene", leave=False)):
+    for i, content in enumerate(tqdm(hr, desc=factor, unit="scene", leave=False)):
         theta = only(factor, levels, noise=seed << 32 | i)
         others = (i + 1 + torch.arange(LEVELS) % (N - 1)) % N
         lr_ref = list(degrade.degrade(hr[others], theta))
-        same = own.repeat(LEVELS, 1, 1, 1)
-        draws = [((seed << 16 | noise) << 16 | i) << 16 | level for level in range(LEVELS)]
-        lr = common.to_uint8(answer(same, lr_ref, theta, draws)) / 255  # as in files
+        same = content.repeat(LEVELS, 1, 1, 1)
+        seeds = [((seed << 16 | noise) << 16 | i) << 16 | level for level in range(LEVELS)]
+        lr = common.to_uint8(answer(same, lr_ref, theta, seeds)) / 255  # as in files
         measured = MEASURES[factor](lr, banks[i])
         rank = stats.spearmanr(levels, measured.cpu())[0] if measured.std() > 0 else 0.0
         detail = fine_detail(lr) / fine_detail(degrade.degrade(same, theta)).clamp(min=0.01)
@@ -207,99 +168,75 @@ def follow(
     return result
 
 
-def table_factors(
-    hr: Tensor,
-    net: Any,
-    t_starts: Sequence[int],
-    repeats: int,
-    sampler: generate.Sampler,
-    seed: int,
-) -> dict[str, Any]:
-    """All rows: the truth, then the network from each T, with K = 1; T = 0 has no diffusion.
-
-    hr (N, 3, H, W) in [0, 1]: the contents; repeats: noises that each is generated with.
-    """
-
-    def network(t_start: int) -> Answer:
-        start = sampler.start if t_start else "reconstruct"
-        own = replace(sampler, t_start=t_start, start=start, candidates=1)
-        return lambda hr, lr_ref, theta, seeds: generate.generate(net, hr, lr_ref, own, seeds)[0][
-            :, 0
-        ]
-
-    banks = [reductions(x) for x in hr]
-    answers = {"truth": truth} | {f"T={t}": network(t) for t in t_starts}
-    rows = []
-    for factor in FACTORS:
-        for name, answer in answers.items():
-            drawn = name != "truth" and (sampler.grain or name != "T=0")
-            noises = range(repeats if drawn else 1)
-            parts = [follow(hr, banks, answer, factor, seed, noise) for noise in noises]
-            values = {key: [v for part in parts for v in part[key]] for key in parts[0]}
-            rows.append({"factor": factor, "answer": name, **values})
-    return {"images": len(hr), "rows": rows}
+REPEATS = 2  # noises that each content is generated with
 
 
-def markdown_factors(result: dict[str, Any]) -> str:
-    """The table of factors, and what one must know to read it."""
-    lines = [f"## Does generated LR follow its reference? {result['images']} contents", ""]
-    lines += ["| factor | answer | rank correlation | lowest | at the lowest level | at the highest"
-              " | fine detail | n |"]  # fmt: skip
-    lines += ["| --- | --- |" + " ---: |" * 6]
+def table_factors(name: str, inputs: Inputs) -> Measure:
+    """The truth, then RealDGen from each T with K = 1; T = 0 has no diffusion."""
+    cfg, net, hr = inputs.cfg, inputs.net, inputs.photos.to(inputs.device)
+    inputs.check_steps(*cfg.t_starts)
+
+    def realdgen(t_start: int) -> Answer:
+        start = cfg.start if t_start else "reconstruct"
+        sampler = replace(inputs.sampler, t_start=t_start, start=start, candidates=1)
+        return lambda hr, lr_ref, theta, seeds: generate.chosen(
+            *generate.generate(net, hr, lr_ref, sampler, seeds)
+        )
+
+    def measure() -> tuple[dict[str, Any], str]:
+        banks = [reductions(x) for x in hr]
+        # The truth is what is looked for: it shows what the measures can see at all.
+        answers: dict[str, Answer] = {
+            "truth": lambda hr, lr_ref, theta, seeds: degrade.degrade(hr, theta)
+        }
+        answers |= {f"T={t}": realdgen(t) for t in cfg.t_starts}
+        rows = []
+        for factor in FACTORS:
+            for answer_name, answer in answers.items():
+                drawn = answer_name != "truth" and (cfg.grain or answer_name != "T=0")
+                repeats = range(REPEATS if drawn else 1)
+                parts = [follow(hr, banks, answer, factor, cfg.seed, noise) for noise in repeats]
+                values = {key: [v for part in parts for v in part[key]] for key in parts[0]}
+                rows.append({"factor": factor, "answer": answer_name, **values})
+        result = {"images": len(hr), "rows": rows}
+        return result, text_of_factors(result)
+
+    return measure
+
+
+def text_of_factors(result: dict[str, Any]) -> str:
+    """The table of factors, and what a reader must know."""
+    lines = []
     for row in result["rows"]:
         rank, measured = np.array(row["rank"]), np.array(row["measured"]).mean(0)
-        cells = [f"{rank.mean():.3f}", f"{rank.min():.2f}", f"{measured[0]:.2f}"]
-        cells += [f"{measured[-1]:.2f}", f"{np.median(row['detail']):.2f}", str(len(rank))]
-        lines += [f"| {row['factor']} | {row['answer']} | {' | '.join(cells)} |"]
+        numbers = [rank.mean(), rank.min(), measured[0], measured[-1], np.median(row["detail"])]
+        cells = [f"{number:.2f}" for number in numbers]
+        lines.append([row["factor"], row["answer"], *cells, str(len(rank))])
+    heads = ["factor", "answer", "rank correlation", "lowest", "at the lowest level",
+             "at the highest", "fine detail", "n"]  # fmt: skip
     ranges = [f"{factor} {low:g}..{high:g}" for factor, (_, low, high) in FACTORS.items()]
-    lines += [
-        "",
-        f"References are other scenes, degraded with one factor at {LEVELS} levels: "
-        f"{', '.join(ranges)}",
-        "(LR pixels; levels of 255; amount; 100 - quality). Spearman's correlation of level and",
-        "measured value, for each content and noise: mean and lowest; the mean measured values",
-        "(JPEG: blockiness, 1 is none). Fine detail: median |Laplacian| relative to the true D(X,",
-        "theta). truth is D(X, theta) itself; T=0 is Rec_lr without diffusion, with grain unless",
-        "--no-grain.",
-    ]
-    return "\n".join(lines) + "\n"
+    return f"""## Does generated LR follow its reference? {result["images"]} contents
+
+{table_text(heads, lines, words=2)}
+References are other scenes, degraded with one factor at {LEVELS} levels: {", ".join(ranges)}
+(LR pixels; levels of 255; amount; 100 - quality). Rank correlation (Spearman's) of the level and
+the value measured in the LR, for each content and noise: mean and lowest; mean measured values
+(JPEG: blockiness, 1 is none). Fine detail: median |Laplacian| relative to the true D(X, theta).
+truth is D(X, theta) itself; T=0 is Rec_lr without diffusion, with grain unless --no-grain.
+"""
 
 
 # ---- do the extractors tell degradation and content apart? --------------------------------------
 
 
-def statistics(lr: Tensor) -> Tensor:
-    """What E_deg has to beat: 12 plain numbers (B, 12) about LR images (B, 3, h, w)."""
-    x = gray(lr)
-    half = F.avg_pool2d(x, 2)
-    energy = [sum(v.diff(dim=dim).square().mean((1, 2, 3)) for dim in (2, 3)) for v in (x, half)]
-    noise = filtered(x, NOISE).abs().flatten(1).median(1)[0]
-    power = torch.fft.rfft2(x - x.mean((2, 3), keepdim=True)).abs().square()[:, 0]
-    fy, fx = torch.fft.fftfreq(x.shape[2]), torch.fft.rfftfreq(x.shape[3])
-    radius = (fy[:, None].square() + fx.square()).sqrt().to(x.device)
-    bands = [power[:, (radius > b / 16) & (radius <= (b + 1) / 16)].mean(1) for b in range(8)]
-    scales = energy[0] / (energy[1] + 1e-6)
-    texture = filtered(x, LAPLACIAN).var((1, 2, 3))
-    return torch.stack(
-        [*((v + 1e-2).log() for v in (texture, scales, noise, *bands)), blockiness(x)], 1
-    )
+def retrieval(queries: Tensor, candidates: Tensor) -> dict[str, float]:
+    """Share of queries (N, D) whose candidate (of N, D) is the nearest, or of the 5 nearest."""
+    table = torch.cdist(queries.double(), candidates.double(), compute_mode=EXACT)
+    before = (table <= table.diagonal()[:, None]).sum(1) - 1  # ties count against us
+    return {f"top-{k}": (before < k).double().mean().item() for k in (1, 5)}
 
 
-def retrieval(queries: Tensor, candidates: Tensor, standardise: bool = False) -> dict[str, float]:
-    """Share of queries (N, D) whose own candidate (N, D) is the nearest, or among the 5 nearest."""
-    queries, candidates = queries.double(), candidates.double()
-    if standardise:
-        mean, std = candidates.mean(0), candidates.std(0).clamp(min=1e-12)
-        queries, candidates = (queries - mean) / std, (candidates - mean) / std
-    result: dict[str, float] = {}
-    for distance in ("L2", "cosine"):
-        a, b = queries, candidates
-        if distance == "cosine":
-            a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
-        table = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-        before = (table <= table.diagonal()[:, None]).sum(1) - 1  # ties count against us
-        result |= {f"{distance} top-{k}": (before < k).double().mean().item() for k in (1, 5)}
-    return result
+EXACT = "donot_use_mm_for_euclid_dist"  # of equal rows the distance is 0
 
 
 def nearest_scene(degraded: Tensor, clean: Tensor) -> dict[str, float]:
@@ -330,73 +267,73 @@ def device_crops(files: list[Path], side: int, images: int, seed: int) -> list[T
     return list(torch.stack(crops[:images], dim=1)) if len(crops) > 1 else []
 
 
-@torch.no_grad()
-def table_extractors(
-    hr: Tensor, devices: list[Tensor], nets: extractors.Extractors, batch_size: int, seed: int
-) -> dict[str, Any]:
-    """Retrieval by degradation and by content, and the images that Rec_hr finds in the content.
-
-    hr (N, 3, H, W) in [0, 1]; devices: the `device_crops`, or none.
-    """
+def table_extractors(name: str, inputs: Inputs) -> Measure:
+    """Retrieval by degradation and by content, and what Rec_hr makes of the content."""
+    cfg, hr = inputs.cfg, inputs.photos.to(inputs.device)
+    nets = inputs.net.extractors
+    files = common.find_photos(cfg.lr, "lr", "--lr")
+    devices = device_crops(files, cfg.crop, cfg.images, cfg.seed)
 
     def each(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return torch.cat([function(part).float() for part in x.split(batch_size)])
+        return torch.cat([function(part).float() for part in x.split(cfg.batch_size)])
 
-    def codes(task: str, queries: Tensor, candidates: Tensor) -> list[dict[str, Any]]:
-        found = retrieval(each(nets.e_deg, queries), each(nets.e_deg, candidates))
-        plain = retrieval(each(statistics, queries), each(statistics, candidates), standardise=True)
-        row = {"task": task, "n": len(queries)}
-        return [row | {"code": "E_deg"} | found, row | {"code": "plain"} | plain]
+    def found(task: str, queries: Tensor, candidates: Tensor) -> dict[str, Any]:
+        shares = retrieval(each(nets.e_deg, queries), each(nets.e_deg, candidates))
+        return {"task": task, "n": len(queries)} | shares
 
-    N, _, H, W = hr.shape
-    latents = each(nets.vqvae.encode, hr)
-    quantised, numbers = nets.vqvae.quantize(latents)
-    content = latents
-    clean = {"without codebook": latents, "with codebook": quantised}
-    images = {f"clean, {name}": each(nets.vqvae.decode, z) for name, z in clean.items()}
-    rows, contents = [], []
-    for recipe in ("realesrgan", "camera"):
-        draw = common.generator(seed, degrade.RECIPES.index(recipe))
-        theta = degrade.sample_degradation(N, recipe, generate.SCALE, generator=draw)
-        lr = degrade.degrade(hr, theta, draw)
-        # Another scene with the same theta; the query's own scene is there with another theta.
-        rows += codes(f"theta, {recipe}", lr, degrade.degrade(hr.roll(N // 2, 0), theta, draw))
-        up = extractors.resized(lr, H, W)
-        seen = each(nets.content, up)
-        for name, a, b in (("E_cont", seen, content), ("pixels", up, hr)):
-            contents.append({"recipe": recipe, "of": name} | nearest_scene(a, b))
-        images[f"{recipe}, enlarged"] = up
-        images[f"{recipe}, its content decoded"] = each(nets.vqvae.decode, seen)
-    if devices:
-        rows += codes("device", *(x.to(hr.device) for x in devices))
-    found = {name: psnr(x.clamp(0, 1), hr).mean().item() for name, x in images.items()}
-    total, used = len(nets.vqvae.quantize.embedding.weight), int(numbers.unique().numel())
-    result: dict[str, Any] = {"images": N, "retrieval": rows, "content": contents}
-    return result | {"psnr": found, "used": [used, total]}
+    @torch.no_grad()
+    def measure() -> tuple[dict[str, Any], str]:
+        N, _, H, W = hr.shape
+        content = each(nets.vqvae.encode, hr)
+        quantised, numbers = nets.vqvae.quantize(content)
+        images = {"clean, without codebook": each(nets.vqvae.decode, content)}
+        images |= {"clean, with codebook": each(nets.vqvae.decode, quantised)}
+        rows, contents = [], []
+        for recipe in ("realesrgan", "camera"):
+            draw = common.generator(cfg.seed, degrade.RECIPES.index(recipe))
+            theta = degrade.sample_degradation(N, recipe, generate.SCALE, generator=draw)
+            lr = degrade.degrade(hr, theta, draw)
+            # Another scene with the same theta; the query's scene is there with another theta.
+            rows.append(
+                found(f"theta, {recipe}", lr, degrade.degrade(hr.roll(N // 2, 0), theta, draw))
+            )
+            enlarged = extractors.resized(lr, H, W)
+            seen = each(nets.content, enlarged)
+            for of, a, b in (("E_cont", seen, content), ("pixels", enlarged, hr)):
+                contents.append({"recipe": recipe, "of": of} | nearest_scene(a, b))
+            images[f"{recipe}, enlarged"] = enlarged
+            images[f"{recipe}, its content decoded"] = each(nets.vqvae.decode, seen)
+        if devices:
+            rows.append(found("device", *(x.to(inputs.device) for x in devices)))
+        values = {key: psnr(x.clamp(0, 1), hr).mean().item() for key, x in images.items()}
+        used = [int(numbers.unique().numel()), len(nets.vqvae.quantize.embedding.weight)]
+        result: dict[str, Any] = {"images": N, "retrieval": rows, "content": contents}
+        result |= {"psnr": values, "used": used}
+        return result, text_of_extractors(result)
+
+    return measure
 
 
-def markdown_extractors(result: dict[str, Any]) -> str:
-    """The three tables of the extractors, and what one must know to read them."""
-    n, top = result["images"], [f"{d} top-{k}" for d in ("L2", "cosine") for k in (1, 5)]
-    lines = [f"## Do the extractors tell degradation and content apart? {n} contents", ""]
-    lines += [f"| same | code | {' | '.join(top)} | chance top-1 | n |"]
-    lines += ["| --- | --- |" + " ---: |" * 6]
-    for row in result["retrieval"]:
-        cells = " | ".join(f"{row[key]:.0%}" for key in top)
-        lines += [f"| {row['task']} | {row['code']} | {cells} | {1 / row['n']:.1%} | {row['n']} |"]
-    lines += ["", "| degraded with | nearest by | own scene is nearest | own / nearest other |"]
-    lines += ["| --- | --- | ---: | ---: |"]
-    for row in result["content"]:
-        lines += [f"| {row['recipe']} | {row['of']} | {row['top-1']:.0%} | {row['ratio']:.2f} |"]
-    lines += ["", "| image | PSNR to the clean photo |", "| --- | ---: |"]
-    lines += [f"| {name} | {value:.2f} |" for name, value in result["psnr"].items()]
-    used, total = result["used"]
-    lines += [
-        "",
-        "Same theta: the query is D(X, theta), candidates D(X', theta') of other scenes, one of",
-        "them with the query's theta. Same device: two files of each sub-folder of --lr. plain:",
-        "standardised statistics of the image. own / nearest other: median ratio of the distances",
-        "from the content of D(X), enlarged, to that of its own clean photo and of another one.",
-        f"Codes in use on the clean photos: {used} of {total}.",
+def text_of_extractors(result: dict[str, Any]) -> str:
+    """The three tables of the extractors, and what a reader must know."""
+    codes = [
+        [row["task"], f"{row['top-1']:.0%}", f"{row['top-5']:.0%}", f"{1 / row['n']:.1%}",
+         str(row["n"])]
+        for row in result["retrieval"]
+    ]  # fmt: skip
+    contents = [
+        [row["recipe"], row["of"], f"{row['top-1']:.0%}", f"{row['ratio']:.2f}"]
+        for row in result["content"]
     ]
-    return "\n".join(lines) + "\n"
+    images = [[name, f"{value:.2f}"] for name, value in result["psnr"].items()]
+    heads = ["degraded with", "nearest by", "own scene is nearest", "own / nearest other"]
+    return f"""## Do the extractors tell degradation and content apart? {result["images"]} contents
+
+{table_text(["same, by E_deg's code", "top-1", "top-5", "chance top-1", "n"], codes)}
+{table_text(heads, contents, words=2)}
+{table_text(["image", "PSNR to the clean photo"], images)}
+Same theta: the query is D(X, theta), candidates D(X', theta') of other scenes, one of them with the
+query's theta. Same device: two files of each sub-folder of --lr. own / nearest other: median ratio
+of the distances from the content of D(X), enlarged, to that of its clean photo and of another one.
+Codes in use on the clean photos: {result["used"][0]} of {result["used"][1]}.
+"""

@@ -1,13 +1,13 @@
-"""HR images and real LR images of the same scenes: found, read, and what a method makes of them.
+"""Aligned pairs of HR and real LR images: find them, read them, compare them with generated ones.
 
 In: a folder of aligned pairs: HR/ and LR/ (or GT/ and LQ/, in any case) with the same file names,
-or NAMEx4 in LR/ for NAME in HR/, or RealSR, DRealSR or RealVSR as published (data/README.md). Out:
-a list of Pair, and, for a method that makes LR from HR or HR from LR, its distance to the truth by
-each metric. Shared by all tables.
+or NAMEx4 in LR/ for NAME in HR/, or RealSR, DRealSR or RealVSR as published (data/README.md).
+Out: a list of Pair; for a method, its distance to the truth by each metric. All tables use it.
 """
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import common
 from bench.metrics import METRICS, SET_METRICS
+from generate import SCALE
 
 # ---- the pairs of a folder ----------------------------------------------------------------------
 
@@ -30,13 +31,12 @@ class Pair:
     """An HR image and the real LR image of the same scene."""
 
     index: int  # among all pairs of the folder, readable or not: random draws depend on it
-    name: str  # below LR/, without suffix; of published sets what HR and LR share
+    name: str  # below LR/, without suffix; in a published set what HR and LR share
     hr: Path
     lr: Path
-    size: tuple[int, int]  # of LR, (h, w)
-    scale: int  # HR size / LR size, rounded down
-    shrink: int  # size of the LR file / LR size
-    reference: Path  # file of the real LR whose degradation RealDGen is to imitate
+    size: tuple[int, int]  # of the LR image, (h, w)
+    full: bool  # whether the LR file has the size of HR: reduce it
+    reference: Path  # file of the real LR whose degradation is to be imitated
 
 
 def camera_of(name: str) -> str:
@@ -45,19 +45,19 @@ def camera_of(name: str) -> str:
     return folder if slash else re.split(r"[\W\d_]", name, maxsplit=1)[0]
 
 
-# A layout: the HR and the LR files below the folder, without suffix, and the scales it comes in (0:
-# to be seen from the sizes). {0} is the scale, what is in brackets makes the name of the pair.
+# Patterns of the HR and the LR files below the folder, without suffix. What is in brackets makes
+# the name of a pair.
 LAYOUTS = (
-    (r"(?i:HR|GT)/(.+)", r"(?i:LR|LQ)/(.+)x{0}", (4, 3, 2)),
-    (r"(?i:HR|GT)/(.+)", r"(?i:LR|LQ)/(.+)", (0,)),
-    (r"[^/]+/Test/{0}/([^/]+)_HR", r"[^/]+/Test/{0}/([^/]+)_LR{0}", (4, 3, 2)),  # RealSR
-    (r"Test_x{0}/test_HR/([^/]+)_x{0}", r"Test_x{0}/test_LR/([^/]+)_x1", (4, 3, 2)),  # DRealSR
-    (r"GT_test/([^/]+)/(0+)", r"LQ_test/([^/]+)/(0+)", (4,)),  # RealVSR, the first frames
+    (r"(?i:HR|GT)/(.+)", r"(?i:LR|LQ)/(.+)x{0}"),
+    (r"(?i:HR|GT)/(.+)", r"(?i:LR|LQ)/(.+)"),
+    (r"[^/]+/Test/{0}/([^/]+)_HR", r"[^/]+/Test/{0}/([^/]+)_LR{0}"),  # RealSR
+    (r"Test_x{0}/test_HR/([^/]+)_x{0}", r"Test_x{0}/test_LR/([^/]+)_x1"),  # DRealSR
+    (r"GT_test/([^/]+)/(0+)", r"LQ_test/([^/]+)/(0+)"),  # RealVSR, the first frames
 )
 
 
 def by_name(images: list[tuple[str, Path]], pattern: str) -> dict[str, Path]:
-    """The images whose path without suffix is of this pattern, by the name in its brackets."""
+    """The images whose path without suffix has this pattern, by the name in its brackets."""
     found: dict[str, Path] = {}
     for path, file in images:
         if match := re.fullmatch(pattern, path):
@@ -67,33 +67,31 @@ def by_name(images: list[tuple[str, Path]], pattern: str) -> dict[str, Path]:
     return found
 
 
-def find_files(folder: Path, published: bool = True) -> tuple[dict[str, tuple[Path, Path]], int]:
-    """HR and LR file by name, and the scale that the layout tells, else 0; UserError if not pairs.
+def find_files(folder: Path, scale: int = SCALE) -> tuple[dict[str, tuple[Path, Path]], bool]:
+    """HR and LR file of each pair by name, and whether the set is a published one.
 
-    published: the test halves of RealSR, DRealSR and RealVSR are known, too.
+    UserError where the files are no pairs.
     """
     here = f"--pairs {folder}"
     common.require(folder.is_dir(), f"{here}: no such folder.")
     files = common.list_images([str(folder)], "--pairs")
     images = [(file.relative_to(folder).with_suffix("").as_posix(), file) for file in files]
-    for *patterns, scales in LAYOUTS if published else LAYOUTS[:2]:
-        for scale in scales:  # of several the largest
-            hr, lr = (by_name(images, pattern.format(scale)) for pattern in patterns)
-            alone = sorted(hr.keys() ^ lr.keys())
-            if alone and (*patterns, scales) == LAYOUTS[0]:
-                continue  # names that end so by chance, if at all
-            if hr or lr:
-                counts = f"{len(hr)} HR and {len(lr)} LR images"
-                names = f"{len(alone)} names are of one kind only, such as {', '.join(alone[:2])}"
-                common.require(not alone, f"{here}: {counts}; {names}.")
-                return {name: (hr[name], file) for name, file in lr.items()}, scale
-    known = "HR/ and LR/ with the same names"
-    known += ", or RealSR, DRealSR or RealVSR as published" if published else ""
-    raise common.UserError(f"{here}: no images as {known} (see data/README.md).")
+    for number, patterns in enumerate(LAYOUTS):
+        hr, lr = (by_name(images, pattern.format(scale)) for pattern in patterns)
+        alone = sorted(hr.keys() ^ lr.keys())
+        if alone and number == 0:
+            continue  # some names end in x4 by chance
+        if hr or lr:
+            counts = f"{len(hr)} HR and {len(lr)} LR images"
+            names = f"{len(alone)} names are of one kind only, such as {', '.join(alone[:2])}"
+            common.require(not alone, f"{here}: {counts}; {names}.")
+            return {name: (hr[name], file) for name, file in lr.items()}, number > 1
+    layouts = "HR/ and LR/ with the same names, or RealSR, DRealSR or RealVSR as published"
+    raise common.UserError(f"{here}: no images as {layouts} (see data/README.md).")
 
 
 def stored_sizes(hr: Path, lr: Path) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Width and height of both images by their headers; ValueError if EXIF turns them unlike."""
+    """Width and height of both images from their headers; ValueError if EXIF turns only one."""
     try:
         with Image.open(hr) as large, Image.open(lr) as small:
             alike = common.orientation(large) == common.orientation(small)
@@ -106,9 +104,9 @@ def stored_sizes(hr: Path, lr: Path) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def find_pairs(folder: Path) -> tuple[list[Pair], int]:
-    """The readable pairs of a folder, and the number of the others; UserError if they don't fit.
+    """The readable pairs of a folder, and the number of the others; UserError if sizes don't fit.
 
-    Published LR images of the HR size (RealVSR, RealSR 1 and 2) are to be shrunk by the scale.
+    Some published sets (RealVSR, RealSR before version 3) store LR images at the size of HR.
     """
     here = f"--pairs {folder}"
     files, published = find_files(folder)
@@ -121,15 +119,13 @@ def find_pairs(folder: Path) -> tuple[list[Pair], int]:
         except ValueError as error:
             print(f"skipped: {error}")
             continue
-        scale = pairs[0].scale if pairs else published or max(2, H // h)
-        size = (H // scale, W // scale)
-        full = pairs[0].shrink > 1 if pairs else published > 0 and (h, w) == (H, W)
-        right = (H, W) if full else size
-        wrong = f"{name} has {W} x {H} HR and {w} x {h} LR pixels, not {right[1]} x {right[0]}"
-        common.require((h, w) == right, f"{here}: {wrong} as scale {scale} has it.")
+        size = (H // SCALE, W // SCALE)
+        full = published and (h, w) == (H, W)
+        sizes = f"{name} has {W} x {H} HR and {w} x {h} LR pixels"
+        wrong = f"{here}: {sizes}, not {size[1]} x {size[0]} (scale {SCALE})."
+        common.require(full or (h, w) == size, wrong)
         common.require(min(size) >= 32, f"{here}: the LR image {name} is under 32 x 32 pixels.")
-        shrink = scale if full else 1
-        pairs.append(Pair(index, name, hr, lr, size, scale, shrink, lr))
+        pairs.append(Pair(index, name, hr, lr, size, full, lr))
     common.require(bool(pairs), f"{here}: none of its pairs can be read.")
     return pairs, len(files) - len(pairs)
 
@@ -137,24 +133,27 @@ def find_pairs(folder: Path) -> tuple[list[Pair], int]:
 # ---- their images -------------------------------------------------------------------------------
 
 
-def reduced(x: Tensor, h: int, w: int) -> Tensor:
-    """Pillow's bicubic reduction (B, 3, h, w) of 8-bit images; x (B, 3, H, W) in [0, 1]."""
+def resized(x: Tensor, h: int, w: int) -> Tensor:
+    """Pillow's bicubic resize (B, 3, h, w), in 8 bits, of x (B, 3, H, W) in [0, 1]."""
     images = [Image.fromarray(v) for v in common.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()]
-    small = [np.asarray(image.resize((w, h), Image.Resampling.BICUBIC)) for image in images]
-    return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).to(x.device) / 255
+    made = [np.asarray(image.resize((w, h), Image.Resampling.BICUBIC)) for image in images]
+    return torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2).to(x.device) / 255
 
 
 def load_hr(pair: Pair) -> Tensor:
-    """The HR image (3, H, W) in [0, 1], cut at the right and at the bottom to scale times LR."""
-    h, w = (pair.scale * side for side in pair.size)
+    """The HR image (3, 4h, 4w) in [0, 1], cut at the right and at the bottom."""
+    h, w = (SCALE * side for side in pair.size)
     return common.load_image(pair.hr)[:, :h, :w]
 
 
-def load_lr(path: Path, shrink: int) -> Tensor:
-    """A real LR image (3, h, w) in [0, 1]; bicubically reduced to 1/shrink if that is not 1."""
-    image = common.load_image(path)
-    h, w = (side // shrink for side in image.shape[1:])
-    return image if shrink == 1 else reduced(image[None, :, : shrink * h, : shrink * w], h, w)[0]
+def load_lr(file: Path, full: bool = False) -> Tensor:
+    """A real LR image (3, h, w) in [0, 1]; full: the file has the size of HR and is reduced."""
+    image = common.load_image(file)
+    h, w = (side // SCALE for side in image.shape[1:])
+    return resized(image[None, :, : SCALE * h, : SCALE * w], h, w)[0] if full else image
+
+
+# ---- which pairs give references ----------------------------------------------------------------
 
 
 def other_scenes(cameras: Sequence[str], seed: int) -> dict[int, int]:
@@ -166,9 +165,9 @@ def other_scenes(cameras: Sequence[str], seed: int) -> dict[int, int]:
     for number, camera in enumerate(sorted(set(cameras))):
         members = [i for i, c in enumerate(cameras) if c == camera]
         order = torch.randperm(len(members), generator=common.generator(seed, number)).tolist()
-        for here, successor in zip(order, order[1:] + order[:1], strict=True):
-            if here != successor:
-                other[members[here]] = members[successor]
+        for i, successor in zip(order, order[1:] + order[:1], strict=True):
+            if i != successor:
+                other[members[i]] = members[successor]
     return other
 
 
@@ -178,52 +177,76 @@ def with_other_scenes(pairs: Sequence[Pair], seed: int) -> list[Pair]:
     return [replace(pairs[i], reference=pairs[j].lr) for i, j in other]
 
 
+def halves(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """Every other pair of each camera: the half that gives references, and the half to test on."""
+    split: tuple[list[Pair], list[Pair]] = ([], [])
+    count: Counter[str] = Counter()
+    for pair in pairs:
+        camera = camera_of(pair.name)
+        split[count[camera] % 2].append(pair)
+        count[camera] += 1
+    return split
+
+
 # ---- how near is what a method makes of them? ---------------------------------------------------
 
 DECIMALS = {"PSNR RGB": 2, "PSNR Y": 2, "FID": 2, "KID": 4}  # of the others 3
-Method = Callable[[Tensor, list[Pair]], Tensor]
+Method = Callable[[Tensor, Sequence[Pair]], Tensor]  # HR (B, 3, 4h, 4w) -> LR (B, 3, h, w), or back
 
 
 @torch.no_grad()
 def evaluate(
-    name: str,
     method: Method,
-    pairs: list[Pair],
-    metrics: list[str],
-    batch_size: int,
+    pairs: Sequence[Pair],
+    metrics: Sequence[str],
     device: torch.device,
+    batch_size: int = 1,
     upwards: bool = False,
 ) -> dict[str, Any]:
-    """One row of a table: the LR that a method makes of each HR image, against the real LR.
+    """Distances of a method's images to the real ones: each image's values, means, seconds.
 
-    Or `upwards`, the HR that it makes of each real LR image, against the HR image.
-    metrics: some of METRICS, of which every image has its value, and of SET_METRICS.
+    method: HR -> LR, or LR -> HR if `upwards`; metrics: names of METRICS and SET_METRICS. The
+    method's images are rounded to 8 bits, as they are in files.
     """
-    seconds, images = 0.0, {}
     each = [m for m in metrics if m in METRICS]
+    seconds, images = 0.0, {}
     all_made, all_real = [], []  # batches of 8 bits
     pending = sorted(pairs, key=lambda pair: pair.size)
-    bar = tqdm(total=len(pairs), desc=name, unit="image")
+    bar = tqdm(total=len(pairs), unit="image", leave=False)
     while pending:
         batch = [pair for pair in pending[:batch_size] if pair.size == pending[0].size]
         pending = pending[len(batch) :]
         hr = torch.stack([load_hr(pair) for pair in batch]).to(device)
-        lr = torch.stack([load_lr(pair.lr, pair.shrink) for pair in batch]).to(device)
-        given, wanted = (lr, hr) if upwards else (hr, lr)
+        lr = torch.stack([load_lr(pair.lr, pair.full) for pair in batch]).to(device)
+        x, target = (lr, hr) if upwards else (hr, lr)
         began = time.perf_counter()
-        made = common.to_uint8(method(given, batch)).cpu()  # 8 bits, as in the files of real use
+        made = common.to_uint8(method(x, batch)).cpu()
         seconds += time.perf_counter() - began
         all_made.append(made)
-        all_real.append(common.to_uint8(wanted).cpu())
+        all_real.append(common.to_uint8(target).cpu())
         made = made.to(device) / 255
-        values = torch.stack([METRICS[m](made, wanted).double().cpu() for m in each], dim=1)
-        values = values.clamp(max=100.0)  # equal images: 100 dB, so that there is a mean
+        values = torch.stack([METRICS[m](made, target).double().cpu() for m in each], dim=1)
+        values = values.clamp(max=100.0)  # equal images get 100 dB, so that there is a mean
         for pair, row in zip(batch, values.tolist(), strict=True):
             images[pair.name] = dict(zip(each, row, strict=True))
         bar.update(len(batch))
     bar.close()
-    mean = {m: sum(row[m] for row in images.values()) / len(images) for m in each if images}
+    mean = {m: float(np.mean([row[m] for row in images.values()])) for m in each}
     for m in [m for m in metrics if m in SET_METRICS and len(pairs) > 1]:
-        both = ((x.to(device) / 255 for x in batches) for batches in (all_made, all_real))
-        mean[m] = SET_METRICS[m](*both)
-    return {"method": name, "n": len(pairs), "seconds": seconds, "mean": mean, "images": images}
+        sets = ((x.to(device) / 255 for x in batches) for batches in (all_made, all_real))
+        mean[m] = SET_METRICS[m](*sets)
+    return {"n": len(pairs), "seconds": seconds, "mean": mean, "images": images}
+
+
+# ---- tables as text -----------------------------------------------------------------------------
+
+
+def table_text(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """A Markdown table, its first `words` columns to the left and the others to the right."""
+    marks = ["---"] * words + ["---:"] * (len(heads) - words)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (heads, marks, *rows))
+
+
+def metric_text(mean: dict[str, float], metric: str) -> str:
+    """A metric's value as a cell of a table; a dash where it was not measured."""
+    return f"{mean[metric]:z.{DECIMALS.get(metric, 3)}f}" if metric in mean else "-"

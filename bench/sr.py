@@ -1,12 +1,15 @@
 """Downstream: train a super-resolution network on LR/HR pairs, to see their worth. Section 3.1.
 
 In: a folder of pairs (of generate.py, degrade.py or a camera), or HR photos that a recipe of
-degrade.py reduces while training. Out: runs/sr/NAME.pt to go on from, and runs/sr/NAME.safetensors
-with the averaged weights, which spandrel and programs built on it read. The networks are the
-paper's four, trained from scratch, and FSRCNN, which a CPU can train.
+degrade.py reduces while training. Out: runs/sr/NAME.pt to continue the training, and
+runs/sr/NAME.safetensors with the averaged weights. The networks are the paper's four, trained from
+scratch, and FSRCNN, which a CPU can train. spandrel and programs built on it read the .safetensors
+of the paper's four (a .pt gives them the weights before averaging); they do not know FSRCNN.
+--upscale enlarges images with any of the five.
 
-    python sr.py --sr swinir-l --pairs out/generated
-    python sr.py --sr fsrcnn --recipe bicubic --preset smoke
+    python -m bench.sr --sr swinir-l --pairs out/generated
+    python -m bench.sr --sr swinir-l --pairs out/generated --upscale data/lr
+    python -m bench.sr --sr fsrcnn --recipe bicubic --preset smoke
 """
 
 import functools
@@ -22,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import common
 import degrade
@@ -120,8 +124,8 @@ def super_resolve(net: nn.Module, lr: Tensor, tile: int = 256) -> Tensor:
 def read_network(path: str | Path) -> dict[str, Any]:
     """What a .pt or .safetensors of this file holds; its config names the network ("sr")."""
     state = common.load_checkpoint(path)
-    known = "sr" in state.get("config", {})
-    common.require(known, f"{path}: not a network of sr.py (give one of runs/sr).")
+    trained_here = "sr" in state.get("config", {})
+    common.require(trained_here, f"{path}: not a network of bench.sr (give one of runs/sr).")
     return state
 
 
@@ -161,7 +165,8 @@ def find_pairs(folder: str, scale: int, rt: common.Runtime) -> dict[Path, Path]:
     HR may be up to scale - 1 pixels larger than scale times LR. Pairs without an image's header, or
     of which EXIF turns one, are left out and counted.
     """
-    files, _ = find_files(Path(folder), published=False)  # published are only the halves to test on
+    files, published = find_files(Path(folder), scale)
+    common.require(not published, f"--pairs {folder}: this set is there to test on.")
     found, bad = {}, []
     for name, (hr, lr) in files.items():
         try:
@@ -250,10 +255,11 @@ class Config:
     pairs: str = ""  # folder of pairs with the same names in hr/ and lr/
     recipe: str = ""  # without --pairs: of degrade.py, as wide (default: realesrgan)
     hr: tuple[str, ...] = ()  # folders of HR photos to degrade (else data/hr, else data/sample/hr)
-    start_from: str = ""  # weights of this network to go on from, of this file
+    start_from: str = ""  # file of weights of this network, to train further or to enlarge with
     out: str = "runs/sr"  # folder of checkpoints and log
     name: str = ""  # of the files in it (default: network and source)
     scale: int = 4  # HR size / LR size, 2 or 4
+    upscale: tuple[str, ...] = ()  # images to enlarge with the trained network, into OUT/NAME
     perceptual_weight: float = 0.0  # of LPIPS-VGG; above 0 for perceptual-oriented networks
     steps: int = 500_000
     batch_size: int = 32  # per process; BasicSR: 32 in all
@@ -283,7 +289,7 @@ PRESETS: dict[str, dict] = {
     "paper": {},
     "smoke": {
         "sr": "fsrcnn",
-        "steps": 1000,
+        "steps": 300,
         "batch_size": 8,
         "crop": 24,
         "learning_rate": 2e-3,
@@ -320,6 +326,27 @@ def save_network(path: Path, net: nn.Module, cfg: Config) -> None:
     weights = {key: value.contiguous().cpu() for key, value in net.state_dict().items()}
     with common.replacing(path) as temporary:
         save_file(weights, temporary, {"config": json.dumps(asdict(cfg))})
+
+
+def upscale(cfg: Config, rt: common.Runtime) -> None:
+    """Enlarge images with a trained network; images that can't be read are skipped and counted."""
+    weights = Path(cfg.start_from or Path(cfg.out) / f"{cfg.name}.safetensors")
+    missing = f"{weights} is missing: train it without --upscale, or name a file with --start-from."
+    common.require(weights.is_file(), missing)
+    net, skipped = load_network(weights).to(rt.device), 0
+    files = common.list_images(cfg.upscale, "--upscale")
+    out = Path(cfg.out) / weights.stem
+    names = common.photo_names(files, cfg.upscale)
+    for file, name in zip(tqdm(files, unit="image"), names, strict=True):
+        try:
+            lr = common.load_image(file)[None].to(rt.device)
+        except ValueError as error:
+            tqdm.write(f"skipped: {error}")
+            skipped += 1
+            continue
+        with rt.autocast(cfg.bf16):
+            common.save_image(out / f"{name}.png", super_resolve(net, lr)[0])
+    print(f"{len(files) - skipped} images in {out}, {skipped} skipped")
 
 
 def train(cfg: Config, rt: common.Runtime) -> Path:
@@ -368,5 +395,13 @@ def train(cfg: Config, rt: common.Runtime) -> Path:
     return target
 
 
+def main(cfg: Config, rt: common.Runtime) -> None:
+    """Train, or enlarge images with what was trained."""
+    if not cfg.upscale:
+        train(cfg, rt)
+    elif rt.is_main:
+        upscale(resolved(cfg), rt)
+
+
 if __name__ == "__main__":
-    common.launch(train, Config, PRESETS, __doc__)
+    common.launch(main, Config, PRESETS, __doc__)

@@ -1,18 +1,16 @@
 """What generated LR takes over from its reference, and what not. Not in the paper.
 
-In: aligned pairs of several cameras, which were never trained on, and the networks of stage 2.
-Out: three tables that benchmark.py prints. Would a classifier of cameras take generated LR for the
-reference's camera (transfer)? Does the reference's content show in it (leakage)? How much do
-samples of one content differ (diversity)?
+In: aligned pairs of several cameras, which were never trained on, and the generator. Out: two
+tables. Does a classifier of cameras take generated LR for LR of the reference's camera (transfer)?
+Does the content of the reference show in it, and how much do outputs differ (leakage)?
 
-    python benchmark.py --table transfer leakage diversity --pairs data/RealSR data/DRealSR
-    python benchmark.py --table transfer --pairs data/DRealSR --images 12 --crop 64
+    python benchmark.py --table transfer leakage --pairs data/RealSR data/DRealSR --images 12
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,12 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
-import degrade
 import generate
-from bench import factors
-from bench.metrics import lpips_distance, missing_weights
+from bench.generated import Synthesis, syntheses
+from bench.inputs import Inputs, Measure, middle
+from bench.pairs import camera_of, load_hr, load_lr, table_text
 
-# ---- the scenes, and the methods that make LR of them -------------------------------------------
+# ---- scenes -------------------------------------------------------------------------------------
 
 LEAST = 4  # scenes of a camera: two for each half
 
@@ -36,100 +34,48 @@ LEAST = 4  # scenes of a camera: two for each half
 class Scene:
     """A real LR photo, its middle, and the HR photo of that middle."""
 
-    set: str
     camera: str
+    half: int  # 0 or 1: every other scene of a camera
     lr: Tensor  # (3, h, w) in [0, 1]
     middle: Tensor  # (3, side, side)
     hr: Tensor  # (3, 4 side, 4 side)
-    half: int  # 0 or 1: of its camera's scenes every other one
-
-    @property
-    def source(self) -> tuple[str, str]:
-        """Set and camera: a camera of another set is another one, whatever its name."""
-        return self.set, self.camera
 
 
-def gather(
-    pairs: Iterable[tuple[str, str, str, Tensor, Tensor]], side: int
-) -> tuple[list[Scene], list[str]]:
-    """The scenes of (set, camera, name, hr, lr), and which cameras have too few and are left out.
-
-    hr (3, 4 h, 4 w), lr (3, h, w) in [0, 1]; of both the same middle is cut, side x side LR pixels.
-    """
+def scenes_of(folder: str, inputs: Inputs) -> tuple[list[Scene], list[str]]:
+    """The scenes of a set, and which of its cameras have too few and are left out."""
+    side, count = inputs.cfg.crop, Counter[str]()
     scenes: list[Scene] = []
-    count: Counter[tuple[str, str]] = Counter()
-    for group, camera, name, hr, lr in pairs:
-        top, left = ((n - side) // 2 for n in lr.shape[1:])
-        if min(top, left) < 0:
-            print(f"skipped: {group} {name} (its LR is under {side} x {side} pixels)")
+    for pair in inputs.sets[folder]:
+        camera, lr = camera_of(pair.name), load_lr(pair.lr, pair.full)
+        if min(pair.size) < side:
+            print(f"skipped: {folder} {pair.name} (its LR is under {side} x {side} pixels)")
             continue
-        box, big = (
-            (slice(None), slice(f * top, f * (top + side)), slice(f * left, f * (left + side)))
-            for f in (1, generate.SCALE)
-        )
-        half = count[group, camera] % 2
-        count[group, camera] += 1
-        scenes.append(Scene(group, camera, lr, lr[box], hr[big].clone(), half))
-    few = sorted(source for source, n in count.items() if n < LEAST)
-    scenes = [scene for scene in scenes if scene.source not in few]
-    common.require(bool(scenes), f"--pairs: no camera has {LEAST} scenes, which this table needs.")
-    return scenes, [
-        f"{group} {camera or 'unnamed'} ({count[group, camera]})" for group, camera in few
-    ]
+        # The middle of HR at the place of the middle of LR, wherever rounding puts that.
+        top, left = (generate.SCALE * ((n - side) // 2) for n in pair.size)
+        hr = load_hr(pair)[
+            :, top : top + generate.SCALE * side, left : left + generate.SCALE * side
+        ]
+        scenes.append(Scene(camera, count[camera] % 2, lr, middle(lr, side), hr))
+        count[camera] += 1
+    left_out = [f"{folder} {camera or 'unnamed'} ({n})" for camera, n in count.items() if n < LEAST]
+    return [scene for scene in scenes if count[scene.camera] >= LEAST], left_out
 
 
 def contents_of(scenes: Sequence[Scene], images: int, seed: int) -> list[int]:
-    """Numbers of so many scenes, drawn evenly from each half of each camera."""
-    count: Counter[tuple[str, str, int]] = Counter()
+    """Numbers of at most so many scenes, drawn evenly from each half of each camera."""
+    count: Counter[tuple[str, int]] = Counter()
     ranked = []
     order = torch.randperm(len(scenes), generator=common.generator(seed)).tolist()
     for place, i in enumerate(order):
-        key = (*scenes[i].source, scenes[i].half)
+        key = (scenes[i].camera, scenes[i].half)
         ranked.append((count[key], place, i))
         count[key] += 1
     return [i for _, _, i in sorted(ranked)[:images]]
 
 
-# hr (B, 3, H, W), B references, B seeds -> lr (B, 3, H/4, W/4)
-Method = Callable[[Tensor, list[Tensor], list[int]], Tensor]
-
-
-def methods(net: Any, cfg: generate.Config) -> dict[str, Method]:
-    """What is compared; the first three do not look at the reference."""
-
-    def plain(hr: Tensor, lr_ref: list[Tensor], seeds: list[int]) -> Tensor:
-        return degrade.degrade(hr, degrade.bicubic(len(hr), generate.SCALE))
-
-    def synthetic(recipe: str) -> Method:
-        def make(hr: Tensor, lr_ref: list[Tensor], seeds: list[int]) -> Tensor:
-            theta = [
-                degrade.sample_degradation(
-                    1, recipe, generate.SCALE, generator=common.generator(seed)
-                )
-                for seed in seeds
-            ]
-            return degrade.degrade(hr, degrade.Degradation.cat(theta))
-
-        return make
-
-    def network(sampler: generate.Sampler) -> Method:
-        def make(hr: Tensor, lr_ref: list[Tensor], seeds: list[int]) -> Tensor:
-            return generate.chosen(*generate.generate(net, hr, lr_ref, sampler, seeds))
-
-        return make
-
-    return {
-        "bicubic": plain,
-        "Real-ESRGAN": synthetic("realesrgan"),
-        "BSRGAN": synthetic("bsrgan"),
-        "Rec_lr with grain (T=0)": network(replace(cfg, t_start=0, start="reconstruct")),
-        "RealDGen": network(cfg),
-    }
-
-
 @torch.no_grad()
 def answers(
-    method: Method,
+    method: Synthesis,
     content: Scene,
     lr_ref: Sequence[Tensor],
     seeds: Sequence[int],
@@ -137,10 +83,10 @@ def answers(
 ) -> Tensor:
     """LR (n, 3, side, side) of a content for each reference and seed, in 8 bits as in files."""
     hr = content.hr.to(device).repeat(len(lr_ref), 1, 1, 1)
-    return common.to_uint8(method(hr, list(lr_ref), list(seeds))).cpu() / 255
+    return common.to_uint8(method(hr, lr_ref, seeds)).cpu() / 255
 
 
-# ---- which camera is it from? -------------------------------------------------------------------
+# ---- transfer: which camera is it from? ---------------------------------------------------------
 
 CLASSIFIERS = 5  # trained on other windows, and without another scene of each camera
 WINDOWS = 24  # of each scene
@@ -155,7 +101,7 @@ def features(x: Tensor) -> Tensor:
     and three channels, which a scene changes less than it changes the power, and the log power.
     """
     y = 255 * torch.einsum("ij,bjhw->bihw", x.new_tensor(YCC), x)
-    y = detail(y)
+    y = high_pass(y)
     patches = F.unfold(y, 3).double()  # (B, 27, hw)
     covariance = patches @ patches.transpose(1, 2) / patches.shape[2]
     covariance = covariance + 0.05 * torch.eye(27, dtype=torch.float64)  # of rounding to 8 bits
@@ -165,7 +111,7 @@ def features(x: Tensor) -> Tensor:
     return torch.cat([correlation[:, above], power[:, ::9].log() / 2], dim=1)
 
 
-def detail(x: Tensor) -> Tensor:
+def high_pass(x: Tensor) -> Tensor:
     """x (B, C, h, w) minus its mean over 5 x 5 pixels."""
     return x - F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), 5, 1)
 
@@ -204,180 +150,98 @@ def discriminant(classes: Sequence[Tensor]) -> Classifier:
 def train(
     scenes: Sequence[Scene],
     seen: Sequence[Tensor],
-    sources: Sequence[tuple[str, str]],
+    cameras: Sequence[str],
     half: int,
     gen: torch.Generator,
 ) -> Classifier:
-    """The classifier of these cameras, of their scenes in one half; seen: windows' features.
+    """The classifier of these cameras from their scenes in one half; seen: windows' features.
 
     A random scene of each camera is left out, where three remain: so classifiers differ.
     """
     classes = []
-    for source in sources:
-        own = [i for i, s in enumerate(scenes) if s.source == source and s.half == half]
-        order = torch.randperm(len(own), generator=gen).tolist()
-        classes.append(torch.cat([seen[own[k]] for k in order[len(own) > 3 :]]))
+    for camera in cameras:
+        same = [i for i, s in enumerate(scenes) if s.camera == camera and s.half == half]
+        order = torch.randperm(len(same), generator=gen).tolist()
+        classes.append(torch.cat([seen[same[k]] for k in order[len(same) > 3 :]]))
     return discriminant(classes)
 
 
 def references(
-    scenes: Sequence[Scene], content: int, sources: Sequence[tuple[str, str]], seed: int
+    scenes: Sequence[Scene], content: int, cameras: Sequence[str], seed: int
 ) -> list[int]:
     """A reference of each camera for a content: another scene, of the same half as the content."""
     found = []
-    for k, source in enumerate(sources):
+    for k, camera in enumerate(cameras):
         half = scenes[content].half
-        own = [i for i, s in enumerate(scenes) if s.source == source and s.half == half]
-        own = [i for i in own if i != content]
+        same = [i for i, s in enumerate(scenes) if s.camera == camera and s.half == half]
+        same = [i for i in same if i != content]
         draw = common.generator(seed, content, k)
-        found.append(own[int(torch.randint(len(own), (), generator=draw))])
+        found.append(same[int(torch.randint(len(same), (), generator=draw))])
     return found
-
-
-def mean_over(values: Tensor, of: Sequence[Any]) -> float:
-    """Mean over the groups that `of` names of the mean within each."""
-    groups = [torch.tensor([o == group for o in of]) for group in dict.fromkeys(of)]
-    return torch.stack([values.double()[group].mean() for group in groups]).mean().item()
 
 
 def judge(
     scenes: Sequence[Scene],
-    own: Sequence[tuple[str, str]],
-    seen: Sequence[Tensor],
-    real: Tensor,
     contents: Sequence[int],
     made: dict[str, Tensor],
+    side: int,
     gen: torch.Generator,
-) -> dict[str, tuple[float, float, int]]:
-    """What one pair of classifiers says of real LR, and of each method's: shares of the reference's
-    camera and of the content's, and the number of images.
+) -> dict[str, float]:
+    """What one pair of classifiers says: the share of images taken for the right camera.
 
-    own: the C cameras to choose from; features: seen, of the windows of each scene; real (N, 354);
-    made (contents, C, 354) by method. The classifier trained on one half judges the other half.
+    made: features (contents, C, 354) by method, of LR with a reference of each of the C cameras.
+    The classifier trained on one half judges the other half. Of real LR the mean over cameras.
     """
-    judges = [train(scenes, seen, own, 1 - half, gen) for half in (0, 1)]
-    inside = [i for i, scene in enumerate(scenes) if scene.source in own]
-    right = [judges[scenes[i].half](real[i]) == own.index(scenes[i].source) for i in inside]
-    of = [scenes[i].source for i in inside]
-    share = mean_over(torch.stack(right), of)
-    result = {"real LR": (share, share, len(inside))}
-    from_ = [scenes[i].source for i in contents]
-    numbers = torch.tensor([own.index(source) for source in from_])
+    cameras = list(dict.fromkeys(scene.camera for scene in scenes))
+    seen = [features(windows(scene.lr, side, gen)) for scene in scenes]
+    judges = [train(scenes, seen, cameras, 1 - half, gen) for half in (0, 1)]
+    right: dict[str, list[bool]] = {}
+    for scene in scenes:
+        answer = judges[scene.half](features(scene.middle[None])[0])
+        right.setdefault(scene.camera, []).append(cameras[int(answer)] == scene.camera)
+    shares = {"real LR": float(np.mean([np.mean(values) for values in right.values()]))}
     for name, x in made.items():
         said = [judges[scenes[i].half](row) for i, row in zip(contents, x, strict=True)]
-        table = torch.stack(said)  # (contents, C)
-        hits = (table == torch.arange(len(own))).double()
-        same = (table == numbers[:, None]).double().mean(1)
-        result[name] = (hits.mean().item(), mean_over(same, from_), table.numel())
-    return result
+        hits = torch.stack(said) == torch.arange(len(cameras))  # (contents, C)
+        shares[name] = hits.double().mean().item()
+    return shares
 
 
-def table_transfer(
-    scenes: Sequence[Scene],
-    compared: dict[str, Method],
-    images: int,
-    seed: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    """The share of generated LR that is taken for LR of the reference's camera.
+def transfer(scenes: Sequence[Scene], inputs: Inputs) -> dict[str, list[float]]:
+    """For each method the share of LR taken for LR of the reference's camera, by each classifier.
 
     Each content gets a reference of every camera in turn, so that a method which ignores it, or a
     classifier that sees nothing, gets 1 / cameras exactly. Contents and references are of the half
     of the scenes that the classifier has not seen.
     """
-    names = list(dict.fromkeys(scene.set for scene in scenes))
-    sources = list(dict.fromkeys(scene.source for scene in scenes))
-    groups = {name: [source for source in sources if source[0] == name] for name in names}
-    groups |= {"all sets": sources} if len(names) > 1 else {}
-    groups = {name: own for name, own in groups.items() if len(own) > 1}
-    common.require(bool(groups), f"--pairs: transfer needs two cameras of {LEAST} scenes.")
-    contents = contents_of(scenes, images, seed)
-    refs = [references(scenes, i, sources, seed) for i in contents]
+    seed = inputs.cfg.seed
+    cameras = list(dict.fromkeys(scene.camera for scene in scenes))
+    contents = contents_of(scenes, inputs.cfg.images, seed)
     made: dict[str, Tensor] = {}
-    for name, method in compared.items():
+    for name, method in syntheses(inputs.net, inputs.sampler).items():
         found = []
-        for i, chosen in zip(tqdm(contents, desc=name, unit="content"), refs, strict=True):
-            given = [scenes[r].lr for r in chosen]
-            draws = [seed << 32 | i] * len(chosen)  # so references are the only difference
-            found.append(features(answers(method, scenes[i], given, draws, device)))
-        made[name] = torch.stack(found)  # (contents, cameras, 354)
-    real = features(torch.stack([scene.middle for scene in scenes]))
-    side = 2 * scenes[0].middle.shape[1] // 3
-    values: dict[tuple[str, str], list[tuple[float, float, int]]] = {}
+        for i in tqdm(contents, desc=name, unit="content", leave=False):
+            lr_ref = [scenes[r].lr for r in references(scenes, i, cameras, seed)]
+            seeds = [seed << 32 | i] * len(cameras)  # so references are the only difference
+            found.append(features(answers(method, scenes[i], lr_ref, seeds, inputs.device)))
+        made[name] = torch.stack(found)  # (contents, C, 354)
+    side = 2 * inputs.cfg.crop // 3
+    shares: dict[str, list[float]] = {}
     for number in range(CLASSIFIERS):
         gen = common.generator(seed, -1 - number)
-        seen = [features(windows(scene.lr, side, gen)) for scene in scenes]
-        for group, own in groups.items():
-            columns = [sources.index(source) for source in own]
-            places = [c for c, i in enumerate(contents) if scenes[i].source in own]
-            inside = {name: x[places][:, columns] for name, x in made.items() if places}
-            found_here = judge(scenes, own, seen, real, [contents[c] for c in places], inside, gen)
-            for name, three in found_here.items():
-                values.setdefault((group, name), []).append(three)
-    rows = []
-    for (group, name), judged in values.items():
-        shares, content, n = zip(*judged, strict=True)
-        known = content if name != "real LR" else ()
-        row = {"set": group, "method": name, "n": n[0], "share": shares, "content": known}
-        rows.append(row)
-    cameras = {
-        group: {" ".join(s): sum(scene.source == s for scene in scenes) for s in own}
-        for group, own in groups.items()
-    }
-    return {"cameras": cameras, "contents": len(contents), "rows": rows}
+        for name, share in judge(scenes, contents, made, side, gen).items():
+            shares.setdefault(name, []).append(share)
+    return shares
 
 
-def with_spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation as percentages; a dash for no values."""
-    return f"{np.mean(values):.1%} ± {100 * np.std(values):.1f}" if values else "-"
+# ---- leakage and diversity ----------------------------------------------------------------------
+
+BLENDED = 0.01  # share of the reference in outputs where it must be found
+SAMPLES = 8  # references of each camera, and noises
 
 
-def markdown_transfer(result: dict[str, Any]) -> str:
-    """The table of transfer, and what one must know to read it."""
-    lines = ["## Is generated LR taken for LR of the reference's camera?", ""]
-    lines += ["| set | method | reference's camera | content's camera | chance | n |"]
-    lines += ["| --- | --- |" + " ---: |" * 4]
-    for row in result["rows"]:
-        chance = f"{1 / len(result['cameras'][row['set']]):.1%}"
-        cells = [with_spread(row["share"]), with_spread(row["content"]), chance]
-        lines += [f"| {row['set']} | {row['method']} | {' | '.join(cells)} | {row.get('n', 0)} |"]
-    cameras = [
-        f"{group}: " + ", ".join(f"{camera} {n}" for camera, n in own.items())
-        for group, own in result["cameras"].items()
-        if group != "all sets"
-    ]
-    lines += [
-        "",
-        "A linear classifier, trained on the real LR of half of each camera's scenes;",
-        f"{CLASSIFIERS} of them, each without another scene: mean ± standard deviation. real LR:",
-        "photos of the other half, mean over cameras. Contents and references are of that other",
-        "half, too, and never of the same scene; then the halves change places. Each content has a",
-        "reference of every camera, so a method that ignores it gets chance exactly. The content's",
-        "camera is found, if at all, by what its HR photo shows. Scenes: "
-        + "; ".join(cameras)
-        + ".",
-    ]
-    return "\n".join(lines) + left_out(result)
-
-
-def left_out(result: dict[str, Any]) -> str:
-    """The last lines of a table: which cameras are not in it."""
-    few = ", ".join(result.get("left out", [])) or "none"
-    return f"\nCameras with under {LEAST} scenes, left out: {few}.\n"
-
-
-# ---- does the reference's content show? ---------------------------------------------------------
-
-BLENDED = (0.01, 0.05)  # shares of the reference in the outputs that must be found out
-# What is looked for of a reference (n, 3, h, w) in the output: (n, D), in levels of 255.
-VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
-    "detail": lambda x: 255 * detail(x).flatten(1).double(),
-    "colour": lambda x: 255 * x.mean((2, 3)).double(),
-}
-
-
-def leak(made: Sequence[Tensor], lr_ref: Sequence[Tensor]) -> dict[str, float]:
-    """Share of the reference in what was made of it, and how sure it is that it is not 0.
+def leak(made: Sequence[Tensor], lr_ref: Sequence[Tensor]) -> tuple[float, float]:
+    """Share of the references' detail in what was made of them, and how sure it is not 0.
 
     For each camera: made (contents, n, D) with n references (n, D). Of both the mean over the
     references is taken off, so that what remains of an output depends on its reference; the share
@@ -386,239 +250,135 @@ def leak(made: Sequence[Tensor], lr_ref: Sequence[Tensor]) -> dict[str, float]:
     """
     along = power = total = variance = 0.0
     for out, ref in zip(made, lr_ref, strict=True):
-        n = len(ref)
-        rest, own = out - out.mean(1, keepdim=True), ref - ref.mean(0)
-        M = rest.sum(0) @ own.T  # (n, n), rows and columns have the mean 0
+        rest, detail = out - out.mean(1, keepdim=True), ref - ref.mean(0)
+        M = rest.sum(0) @ detail.T  # (n, n); rows and columns have the mean 0
         along += M.trace().item()
-        power += len(out) * own.square().sum().item()
+        power += len(out) * detail.square().sum().item()
         total += M.square().sum().item()
-        variance += M.square().sum().item() / (n - 1)
-    still = total <= 1e-18 * power * power  # nothing depends on the reference
-    return {
-        "share": 0.0 if still else along / power,
-        "z": 0.0 if still else along / math.sqrt(variance),
-    }
+        variance += M.square().sum().item() / (len(ref) - 1)
+    if total <= 1e-18 * power * power:  # nothing depends on the reference
+        return 0.0, 0.0
+    return along / power, along / math.sqrt(variance)
 
 
-def table_leakage(
-    scenes: Sequence[Scene],
-    compared: dict[str, Method],
-    images: int,
-    samples: int,
-    seed: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    """How much of the reference's content each method shows, and a method that shows some must.
+def leakage(scenes: Sequence[Scene], inputs: Inputs) -> dict[str, dict[str, float]]:
+    """For each method what leaks, and how much outputs of one content differ.
 
-    References are of one half of each camera's scenes (at most `samples`), contents of the other.
+    References are of one half of each camera's scenes, contents of the other.
     """
-    kept = ["bicubic", "Real-ESRGAN", "Rec_lr with grain (T=0)", "RealDGen"]
-    result: dict[str, Any] = {"rows": [], "sets": {}}
-    for group in dict.fromkeys(scene.set for scene in scenes):
-        own = [scene for scene in scenes if scene.set == group]
-        others = [scene for scene in own if scene.half == 1]
-        contents = [others[i] for i in contents_of(others, images, seed)]
-        lr_ref: dict[str, list[Tensor]] = {}
-        for scene in own:
-            if scene.half == 0 and len(lr_ref.setdefault(scene.camera, [])) < samples:
-                lr_ref[scene.camera].append(scene.middle)
-        refs = [torch.stack(found) for found in lr_ref.values()]
-        result["sets"][group] = [len(contents), [len(found) for found in refs]]
-        outputs: dict[str, list[Tensor]] = {}
-        for name in [name for name in kept if name in compared]:
-            bar = tqdm(total=len(refs) * len(contents), desc=f"{group}, {name}", unit="content")
-            for camera, ref in enumerate(refs):
-                made = []
-                for i, content in enumerate(contents):
-                    draws = [((seed << 16 | i) << 8 | camera) << 16 | r for r in range(len(ref))]
-                    made.append(answers(compared[name], content, list(ref), draws, device))
-                    bar.update()
-                outputs.setdefault(name, []).append(torch.stack(made))
-            bar.close()
-        base = next(reversed(outputs))
-        for part in BLENDED:
-            outputs[f"{base}, {part:.0%} of the reference blended in"] = [
-                common.to_uint8(torch.lerp(made, ref.expand_as(made), part)) / 255
-                for made, ref in zip(outputs[base], refs, strict=True)
-            ]
-        for name, found in outputs.items():
-            values = {
-                view: leak(
-                    [torch.stack([of(x) for x in made]) for made in found], [of(x) for x in refs]
-                )
-                for view, of in VIEWS.items()
-            }
-            n = sum(made.shape[0] * made.shape[1] for made in found)
-            result["rows"].append({"set": group, "method": name, "n": n} | values)
-    return result
+    seed = inputs.cfg.seed
+    others = [scene for scene in scenes if scene.half == 1]
+    contents = [others[i] for i in contents_of(others, max(2, inputs.cfg.images // 4), seed)]
+    lr_ref: dict[str, list[Tensor]] = {}
+    for scene in scenes:
+        if scene.half == 0 and len(lr_ref.setdefault(scene.camera, [])) < SAMPLES:
+            lr_ref[scene.camera].append(scene.middle)
+    references = [torch.stack(same) for same in lr_ref.values()]
+    rows: dict[str, dict[str, float]] = {}
 
+    def std(lr: Tensor) -> float:  # of values over the samples (n, 3, h, w), levels of 255
+        return (255 * lr.double()).var(0).mean().sqrt().item()
 
-def markdown_leakage(result: dict[str, Any]) -> str:
-    """The table of leakage, and what one must know to read it."""
-    lines = ["## Does the content of the reference show in generated LR?", ""]
-    lines += ["| set | method | share of its detail | z | share of its mean colour | z | n |"]
-    lines += ["| --- | --- |" + " ---: |" * 5]
-    for row in result["rows"]:
-        cells = [f"{row[view]['share']:z.2%} | {row[view]['z']:z.1f}" for view in VIEWS]
-        lines += [f"| {row['set']} | {row['method']} | {' | '.join(cells)} | {row['n']} |"]
-    sets = [
-        f"{group}: {contents}, {' + '.join(map(str, refs))}"
-        for group, (contents, refs) in result["sets"].items()
+    def add(name: str, outputs: Sequence[Tensor], noises: Sequence[float]) -> None:
+        views = [[high_pass(x).flatten(1) for x in made] for made in outputs]
+        share, z = leak([torch.stack(v) for v in views],
+                        [high_pass(ref).flatten(1) for ref in references])  # fmt: skip
+        spread = float(np.mean([std(x) for made in outputs for x in made]))
+        rows[name] = {
+            "share": share,
+            "z": z,
+            "references": spread,
+            "noises": float(np.mean(noises)),
+        }
+
+    for name, method in syntheses(inputs.net, inputs.sampler).items():
+        outputs, noises = [], []
+        for camera, ref in enumerate(references):
+            made = []
+            for i, content in enumerate(tqdm(contents, desc=name, unit="content", leave=False)):
+                draw = ((seed << 16 | i) << 8 | camera) << 16
+                given = (method, content)
+                made.append(answers(*given, list(ref), [draw] * len(ref), inputs.device))
+                seeds = [draw | n for n in range(SAMPLES)]
+                noises.append(std(answers(*given, [ref[0]] * SAMPLES, seeds, inputs.device)))
+            outputs.append(torch.stack(made))  # (contents, n, 3, side, side)
+        add(name, outputs, noises)
+    blended = [
+        common.to_uint8(torch.lerp(made, ref.expand_as(made), BLENDED)) / 255
+        for made, ref in zip(outputs, references, strict=True)
     ]
-    lines += [
-        "",
-        "Outputs of one content with several references of one camera, minus their mean, regressed",
-        "on the reference, minus the mean reference: on its pixels without what is smooth, and on",
-        "its mean RGB. z: against permuted references; beyond 3 it is no accident; n references",
-        "of each of C cameras give no more than (n - 1) sqrt(C). Real-ESRGAN has a new draw for",
-        "each reference and can't leak. In the last rows of each set a share is blended in, which",
-        f"must be found. Contents, references of each camera: {'; '.join(sets)}.",
+    add(f"{name}, {BLENDED:.0%} of the reference blended in", blended, noises)
+    return rows
+
+
+# ---- the tables ---------------------------------------------------------------------------------
+
+
+def table_transfer(name: str, inputs: Inputs) -> Measure:
+    """transfer or leakage, for each set of pairs with enough scenes."""
+    inputs.check_steps(inputs.cfg.t_start)
+    sets, left_out = {}, []
+    for folder in inputs.sets:
+        scenes, few = scenes_of(folder, inputs)
+        cameras = {scene.camera for scene in scenes}
+        left_out += few
+        if len(cameras) >= (2 if name == "transfer" else 1):
+            sets[folder] = scenes
+    needs = f"{'two cameras' if name == 'transfer' else 'a camera'} of {LEAST} scenes"
+    common.require(bool(sets), f"--pairs: {name} needs a set with {needs}.")
+
+    def measure() -> tuple[dict[str, Any], str]:
+        of = transfer if name == "transfer" else leakage
+        values = {folder: of(scenes, inputs) for folder, scenes in sets.items()}
+        text = text_of_transfer if name == "transfer" else text_of_leakage
+        few = f"Cameras with under {LEAST} scenes, left out: {', '.join(left_out) or 'none'}."
+        return values, f"{text(values, sets)}{few}\n"
+
+    return measure
+
+
+def text_of_transfer(values: dict[str, Any], sets: dict[str, list[Scene]]) -> str:
+    """The table of transfer, and what a reader must know."""
+    count = {folder: Counter(s.camera or "unnamed" for s in sets[folder]) for folder in sets}
+    heads = ["taken for the reference's camera", *(f"{f}, {len(count[f])} cameras" for f in sets)]
+    first = next(iter(values.values()))
+    lines = [
+        [name, *(f"{np.mean(v[name]):.1%} ± {100 * np.std(v[name]):.1f}" for v in values.values())]
+        for name in first
     ]
-    return "\n".join(lines) + left_out(result)
+    lines.append(["chance", *(f"{1 / len(count[folder]):.1%}" for folder in sets)])
+    scenes = "; ".join(
+        f"{folder}: {', '.join(f'{camera} {n}' for camera, n in count[folder].items())}"
+        for folder in sets
+    )
+    return f"""## Is generated LR taken for LR of the reference's camera?
+
+{table_text(heads, lines)}
+A linear classifier, trained on the real LR of half of each camera's scenes; {CLASSIFIERS} of them,
+each without another scene: mean ± standard deviation. real LR: photos of the other half, mean over
+cameras. Contents and references are of that other half, too, and never of the same scene; then the
+halves change places. Each content has a reference of every camera, so a method that ignores it gets
+chance exactly. Scenes: {scenes}.
+"""
 
 
-# ---- how much do samples differ? ----------------------------------------------------------------
+def text_of_leakage(values: dict[str, Any], sets: dict[str, list[Scene]]) -> str:
+    """The table of leakage and diversity, and what a reader must know."""
+    heads = ["set", "method", "share of the reference's detail", "z", "std over references",
+             "std over noises"]  # fmt: skip
+    lines = [
+        [folder, name, f"{row['share']:z.2%}", f"{row['z']:z.1f}", f"{row['references']:.2f}",
+         f"{row['noises']:.2f}"]
+        for folder, rows in values.items()
+        for name, row in rows.items()
+    ]  # fmt: skip
+    return f"""## Does the reference's content show in generated LR? How much do outputs differ?
 
-
-def spread(lr: Tensor) -> dict[str, float]:
-    """How much samples (n, 3, h, w) of one content differ: std in levels of 255, and LPIPS.
-
-    std: root of the mean variance of a value; LPIPS: mean over each sample and the next one. Both
-    are nan of one sample, LPIPS also without its weights.
-    """
-    if len(lr) < 2:
-        return {"std": math.nan, "LPIPS": math.nan}
-    std = (255 * lr.double()).var(0).mean().sqrt().item()
-    return {"std": std, "LPIPS": distance(lr, lr.roll(1, 0)).mean().item()}
-
-
-def distance(x: Tensor, y: Tensor) -> Tensor:
-    """LPIPS (B,); nan without its weights."""
-    known = not missing_weights("alex")
-    return lpips_distance(x, y) if known else x.new_full((len(x),), math.nan)
-
-
-KINDS = ("noise", "references", "cameras")
-
-
-def table_diversity(
-    scenes: Sequence[Scene],
-    compared: dict[str, Method],
-    images: int,
-    samples: int,
-    seed: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    """How much samples of one content differ when one thing changes: noise, reference, camera."""
-    result: dict[str, Any] = {"rows": [], "samples": samples, "sets": {}}
-    for group in dict.fromkeys(scene.set for scene in scenes):
-        own = [scene for scene in scenes if scene.set == group]
-        contents = contents_of(own, images, seed)
-        result["sets"][group] = len(contents)
-        plans, banks = [], []
-        for i in contents:
-            cameras: dict[str, list[Tensor]] = {own[i].camera: []}
-            order = torch.randperm(len(own), generator=common.generator(seed, i)).tolist()
-            for k in order:
-                if k != i:
-                    cameras.setdefault(own[k].camera, []).append(own[k].lr)
-            same = cameras[own[i].camera][:samples]
-            # One of every camera, then a second one, as far as there are.
-            ranked = sorted(
-                (
-                    (place, c)
-                    for c, found in enumerate(cameras.values())
-                    for place in range(len(found))
-                )
-            )
-            turn = [[*cameras.values()][c][place] for place, c in ranked][:samples]
-            turn = turn if len(cameras) > 1 else turn[:1]
-            plans.append({"noise": same[:1] * samples, "references": same, "cameras": turn})
-            banks.append(factors.reductions(own[i].hr))
-        for name, method in compared.items():
-            values: dict[str, list[float]] = {}
-            for i, plan, bank in zip(
-                tqdm(contents, desc=f"{group}, {name}", unit="content"), plans, banks, strict=True
-            ):
-                for kind in KINDS:
-                    changing = kind == "noise"
-                    draws = [(seed << 16 | i) << 16 | n * changing for n in range(len(plan[kind]))]
-                    lr = answers(method, own[i], plan[kind], draws, device)
-                    for key, value in spread(lr).items():
-                        values.setdefault(f"{kind} {key}", []).append(value)
-                    if changing:
-                        far = distance(lr, own[i].middle.expand_as(lr))
-                        values.setdefault("measured", []).append(
-                            factors.noise_of(lr, bank).mean().item()
-                        )
-                        values.setdefault("to real", []).append(far.mean().item())
-                        values.setdefault("nearest", []).append(far.min().item())
-            result["rows"].append({"set": group, "method": name, **values})
-        real = [
-            factors.noise_of(own[i].middle[None], bank).item()
-            for i, bank in zip(contents, banks, strict=True)
-        ]
-        result["rows"].append({"set": group, "method": "real LR", "measured": real})
-    return result
-
-
-def markdown_diversity(result: dict[str, Any]) -> str:
-    """The table of diversity, and what one must know to read it."""
-    columns = [f"{kind} {key}" for kind in KINDS for key in ("std", "LPIPS")]
-    columns += ["measured", "to real", "nearest"]
-    heads = ["noise: std", "LPIPS", "reference: std", "LPIPS", "camera: std", "LPIPS"]
-    heads += ["measured noise", "LPIPS to the real LR", "of the nearest"]
-    lines = ["## How much do samples of one content differ?", ""]
-    lines += [f"| set | method | {' | '.join(heads)} |", "| --- | --- |" + " ---: |" * len(heads)]
-    for row in result["rows"]:
-        cells = []
-        for column in columns:
-            value = np.mean(row.get(column, [math.nan]))
-            text = f"{value:.2f}" if column.endswith(("std", "measured")) else f"{value:.3f}"
-            cells.append("-" if math.isnan(value) else text)
-        lines += [f"| {row['set']} | {row['method']} | {' | '.join(cells)} |"]
-    sets = ", ".join(f"{group} {n}" for group, n in result["sets"].items())
-    samples = result["samples"]
-    lines += [
-        "",
-        f"Standard deviation over {samples} samples (levels of 255; fewer where there are",
-        "fewer references) and LPIPS between two, when only the noise changes (of Real-ESRGAN and",
-        "BSRGAN the parameters, too), only the reference within the content's camera, or only the",
-        "reference among the cameras of the set. Measured noise: robust std of what no filter of",
-        "the HR image explains; if samples are like draws of the camera, it is that of the real",
-        "LR, and their std over the noise is not less. There is one real LR of each content, so it",
-        "has no spread, but a distance to the samples: the mean, and that of the nearest sample.",
-        f"Contents: {sets}.",
-    ]
-    return "\n".join(lines) + left_out(result)
-
-
-# ---- what benchmark.py calls --------------------------------------------------------------------
-
-TABLES = ("transfer", "leakage", "diversity")
-
-
-def measure(
-    table: str,
-    scenes: Sequence[Scene],
-    few: list[str],
-    net: Any,
-    cfg: generate.Config,
-    images: int,
-    samples: int,
-    device: torch.device,
-) -> tuple[dict[str, Any], str]:
-    """One of TABLES, as values and as text; few: the cameras that are left out.
-
-    Leakage and diversity take several outputs of each content, and a quarter of the contents.
-    """
-    compared = methods(net, cfg)
-    if table == "transfer":
-        result = table_transfer(scenes, compared, images, cfg.seed, device)
-        result["left out"] = few
-        return result, markdown_transfer(result)
-    leaking = table == "leakage"
-    of = table_leakage if leaking else table_diversity
-    result = of(scenes, compared, max(2, images // 4), samples, cfg.seed, device)
-    result["left out"] = few
-    return result, markdown_leakage(result) if leaking else markdown_diversity(result)
+{table_text(heads, lines, words=2)}
+Outputs of one content with up to {SAMPLES} references of one camera, minus their mean, regressed on
+the reference, minus the mean reference (both without what is smooth over 5 x 5 pixels). z: against
+permuted references; beyond 3 it is no accident. In the last row of each set {BLENDED:.0%} of the
+reference is blended in, which must be found. Standard deviations (levels of 255) of outputs of one
+content over the references of a camera with one noise, and over {SAMPLES} noises with one reference
+(Real-ESRGAN, BSRGAN: parameters and noise).
+"""

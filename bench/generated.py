@@ -1,0 +1,262 @@
+"""How near is generated LR to the LR that a real camera took of the same scene? Tables 2 and 6.
+
+In: real pairs, which were never trained on. Out: distances of each method's LR to the real LR.
+RealDGen is given the pair's own LR as reference, as in the paper, and another photo of the same
+camera, as in real use, where nobody has the LR image that is to be generated. The table sampling
+(not in the paper) shows what start image, T and number of network evaluations are worth.
+
+    python benchmark.py --table 2 6 sampling --pairs data/RealSR data/DRealSR
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import common
+import degrade
+import diffusion
+import generate
+from bench.factors import reductions
+from bench.inputs import Inputs, Measure
+from bench.metrics import METRICS, SET_METRICS, psnr
+from bench.pairs import (
+    Method,
+    Pair,
+    camera_of,
+    evaluate,
+    load_hr,
+    load_lr,
+    metric_text,
+    resized,
+    table_text,
+    with_other_scenes,
+)
+
+# ---- methods: hr (B, 3, H, W), B references (3, h, w) or codes (D,), B seeds -> lr --------------
+
+Synthesis = Callable[[Tensor, Sequence[Tensor], Sequence[int]], Tensor]  # lr (B, 3, H/4, W/4)
+
+
+def bicubic(hr: Tensor, lr_ref: Sequence[Tensor], seeds: Sequence[int]) -> Tensor:
+    """The HR image, reduced by Pillow."""
+    return resized(hr, *(side // generate.SCALE for side in hr.shape[2:]))
+
+
+def synthetic(recipe: str) -> Synthesis:
+    """A recipe of degrade.py; each image has parameters and noise of its own."""
+
+    def make(hr: Tensor, lr_ref: Sequence[Tensor], seeds: Sequence[int]) -> Tensor:
+        theta = [
+            degrade.sample_degradation(1, recipe, generate.SCALE, common.generator(seed))
+            for seed in seeds
+        ]
+        return degrade.degrade(hr, degrade.Degradation.cat(theta))
+
+    return make
+
+
+def realdgen(net: diffusion.DecoupledDDPM, sampler: generate.Sampler) -> Synthesis:
+    """RealDGen: the candidate that its filter keeps."""
+    return lambda hr, lr_ref, seeds: generate.chosen(
+        *generate.generate(net, hr, lr_ref, sampler, seeds)
+    )
+
+
+def without_diffusion(sampler: generate.Sampler) -> generate.Sampler:
+    """The same with T = 0: Rec_lr's answer."""
+    return replace(sampler, t_start=0, start="reconstruct")
+
+
+def syntheses(net: diffusion.DecoupledDDPM, sampler: generate.Sampler) -> dict[str, Synthesis]:
+    """All methods, by name; the first three do not look at the reference."""
+    return {
+        "bicubic": bicubic,
+        "Real-ESRGAN": synthetic("realesrgan"),
+        "BSRGAN": synthetic("bsrgan"),
+        "RealDGen T=0": realdgen(net, without_diffusion(sampler)),
+        "RealDGen": realdgen(net, sampler),
+    }
+
+
+def on_pairs(method: Synthesis, seed: int, codes: dict[int, Tensor] | None = None) -> Method:
+    """A method as `evaluate` takes it: with the references of the pairs.
+
+    codes: F_deg (D,) by index of the pair, in place of its reference. Image i draws from (seed, i).
+    """
+
+    def make(hr: Tensor, batch: Sequence[Pair]) -> Tensor:
+        lr_ref = [codes[p.index] if codes else load_lr(p.reference, p.full) for p in batch]
+        return method(hr, lr_ref, [seed << 32 | pair.index for pair in batch])
+
+    return make
+
+
+def best_blurs(pairs: Sequence[Pair]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """LR (3, h, w) by index of the pair, of the Gaussian nearest to the real LR: for all, for each.
+
+    They are chosen by looking at the real LR, so no method can be asked to reach them: this is what
+    blur alone can do.
+    """
+    banks, values = {}, {}
+    for pair in pairs:
+        bank = common.to_uint8(reductions(load_hr(pair)))  # (21, 3, h, w)
+        lr = load_lr(pair.lr, pair.full).expand(len(bank), -1, -1, -1)
+        banks[pair.index], values[pair.index] = bank, psnr(bank / 255, lr).clamp(max=100)
+    best = int(torch.stack([*values.values()]).mean(0).argmax())
+    of_all = {index: bank[best] / 255 for index, bank in banks.items()}
+    return of_all, {i: bank[values[i].argmax()] / 255 for i, bank in banks.items()}
+
+
+def stored(lr: dict[int, Tensor]) -> Method:
+    """Images made before, by index of the pair."""
+    return lambda hr, batch: torch.stack([lr[pair.index] for pair in batch]).to(hr.device)
+
+
+@torch.no_grad()
+def mean_codes(pairs: Sequence[Pair], net: diffusion.DecoupledDDPM) -> dict[int, Tensor]:
+    """For each pair (by index) the mean F_deg (D,) of the other LR images of its camera."""
+    codes = {p.index: generate.code_of(net, load_lr(p.lr, p.full))[0] for p in pairs}
+    means = {}
+    for pair in pairs:
+        camera = camera_of(pair.name)
+        same = [p for p in pairs if camera_of(p.name) == camera and p is not pair]
+        if same:
+            means[pair.index] = torch.stack([codes[p.index] for p in same]).mean(0)
+    return means
+
+
+# ---- Table 2 ------------------------------------------------------------------------------------
+
+# The paper's RealDGen on all crops of a benchmark.
+PAPER_2 = {
+    "RealSR": "PSNR 26.16, SSIM 0.794, LPIPS 0.223, DISTS 0.187, FID 107.24, CLIP-Score 0.824",
+    "DRealSR": "PSNR 28.66, SSIM 0.836, LPIPS 0.150, DISTS 0.157, FID 30.01, CLIP-Score 0.858",
+}
+Rows = list[tuple[str, Method, Sequence[Pair]]]  # label, method, pairs
+
+
+def rows_of_table_2(pairs: list[Pair], inputs: Inputs) -> Rows:
+    """The methods, and what blur alone can do."""
+    seed, net = inputs.cfg.seed, inputs.net
+    rec_lr = realdgen(net, replace(without_diffusion(inputs.sampler), grain=False))
+    full = realdgen(net, inputs.sampler)
+    other, codes = with_other_scenes(pairs, seed), mean_codes(pairs, net)
+    of_set, of_pair = best_blurs(pairs)
+    rows: Rows = [
+        ("bicubic", on_pairs(bicubic, seed), pairs),
+        ("best blur of the set*", stored(of_set), pairs),
+        ("best blur of each pair*", stored(of_pair), pairs),
+        ("Real-ESRGAN", on_pairs(synthetic("realesrgan"), seed), pairs),
+        ("BSRGAN", on_pairs(synthetic("bsrgan"), seed), pairs),
+    ]
+    for name, method in (("RealDGen T=0", rec_lr), ("RealDGen", full)):
+        rows += [(f"{name}, own LR", on_pairs(method, seed), pairs)]
+        if other:
+            rows += [(f"{name}, other scene", on_pairs(method, seed), other)]
+            rows += [(f"{name}, all other scenes", on_pairs(method, seed, codes), other)]
+    return rows
+
+
+def rows_of_table_6(pairs: list[Pair], inputs: Inputs) -> Rows:
+    """RealDGen with and without the filter; references are other scenes."""
+    K = max(inputs.cfg.candidates, generate.CANDIDATES)
+    other = with_other_scenes(pairs, inputs.cfg.seed)
+    rows: Rows = []
+    for name, candidates in (("without filter", 1), (f"with filter, K={K}", K)):
+        method = realdgen(inputs.net, replace(inputs.sampler, candidates=candidates))
+        rows += [(name, on_pairs(method, inputs.cfg.seed), other)]
+    return rows
+
+
+FULL = 300  # steps of the paper's chain
+
+
+def rows_of_sampling(pairs: list[Pair], inputs: Inputs) -> Rows:
+    """Start images, T, solvers and numbers of evaluations, on some pairs of all cameras."""
+    cfg = inputs.cfg
+    other = with_other_scenes(pairs, cfg.seed)
+    other = other[:: max(1, len(other) // cfg.images)][: cfg.images]
+    plain = replace(inputs.sampler, candidates=1, eta=0.0, start="reconstruct")
+    samplers = {
+        "T=0": replace(plain, t_start=0),
+        "T=0 without grain": replace(plain, t_start=0, grain=False),
+    }
+    for T in [t for t in cfg.t_starts if t > 0]:
+        for n in (1, 2, 5, 10):
+            samplers[f"T={T}, ddim, {n}"] = replace(plain, t_start=T, num_steps=n)
+    for start in generate.STARTS[:2]:
+        chain = replace(plain, t_start=FULL, num_steps=FULL, eta=1.0, start=start)
+        samplers[f"T={FULL}, ddpm, {FULL}, start {start}"] = chain
+    return [
+        (name, on_pairs(realdgen(inputs.net, sampler), cfg.seed), other)
+        for name, sampler in samplers.items()
+    ]
+
+
+TITLES = {
+    "2": "generated LR against the real LR",
+    "6": "Table 6, generated LR with and without the filter, against the real LR",
+    "sampling": "start image, T, solver and number of evaluations (K=1)",
+}
+
+
+def table_generated(name: str, inputs: Inputs) -> Measure:
+    """Table 2, Table 6 or sampling, for each set of pairs."""
+    cfg = inputs.cfg
+    rows_of = {"2": rows_of_table_2, "6": rows_of_table_6, "sampling": rows_of_sampling}[name]
+    inputs.check_steps(cfg.t_start, *((*cfg.t_starts, FULL) if name == "sampling" else ()))
+    metrics = [m for m in inputs.metrics if name != "sampling" or m in METRICS]
+    for folder, pairs in inputs.sets.items():
+        enough = name == "2" or len(with_other_scenes(pairs, cfg.seed)) > 1
+        common.require(enough, f"--pairs {folder}: no camera has two pairs.")
+
+    def measure() -> tuple[dict[str, Any], str]:
+        values, text = {}, ""
+        for folder, pairs in inputs.sets.items():
+            values[folder] = [
+                {"method": label} | evaluate(method, own, metrics, inputs.device, cfg.batch_size)
+                for label, method, own in rows_of(pairs, inputs)
+            ]
+            text += f"## {folder}: {TITLES[name]}\n\n" + method_table(values[folder], name)
+            if name == "2":
+                text += notes_of_table_2(folder, pairs, values[folder], inputs.skipped[folder])
+            text += "\n"
+        return values, text
+
+    return measure
+
+
+def method_table(rows: Sequence[dict[str, Any]], name: str) -> str:
+    """A row for each method, with the number of pairs and images per second."""
+    columns = [*METRICS, *(() if name == "sampling" else SET_METRICS)]
+    lines = []
+    for row in rows:
+        rate = row["n"] / max(row["seconds"], 1e-9)
+        speed = f"{rate:.3g}" if rate < 1000 else "-"  # made before
+        cells = [metric_text(row["mean"], metric) for metric in columns]
+        lines.append([row["method"], *cells, str(row["n"]), speed])
+    return table_text(["method", *columns, "n", "images/s"], lines)
+
+
+def notes_of_table_2(
+    folder: str, pairs: list[Pair], rows: Sequence[dict[str, Any]], skipped: int
+) -> str:
+    """What a reader of Table 2 must know."""
+    cameras = Counter(camera_of(pair.name) or "unnamed" for pair in pairs)
+    lines = [
+        "",
+        "bicubic is Pillow's, of the 8-bit HR image; T=0 is Rec_lr without diffusion and grain; n",
+        "is the number of pairs. The LR reference is the pair's own LR, another scene of the same",
+        f"camera ({', '.join(f'{camera} {n}' for camera, n in cameras.items())}), or the mean code",
+        "of all of them. * A Gaussian chosen by looking at the real LR: what blur alone can do.",
+        "FID is too large for so few images, by an amount that depends on n; KID is not.",
+        f"Pairs without another scene, left out there: {len(pairs) - rows[-1]['n']}.",
+        f"Pairs that can't be read, left out everywhere: {skipped}.",
+    ]
+    if folder in PAPER_2:
+        lines += ["", f"RealDGen (paper), on the whole {folder} benchmark: {PAPER_2[folder]}."]
+    return "\n".join(lines) + "\n"

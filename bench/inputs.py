@@ -1,0 +1,184 @@
+"""What the tables of the benchmark share: the settings of the command, the pairs, photos, weights.
+
+Everything is loaded when a table first asks for it, and checked then. All tables ask before the
+first of them begins to measure.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import common
+import degrade
+import diffusion
+import generate
+from bench import sr
+from bench.metrics import available_metrics
+from bench.pairs import Pair, find_pairs, halves
+
+SYNDIFF = Path("runs/syndiff/last.pt")  # made by diffusion.py --without content degradation
+SAMPLE = Path(__file__).parents[1] / "data/sample/hr"
+DATA = ("bicubic", "bsrgan", "realesrgan", "syndiff", "realdgen", "paired")
+
+
+@dataclass(frozen=True)
+class Config(generate.Sampler):
+    """Settings of the benchmark; every field is a flag."""
+
+    table: tuple[str, ...] = ()  # tables to print (default: 2 and 1; with --sr only 1)
+    pairs: tuple[str, ...] = ()  # folders of pairs (default: data/RealSR, data/DRealSR, or samples)
+    sr: tuple[str, ...] = ()  # networks: swinir, swinir-l, rrdb, hat, fsrcnn (default: fsrcnn)
+    data: tuple[str, ...] = DATA  # what they are trained on
+    sr_preset: str = ""  # of bench.sr (default: paper on a GPU with real pairs, else smoke)
+    sr_steps: int = 0  # of training, in place of the preset's
+    sr_start_from: tuple[str, ...] = ()  # networks of bench.sr to train further, for all data
+    seeds: int = 1  # trainings of each network, from --seed on
+    perceptual_weight: float = 0.0  # above 0: Table 1 also with networks trained with this LPIPS
+    hr: tuple[str, ...] = ()  # HR photos to make training pairs of (default: data/hr or samples)
+    lr: tuple[str, ...] = ()  # extractors: real LR, a sub-folder for each device (default: data/lr)
+    images: int = 64  # at most, in tables that do not use all
+    crop: int = 96  # side of the LR crops of factors, extractors, figure1, transfer; pixels
+    t_starts: tuple[int, ...] = (0, 200)  # T in the rows of 3, control, mtf, factors and sampling
+    checkpoint: str = ""  # generator (default: runs/diffusion, else data/pretrained)
+    out: str = "out/benchmark"  # folder of results.json and of a .md and .tex for each table
+    batch_size: int = 8  # images at a time; no draw depends on it
+    seed: int = 0  # image i draws from (seed, i)
+    device: str = "auto"  # cpu, cuda or auto
+
+
+RANGES = {"t_starts": (0, 1000), "batch_size": (1, 2**20), "images": (2, 2**20), "seed": (0, 2**31),
+          "crop": (32, 2**14), "seeds": (1, 1000), "sr_steps": (0, 2**31),
+          "perceptual_weight": (0, 1e6)}  # fmt: skip
+
+
+def resolved(cfg: Config, rt: common.Runtime) -> Config:
+    """The settings with the defaults that depend on others; UserError for a wrong flag."""
+    common.check_ranges(cfg, RANGES)
+    common.require(cfg.crop % 8 == 0, f"--crop {cfg.crop}: must be a multiple of 8.")
+    generate.check(generate.Config(**asdict(sampler_of(cfg))))
+    here = Path(__file__).parents[1] / "data"
+    found = [str(here / name) for name in ("RealSR", "DRealSR") if (here / name).is_dir()]
+    pairs = cfg.pairs or tuple(found)
+    preset = cfg.sr_preset or ("paper" if rt.device.type == "cuda" and pairs else "smoke")
+    data = cfg.data
+    if data == DATA and not SYNDIFF.is_file():  # a part of the default
+        data = tuple(name for name in data if name != "syndiff")
+    for flag, names, choices in (
+        ("--sr", cfg.sr, sr.NETWORKS),
+        ("--data", data, DATA),
+        ("--sr-preset", (preset,), tuple(sr.PRESETS)),
+    ):
+        for name in names:
+            common.require(name in choices, f"{flag} {name}: choose among {', '.join(choices)}.")
+    table = cfg.table or (("1",) if cfg.sr else ("2", "1"))
+    networks = cfg.sr or ("fsrcnn",)
+    return replace(cfg, table=table, pairs=pairs, sr=networks, sr_preset=preset, data=data)
+
+
+def sampler_of(cfg: Config) -> generate.Sampler:
+    """How RealDGen makes LR, by the flags."""
+    names = [field.name for field in fields(generate.Sampler)]
+    return generate.Sampler(**{name: getattr(cfg, name) for name in names})
+
+
+# A table checks its inputs, and returns the function that measures: values and text.
+Measure = Callable[[], tuple[dict[str, Any], str]]
+
+
+class Inputs:
+    """Pairs, photos and networks of a run of the benchmark, loaded when first used."""
+
+    def __init__(self, cfg: Config, rt: common.Runtime) -> None:
+        self.cfg, self.rt, self.device = cfg, rt, rt.device
+        self.sampler = sampler_of(cfg)
+
+    @cached_property
+    def folders(self) -> list[Path]:
+        """The folders of pairs; without --pairs and data/RealSR sample photos degraded by D."""
+        if self.cfg.pairs:
+            return [Path(folder) for folder in self.cfg.pairs]
+        if self.rt.is_main:
+            print("no --pairs, no data/RealSR, no data/DRealSR: testing on sample photos degraded "
+                  "by D. That shows that everything works, and nothing else.")  # fmt: skip
+        self.kept = tempfile.TemporaryDirectory(prefix="realdgen-")
+        folder = Path(self.kept.name) / "sample"
+        for i, file in enumerate(common.list_images([str(SAMPLE)], "--hr")):
+            hr = common.crop_to_multiple(common.load_image(file), generate.SCALE, file)
+            theta = degrade.sample_degradation(1, "camera", generator=common.generator(i))
+            common.save_image(folder / "HR" / f"sample_{i}.png", hr)
+            lr = degrade.degrade(hr[None], theta)[0]
+            common.save_image(folder / "LR" / f"sample_{i}.png", lr)
+        return [folder]
+
+    @cached_property
+    def skipped(self) -> dict[str, int]:
+        """How many pairs of each set can't be read."""
+        return {}
+
+    @cached_property
+    def sets(self) -> dict[str, list[Pair]]:
+        """The readable pairs of each folder, by its name."""
+        sets: dict[str, list[Pair]] = {}
+        for folder in self.folders:
+            name = folder.resolve().name
+            common.require(name not in sets, f"--pairs: two folders have the name {name}.")
+            sets[name], self.skipped[name] = find_pairs(folder)
+        return sets
+
+    @cached_property
+    def tests(self) -> dict[str, list[Pair]]:
+        """The half of each set to test on; the other half gives references."""
+        tests = {name: halves(pairs)[1] for name, pairs in self.sets.items()}
+        for name, pairs in tests.items():
+            common.require(bool(pairs), f"--pairs {name}: no camera has two pairs.")
+        return tests
+
+    @cached_property
+    def net(self) -> diffusion.DecoupledDDPM:
+        """The generator."""
+        return generate.load_generator(self.cfg.checkpoint, self.device, self.cfg.grain)
+
+    def check_steps(self, *t_starts: int) -> None:
+        """UserError for a T that the generator was not trained for."""
+        T, t_max = max(t_starts), self.net.t_max
+        common.require(T <= t_max, f"T = {T}: the weights know {t_max} steps.")
+
+    @cached_property
+    def metrics(self) -> list[str]:
+        """The metrics whose networks have weights here; prints what is missing."""
+        return available_metrics(self.device)
+
+    @cached_property
+    def hr_files(self) -> list[Path]:
+        """The files of the HR photos."""
+        return common.find_photos(self.cfg.hr, "hr", "--hr")
+
+    @cached_property
+    def photos(self) -> Tensor:
+        """The middle of HR photos drawn from all, (N, 3, 4 crop, 4 crop) in [0, 1], N > 1."""
+        side, files = generate.SCALE * self.cfg.crop, self.hr_files
+        crops: list[Tensor] = []
+        draw = common.generator(self.cfg.seed)
+        for i in torch.randperm(len(files), generator=draw).tolist():
+            if len(crops) < self.cfg.images:
+                try:
+                    crops.append(middle(common.load_image(files[i]), side))
+                except ValueError as error:
+                    print(f"skipped: {files[i]} ({error})")
+        found = f"of {len(files)} files, {len(crops)} are photos of {side} x {side} pixels or more"
+        common.require(len(crops) > 1, f"--hr: {found}; two are needed.")
+        return torch.stack(crops)
+
+
+def middle(image: Tensor, side: int) -> Tensor:
+    """The middle side x side pixels of an image (3, H, W); ValueError if it is smaller."""
+    top, left = ((n - side) // 2 for n in image.shape[1:])
+    if min(top, left) < 0:
+        raise ValueError(f"an image is under {side} x {side} pixels")
+    return image[:, top : top + side, left : left + side]
