@@ -1,16 +1,16 @@
-"""Stage 2: a DDPM that paints LR images, told what to paint and with which camera. Section 2.2.
+"""Stage 2: a DDPM that generates LR images from content and degradation. Section 2.2.
 
 In: real LR photos, clean HR photos, the extractors of stage 1. Out: runs/diffusion/last.pt. The
-condition c = M(F_deg, F_cont) joins degradation and content; it is stacked on the noisy image that
-the U-Net denoises. M and the U-Net are trained, small parts of the extractors fine-tuned (A.5).
+condition c = M(F_deg, F_cont) joins degradation and content; the U-Net denoises an LR image under
+this condition. M and the U-Net are trained, small parts of the extractors fine-tuned (A.5).
 
     python diffusion.py
     torchrun --nproc_per_node=8 diffusion.py --lr data/lr --preset paper
 
-What is ours and not the paper's, which --as-printed and so --preset paper take out:
+--as-printed, which --preset paper sets, removes these additions to the paper:
 
-    Algorithm 1  half of a batch are true pairs: content from HR, code from another scene
-    M            sees Rec_lr's answer where there is an HR image, and the blocks of JPEG
+    Algorithm 1  half of a batch are synthetic pairs: content from HR, code from another scene
+    M            also sees the output of Rec_lr, and the position in the 8 x 8 blocks of JPEG
 """
 
 import functools
@@ -28,11 +28,11 @@ import degrade
 import extractors
 from data.pack import Crops, Photos
 
-# ---- noise schedule ---------------------------------------------------------------------------
+# ---- noise schedule -----------------------------------------------------------------------------
 
-# t counts steps of noise: x_0 is the image, x_1000 almost pure noise. The linear betas of DDPM
-# (arXiv:2006.11239). Not in the paper: its "maximum diffusion step" is read as training and
-# generating on the first steps of this schedule only.
+# t counts steps of noise: x_0 is the image, x_1000 almost pure noise.
+# Not in the paper: the schedule. These are the linear betas of DDPM (arXiv:2006.11239), of which
+# training and generation use the steps up to the "maximum diffusion step" of A.3.
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
 ALPHAS_CUMPROD = torch.cat([torch.ones(1, dtype=torch.float64), (1 - BETAS).cumprod(0)]).float()
 
@@ -66,18 +66,8 @@ def q_sample(x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
 def predict_x_0(x_t: Tensor, t: Tensor, eps_pred: Tensor) -> Tensor:
     """Solve q_sample for x_0, clamped to [-1, 1]; t >= 1."""
     x_0 = (x_t - (1 - alpha_bar(t)).sqrt() * eps_pred) / alpha_bar(t).sqrt()
+    # Not in the paper: the predicted image is clamped to the range of images.
     return x_0.clamp(-1, 1)
-
-
-def p_sample(x_t: Tensor, t: Tensor, x_0: Tensor, noise: Tensor) -> Tensor:
-    """One DDPM step from t to t - 1: mean and variance of q(x_{t-1} | x_t, x_0), x_0 predicted.
-
-    The step of Algorithm 2 as printed, to compare with: sample() takes it by ddim_step, eta = 1.
-    """
-    now, before = alpha_bar(t), alpha_bar(t - 1)
-    beta = 1 - now / before
-    mean = (before.sqrt() * beta * x_0 + (now / before).sqrt() * (1 - before) * x_t) / (1 - now)
-    return mean + ((1 - before) / (1 - now) * beta).sqrt() * noise
 
 
 def ddim_step(
@@ -88,9 +78,9 @@ def ddim_step(
     eta: float = 0.0,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """One step from t to any t_next < t (arXiv:2010.02502, Eq. 12); eta = 1 is DDPM's variance.
+    """One step from t to any t_next < t (arXiv:2010.02502, Eq. 12), with the predicted x_0.
 
-    x_0 is the predicted one; the noise that it leaves is consistent with its being clamped.
+    With eta = 1 and t_next = t - 1 this is the step of DDPM, as in Algorithm 2.
     """
     now, after = alpha_bar(t), alpha_bar(t_next)
     eps = (x_t - now.sqrt() * x_0) / (1 - now).sqrt()
@@ -106,13 +96,11 @@ def randn_rows(like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
 
 
 def steps_of_noise(t_start: int, num_steps: int) -> list[int]:
-    """The steps that a sampler stops at: num_steps + 1 of them, from t_start down to 0.
-
-    Quadratic (arXiv:2010.02502, D.3): the last step must be small, because it keeps no more grain
-    of the image than there is noise less than that. All steps if there are as many.
-    """
+    """The num_steps + 1 values of t at which a sampler stops, from t_start down to 0."""
+    # Not in the paper: fewer than t_start steps, at quadratic distances (arXiv:2010.02502, D.3);
+    # the last one must be small, because it removes all detail that is weaker than its noise.
     k = range(num_steps, -1, -1)
-    return [max(i, round(t_start * (i / num_steps) ** 2)) for i in k]
+    return [max(i, round(t_start * (i / max(1, num_steps)) ** 2)) for i in k]
 
 
 def sample(
@@ -124,39 +112,38 @@ def sample(
     generators: Sequence[torch.Generator],
     eta: float = 0.0,
 ) -> Tensor:
-    """Algorithm 2: noise the start images to t_start, denoise them under the condition c.
+    """Algorithm 2: add noise to the start images up to t_start, denoise under the condition c.
 
     start (B, 3, h, w) in [0, 1]; c (B, C, h, w); t_start: B numbers; num_steps evaluations of
-    net(x_t, t, c) -> eps, fewer where t_start is less; with num_steps = t_start and eta = 1 this is
-    DDPM's full chain. Row b draws from generators[b]. Returns (B, 3, h, w) in [0, 1].
+    net(x_t, t, c) -> eps_pred, fewer where t_start is smaller; num_steps = t_start and eta = 1 give
+    the full chain of DDPM. Row b draws from generators[b]. Returns (B, 3, h, w) in [0, 1].
     """
 
-    def there(values: list) -> Tensor:  # the host does not wait for the device
+    def on_device(values: Sequence) -> Tensor:
         return torch.tensor(values).to(start.device, non_blocking=True)
 
-    ts = [steps_of_noise(t, min(num_steps, t)) if t > 0 else [0] for t in t_start]
+    chains = [steps_of_noise(t, min(num_steps, t)) for t in t_start]
     x = to_signed(start)
-    x = q_sample(x, there([*t_start]), randn_rows(x, generators))
-    for left in range(max(map(len, ts)) - 1, 0, -1):  # evaluations that are left
-        rows = [b for b in range(len(x)) if len(ts[b]) > left]  # a short chain begins later
-        t, t_next = (there([ts[b][k] for b in rows]) for k in (-1 - left, -left))
-        index = there(rows)
+    x = q_sample(x, on_device(t_start), randn_rows(x, generators))
+    for left in range(max(map(len, chains)) - 1, 0, -1):  # evaluations that are left
+        rows = [b for b in range(len(x)) if len(chains[b]) > left]  # a short chain begins later
+        t, t_next = (on_device([chains[b][k] for b in rows]) for k in (-1 - left, -left))
+        index = on_device(rows)
         x_t = x[index]
         x_0 = predict_x_0(x_t, t, net(x_t, t, c[index]).float())
         noise = randn_rows(x_t, [generators[b] for b in rows]) if eta > 0 else None
         x[index] = ddim_step(x_t, t, t_next, x_0, eta, noise)
-    untouched = there([t == 0 for t in t_start])[:, None, None, None]
-    return torch.where(untouched, start.clamp(0, 1), to_image(x))
+    unchanged = on_device([t == 0 for t in t_start])[:, None, None, None]
+    return torch.where(unchanged, start.clamp(0, 1), to_image(x))
 
 
-# ---- U-Net ------------------------------------------------------------------------------------
+# ---- U-Net --------------------------------------------------------------------------------------
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sines and cosines of t (B,) at geometric frequencies: (B, dim)."""
-    frequencies = torch.exp(
-        -math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2)
-    )
+    k = torch.arange(dim // 2, device=t.device)
+    frequencies = torch.exp(-math.log(10_000) * k / (dim // 2))
     angle = t.float()[:, None] * frequencies
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
@@ -181,7 +168,7 @@ class TimeResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """eps_theta(x_t, t, c): the U-Net of DDPM, with c stacked on x_t."""
+    """eps_theta(x_t, t, c): the U-Net of DDPM (arXiv:2006.11239)."""
 
     def __init__(
         self, c_cond: int, widths: Sequence[int], blocks: int, attention: Sequence[int]
@@ -208,16 +195,13 @@ class UNet(nn.Module):
                 below = w
             if i > 0:
                 self.up.append(extractors.Upsample(w))
-        self.norm, self.last = (
-            extractors.GroupNorm(widths[0]),
-            nn.Conv2d(widths[0], 3, 3, padding=1),
-        )
+        self.norm, self.last = extractors.GroupNorm(below), nn.Conv2d(below, 3, 3, padding=1)
         for p in self.last.parameters():
             nn.init.zeros_(p)
 
     @staticmethod
     def stack(c_in: int, c_out: int, embedding: int, attention: bool) -> nn.ModuleList:
-        """A residual block, followed by attention or nothing."""
+        """A residual block, then attention or nothing."""
         # Not in the paper: heads of 64 channels where one head is too wide for the fast kernels.
         heads = c_out // 64 if c_out > 256 else 1
         after = extractors.Attention(c_out, heads) if attention else nn.Identity()
@@ -232,6 +216,7 @@ class UNet(nn.Module):
                 return layers[1](layers[0](x, embedding))
             return layers(x)
 
+        # Not in the paper: how c enters the U-Net. Here its channels are stacked on those of x_t.
         x = self.first(torch.cat([x_t, c.to(x_t.dtype)], dim=1))
         skips = [x]
         for layers in self.down:
@@ -246,7 +231,7 @@ class UNet(nn.Module):
         return self.last(F.silu(self.norm(x)))
 
 
-# ---- the model --------------------------------------------------------------------------------
+# ---- the model ----------------------------------------------------------------------------------
 
 
 class DecoupledDDPM(nn.Module):
@@ -265,7 +250,7 @@ class DecoupledDDPM(nn.Module):
         self.unet = UNet(cfg.cond_channels, cfg.widths, cfg.blocks, cfg.attention)
 
     def content(self, image: Tensor) -> Tensor:
-        """F_cont (B, z, H/4, W/4) of images (B, 3, H, W); zeros, at no cost, if trained without."""
+        """F_cont (B, z, H/4, W/4) of images (B, 3, H, W); zeros in the ablation without it."""
         if "content" in self.without:
             return image.new_zeros(len(image), self.z, image.shape[2] // 4, image.shape[3] // 4)
         return self.extractors.content(image)
@@ -273,13 +258,13 @@ class DecoupledDDPM(nn.Module):
     def condition(self, degradation: Tensor, content: Tensor, answer: Tensor) -> Tensor:
         """c = M(F_deg, F_cont): (B, D), (B, z, h, w) -> (B, C, h, w). Eq. (7)-(8).
 
-        For ablations (Table 4) one of them may be missing; without both nothing is said of the
-        image, which is the diffusion of SynDiff (arXiv:2303.06994).
-        Deviation: M also sees Rec_lr's `known` answer (B, 4, h, w), so that the U-Net need not
-        find the image again in its content and is left with what Rec_lr can't give.
+        `answer` (B, 4, h, w) is the output of Rec_lr, in the form of known(). The ablations (Table
+        4) replace F_deg or F_cont by zeros; without both this is the diffusion of SynDiff
+        (arXiv:2303.06994).
         """
         degradation = degradation * ("degradation" not in self.without)
         content = content * ("content" not in self.without)
+        # Deviation: M also sees the output of Rec_lr, so that the U-Net has only to correct it.
         if not self.as_printed:
             content = torch.cat([content, answer * (not self.without)], dim=1)
         return self.modulation(degradation, content)
@@ -295,23 +280,23 @@ def finetuned(nets: extractors.Extractors) -> list[nn.Parameter]:
     return [*first.parameters(), *nets.e_deg.mapping[-1].parameters()]
 
 
-# x_0 (B, 3, h, w) in [0, 1], F_deg (B, D), F_cont (B, z, h, w), Rec_lr's answer (B, 4, h, w)
+# x_0 (B, 3, h, w) in [0, 1], F_deg (B, D), F_cont (B, z, h, w), output of Rec_lr (B, 4, h, w)
 Example = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def known(answer: Tensor) -> Tensor:
-    """Rec_lr's answer (B, 3, h, w) on [-1, 1], and a channel of ones; zeros are "not known"."""
+    """The output of Rec_lr (B, 3, h, w) in [-1, 1] and a channel of ones; all 0 means no output."""
     x = to_signed(answer.float().clamp(0, 1))
     return torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
 
 
 def real_example(net: DecoupledDDPM, lr: Tensor) -> Example:
-    """Algorithm 1 as printed: content and degradation of the very image that is to be painted.
+    """Algorithm 1: content and degradation are those of the real LR image to be generated.
 
-    The content of an LR image is read at 4 times its size, as that of an HR image is. It has no
-    HR image, for which Rec_lr would have an answer.
+    There is no HR image, so there is no output of Rec_lr.
     """
     h, w = lr.shape[2:]
+    # Not in the paper: E_cont reads an LR image at 4 times its size, as in stage 1.
     content = net.content(extractors.resized(lr, 4 * h, 4 * w))
     return lr, net.extractors.e_deg(lr), content, lr.new_zeros(len(lr), 4, h, w)
 
@@ -320,16 +305,11 @@ def real_example(net: DecoupledDDPM, lr: Tensor) -> Example:
 def synthetic_example(
     net: DecoupledDDPM, hr: Tensor, recipes: Sequence[str], generator: torch.Generator
 ) -> Example:
-    """Not in the paper: true pairs, content from HR, degradation from another scene's LR.
-
-    An LR image shows its own blur and noise in its content, so that a network trained on
-    `real_example` alone need not look at F_deg. Here it must: generation has the same inputs.
-    """
+    """A synthetic pair as in generation: content from HR, degradation from another scene's LR."""
     draw = common.generator(generator.initial_seed())  # on the CPU, so that no GPU is waited for
     theta = extractors.sample_mixed(len(hr), recipes, draw)
     both = torch.cat([hr, hr.roll(1, dims=0)])
-    pair = degrade.Degradation.cat([theta, theta])
-    lr, reference = degrade.degrade(both, pair, draw).chunk(2)
+    lr, reference = degrade.degrade(both, degrade.Degradation.cat([theta, theta]), draw).chunk(2)
     code, content = net.extractors.e_deg(reference), net.content(hr)
     return lr, code, content, known(net.extractors.reconstruct(code, hr, content))
 
@@ -338,6 +318,7 @@ def ddpm_loss(
     net: DecoupledDDPM, x_0: Tensor, c: Tensor, cfg: "Config", generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Mean of (eps - eps_theta(x_t, t, c))^2 over random t and eps. Algorithm 1."""
+    # Not in the paper: a t_power above 1 draws more of the small t; 1 is uniform.
     u = torch.rand(len(x_0), generator=generator, device=x_0.device) ** cfg.t_power
     t = 1 + (u * cfg.t_max).long().clamp(max=cfg.t_max - 1)
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
@@ -349,8 +330,10 @@ def ddpm_loss(
 def decoupled_loss(
     net: DecoupledDDPM, lr: Tensor, hr: Tensor | None, cfg: "Config", generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """The loss of stage 2 on real LR images, and on synthetic pairs made of HR images if given."""
+    """The loss of stage 2: on real LR images and, if HR images are given, on synthetic pairs."""
     examples = [real_example(net, lr)]
+    # Deviation: Algorithm 1 has real LR images alone. Their content shows their blur and noise, so
+    # that the U-Net need not look at F_deg; half of the batch are pairs where it must.
     if hr is not None:
         examples.append(synthetic_example(net, hr, cfg.recipes, generator))
     x_0, degradation, content, answer = (torch.cat(parts) for parts in zip(*examples, strict=True))
@@ -359,18 +342,16 @@ def decoupled_loss(
 
 @torch.no_grad()
 def swap_grid(net: DecoupledDDPM, lr: Tensor, hr: Tensor, path: Path) -> dict[str, Tensor]:
-    """Picture of LR made by a short chain: content of the column, degradation of the row's LR."""
+    """Picture of LR from a short chain: degradation of each row's LR, content of each column."""
     nets, B = net.extractors, len(hr)
-    content, t = nets.content(hr), min(net.t_max, 100)
-    rows = []
-    for reference in lr:
-        code = nets.e_deg(reference[None]).expand(B, -1)
+    content, t_start = nets.content(hr), [min(net.t_max, 100)] * B
+    made = []
+    for code in nets.e_deg(lr):
+        code = code.expand(B, -1)
         start = nets.reconstruct(code, hr, content).float()
-        draws = [common.generator(b) for b in range(B)]
-        made = sample(net, start, net.condition(code, content, known(start)), [t] * B, 10, draws)
-        side = lr.shape[2]
-        rows.append([common.centre(image, side, 2 * side) for image in (reference, *made)])
-    common.save_sheet(path, ("LR", "its degradation, other scenes", *[""] * (B - 1)), rows)
+        c, draws = net.condition(code, content, known(start)), map(common.generator, range(B))
+        made.append(sample(net, start, c, t_start, 10, [*draws]))
+    extractors.save_swap_grid(path, lr, made)
     return {}
 
 
@@ -386,7 +367,7 @@ class Config:
     out: str = "runs/diffusion"  # folder of checkpoints and log
     checkpoint: str = ""  # stage-1 weights (default: runs/extractors, else data/pretrained)
     start_from: str = ""  # weights of M and the U-Net to go on from, of this file
-    as_printed: bool = True  # Algorithm 1 and M of the paper, without what is ours (above)
+    as_printed: bool = True  # Algorithm 1 and M of the paper, without the additions listed above
     recipes: tuple[str, ...] = ("realesrgan",)  # of D, for synthetic pairs
     without: tuple[str, ...] = ()  # ablation: degradation, content or both are not given
     steps: int = 240_000  # 100 epochs of 152,000 crops in batches of 64
@@ -395,7 +376,7 @@ class Config:
     learning_rate: float = 1e-4  # of M and the U-Net
     finetune_learning_rate: float = 1e-6  # of parts of the extractors; 0 freezes them
     t_max: int = 500  # largest step of noise
-    t_power: float = 1.0  # t = t_max * u^power: above 1 more of the small steps
+    t_power: float = 1.0  # t = t_max * u^t_power, u uniform
     widths: tuple[int, ...] = (128, 256, 512, 512)  # channels of the U-Net per resolution
     blocks: int = 2  # residual blocks per resolution
     attention: tuple[int, ...] = (2, 3)  # resolutions with attention
@@ -432,15 +413,15 @@ RANGES = common.TRAINING_RANGES | {
 
 
 def check(cfg: Config, name: str = "") -> None:
-    """UserError that names the flag where a setting is wrong, and the file it is from."""
+    """UserError for a wrong setting, naming its flag and the file `name` that it comes from."""
     common.check_ranges(cfg, RANGES, name)
     common.check_parts(cfg, sources=1 if cfg.as_printed else 2)
-    unknown = set(cfg.without) - {"degradation", "content"}
-    wrong = f"{name}--without {' '.join(unknown)}: choose degradation, content."
-    common.require(not unknown, wrong)
+    unknown = " ".join(set(cfg.without) - {"degradation", "content"})
+    common.require(not unknown, f"{name}--without {unknown}: choose degradation, content.")
+    common.require(len(cfg.widths) > 0, f"{name}--widths: give at least one.")
     multiple = 2 ** (len(cfg.widths) - 1)
     wrong = f"{name}--crop {cfg.crop}: must be a multiple of {multiple}."
-    common.require(len(cfg.widths) > 0 and cfg.crop % multiple == 0, wrong)
+    common.require(cfg.crop % multiple == 0, wrong)
 
 
 def load(state: dict, name: str) -> DecoupledDDPM:
@@ -448,11 +429,11 @@ def load(state: dict, name: str) -> DecoupledDDPM:
     config = state["config"]
     is_stage_2 = isinstance(config, dict) and "extractors" in config
     common.require(is_stage_2, f"{name}: not a checkpoint of diffusion.py (give that one).")
-    own = {key: value for key, value in config.items() if key not in ("extractors", "began")}
-    cfg = common.from_dict(Config, own, name)
+    settings = {key: value for key, value in config.items() if key not in ("extractors", "began")}
+    cfg = common.from_dict(Config, settings, name)
     check(cfg, f"{name}: ")
     stage_1 = extractors.stored_config(config["extractors"], name)
-    with torch.device("meta"):  # nothing is allocated before the shapes are found to be right
+    with torch.device("meta"):  # nothing is allocated before the shapes are checked
         net = DecoupledDDPM(extractors.Extractors(stage_1), stage_1, cfg)
     common.put_weights(net, state, name)
     return net
@@ -460,7 +441,7 @@ def load(state: dict, name: str) -> DecoupledDDPM:
 
 def train(cfg: Config, rt: common.Runtime) -> None:
     """Train M and the U-Net, fine-tune parts of the extractors. Algorithm 1."""
-    cfg = replace(cfg, batch_size=cfg.batch_size or extractors.BATCH.get(rt.device.type, 16))
+    cfg = replace(cfg, batch_size=cfg.batch_size or extractors.default_batch(rt))
     check(cfg)
     unconditional = set(cfg.without) == {"degradation", "content"}  # SynDiff: of real LR alone
     use_hr = not cfg.as_printed and not unconditional
@@ -480,12 +461,11 @@ def train(cfg: Config, rt: common.Runtime) -> None:
     photos = Photos(common.find_photos(cfg.lr, "lr", "--lr", packed=True), out / "photos/lr", rt)
     crops = [Crops(photos, cfg.crop, share, cfg.seed)]
     if use_hr:
-        scenes = Photos(
-            common.find_photos(cfg.hr, "hr", "--hr", packed=True), out / "photos/hr", rt
-        )
-        crops.append(Crops(scenes, cfg.crop, share, cfg.seed, stream=1, scale=4))
-    few = [c.batch(10**9, 3).to(rt.device).float() / 255 for c in crops]
-    few_hr = few[-1] if use_hr else extractors.resized(few[0], 4 * cfg.crop, 4 * cfg.crop)
+        files = common.find_photos(cfg.hr, "hr", "--hr", packed=True)
+        photos = Photos(files, out / "photos/hr", rt)
+        crops.append(Crops(photos, cfg.crop, share, cfg.seed, stream=1, scale=4))
+    shown = [c.batch(10**9, 3).to(rt.device).float() / 255 for c in crops]
+    shown_hr = shown[1] if use_hr else extractors.resized(shown[0], 4 * cfg.crop, 4 * cfg.crop)
     tuned = finetuned(nets)
     groups = [
         {"params": [*net.modulation.parameters(), *net.unet.parameters()], "lr": cfg.learning_rate},
@@ -501,9 +481,10 @@ def train(cfg: Config, rt: common.Runtime) -> None:
     if cfg.compile:
         networks = [net.unet, net.modulation, nets.e_deg, nets.vqvae.encoder]
         common.compile_networks(networks, rt)
+    # Not in the paper: common.Run takes AdamW, clipped gradients and an average of the weights.
     run = common.Run(
         cfg, rt, net, groups, out / "last.pt", cfg.steps, began=began, extractors=state["config"],
-        preview=lambda: swap_grid(net, few[0], few_hr, out / "last.png"),
+        preview=lambda: swap_grid(net, shown[0], shown_hr, out / "last.png"),
     )  # fmt: skip
     for lr, *hr, draw in run.batches(*crops):
         with rt.autocast(cfg.bf16):

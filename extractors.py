@@ -1,24 +1,26 @@
-"""Stage 1: what a picture shows (E_cont), what the camera did to it (E_deg). Sections 2.1, A.1.
+"""Stage 1: extractors of content (E_cont) and of degradation (E_deg). Sections 2.1, A.1, A.2.
 
-In: clean HR photos. Out: runs/extractors/last.pt with both extractors, and Rec_lr, which joins
-them again. Three parts are trained one after the other: a VQ-VAE on HR photos; its encoder on
-degraded photos against the frozen decoder (Eq. 1-2); E_deg together with Rec_lr (Eq. 3-6).
+In: clean HR photos. Out: runs/extractors/last.pt, which holds E_cont, E_deg and Rec_lr. Three parts
+are trained one after the other: a VQ-VAE on HR photos; its encoder E_cont on degraded photos, with
+the decoder frozen (Eq. 1-2); E_deg together with Rec_lr (Eq. 3-6).
 
     python extractors.py
     torchrun --nproc_per_node=8 extractors.py --hr data/hr --preset paper
 
-What is ours and not the paper's, which --as-printed and so --preset paper take out:
+--as-printed, which --preset paper sets, removes these additions to the paper:
 
-    VQ-VAE     half of the images skip the codebook, as the content does
+    VQ-VAE     half of the images skip the codebook, because F_cont does
     E_cont     a quarter of the inputs is clean, as in generation
-    E_deg      also pools the sizes of DCT coefficients; a head names its theta
-    Rec_lr     adds to the reduced HR image, filtered with a kernel that the code names
-    Rec_lr, M  are told where the blocks of JPEG are
+    E_deg      also pools the sizes of DCT coefficients; a head predicts theta from its code
+    Rec_lr     corrects the bicubic reduction of the HR image, filtered with a predicted kernel
+    Rec_lr, M  also see the position of each pixel in its 8 x 8 block of JPEG
     Eq. (5)    the code of one scene must reconstruct other scenes
     Eq. (6)    is the logarithm of each image's error
 """
 
+import itertools
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,13 +35,13 @@ import common
 import degrade
 from data.pack import Crops, Photos
 
-# ---- content extractor: the VQ-VAE, with the structure and keys of the public vq-f4 -------------
+# ---- content extractor: a VQ-VAE with the structure and the keys of the public vq-f4 ------------
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm of 32 groups, fewer if narrow: a group of one channel loses contrast.
+    """Group norm with 32 groups, fewer in narrow layers: one-channel groups remove contrast.
 
-    It keeps bf16, where autocast would store its input and output in float32.
+    The output has the type of the input: autocast would turn bf16 into float32.
     """
 
     def __init__(self, channels: int) -> None:
@@ -61,19 +63,17 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = GroupNorm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2, self.conv2 = GroupNorm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
-        nn.init.zeros_(self.conv2.weight)  # start as the identity: trains faster
+        self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        nn.init.zeros_(self.conv2.weight)  # the block starts as the identity and trains faster
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, c_in, H, W) -> (B, c_out, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
 class Attention(nn.Module):
-    """Self-attention over all pixels, added to its input; vq-f4 has a single head."""
+    """Self-attention over all pixels, added to its input; vq-f4 has one head."""
 
     def __init__(self, channels: int, heads: int = 1) -> None:
         super().__init__()
@@ -91,19 +91,6 @@ class Attention(nn.Module):
         )
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(h.transpose(2, 3).reshape(x.shape))
-
-
-class Middle(nn.Module):
-    """The two residual blocks and the attention at the lowest resolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.block_1, self.attn_1 = ResBlock(channels, channels), Attention(channels)
-        self.block_2 = ResBlock(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class Downsample(nn.Module):
@@ -130,75 +117,61 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Level(nn.Module):
-    """The residual blocks of one resolution and the step to the next one."""
+def level(c_in: int, c_out: int, blocks: int) -> nn.Sequential:
+    """The residual blocks of one resolution; Encoder and Decoder add the step to the next one."""
+    layers = (ResBlock(c_out if i else c_in, c_out) for i in range(blocks))
+    return nn.Sequential(OrderedDict(block=nn.Sequential(*layers)))
 
-    def __init__(self, c_in: int, c_out: int, blocks: int, change: type[nn.Module] | None) -> None:
-        super().__init__()
-        self.block = nn.ModuleList(ResBlock(c_out if i else c_in, c_out) for i in range(blocks))
-        if change is Downsample:
-            self.downsample = Downsample(c_out)
-        elif change is Upsample:
-            self.upsample = Upsample(c_out)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, c_in, H, W) -> (B, c_out, H', W')."""
-        for block in self.block:
-            x = block(x)
-        x = self.downsample(x) if hasattr(self, "downsample") else x
-        return self.upsample(x) if hasattr(self, "upsample") else x
+def middle(channels: int) -> nn.Sequential:
+    """Two residual blocks with attention between them, at the lowest resolution."""
+    layers = ResBlock(channels, channels), Attention(channels), ResBlock(channels, channels)
+    return nn.Sequential(OrderedDict(zip(("block_1", "attn_1", "block_2"), layers, strict=True)))
 
 
 class Encoder(nn.Module):
-    """The encoder of the VQ-VAE; one halving less than there are widths."""
+    """The encoder of the VQ-VAE: one resolution for each width."""
 
     def __init__(self, widths: Sequence[int], blocks: int, z: int) -> None:
         super().__init__()
-        last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], w, blocks, Downsample if i < last else None)
-            for i, w in enumerate(widths)
-        )
-        self.mid = Middle(widths[-1])
-        self.norm_out, self.conv_out = (
-            GroupNorm(widths[-1]),
-            nn.Conv2d(widths[-1], z, 3, padding=1),
-        )
+        self.down = nn.Sequential(level(widths[0], widths[0], blocks))
+        for wide, wider in itertools.pairwise(widths):
+            self.down[-1].add_module("downsample", Downsample(wide))
+            self.down.append(level(wide, wider, blocks))
+        self.mid, self.norm_out = middle(widths[-1]), GroupNorm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], z, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, z, H/4, W/4)."""
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        x = self.mid(self.down(self.conv_in(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
-    """The mirror image of the encoder, with one residual block more per resolution."""
+    """The mirror image of the encoder, with one more residual block per resolution."""
 
     def __init__(self, widths: Sequence[int], blocks: int, z: int) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(z, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1])
-        # Stored from fine to coarse, as in the public weights; run from coarse to fine.
-        wider = [*widths[1:], widths[-1]]
-        self.up = nn.ModuleList(
-            Level(wider[i], w, blocks + 1, Upsample if i > 0 else None)
-            for i, w in enumerate(widths)
-        )
+        self.mid = middle(widths[-1])
+        self.up = nn.ModuleList()  # from fine to coarse, as in the public weights
+        for wide, wider in itertools.pairwise([*widths, widths[-1]]):
+            self.up.append(level(wider, wide, blocks + 1))
+            if len(self.up) > 1:
+                self.up[-1].add_module("upsample", Upsample(wide))
         self.norm_out, self.conv_out = GroupNorm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, z, H/4, W/4) -> (B, 3, H, W) in about [-1, 1]."""
         x = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            x = level(x)
+        for resolution in reversed(self.up):  # from coarse to fine
+            x = resolution(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class Quantizer(nn.Module):
-    """The codebook: replaces each latent vector by the nearest of its codes."""
+    """The codebook: replaces each latent vector by its nearest code."""
 
     def __init__(self, codes: int, z: int) -> None:
         super().__init__()
@@ -208,57 +181,46 @@ class Quantizer(nn.Module):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(B, z, h, w) -> nearest codes (B, z, h, w) and their numbers (B, h, w)."""
         with torch.autocast(z.device.type, enabled=False):
-            flat = z.detach().float().permute(0, 2, 3, 1).flatten(0, 2)
-            number = torch.cat(
-                [torch.cdist(f, self.embedding.weight).argmin(1) for f in flat.split(4096)]
-            )
+            flat = z.detach().float().permute(0, 2, 3, 1).flatten(0, 2).split(4096)
+            number = torch.cat([torch.cdist(f, self.embedding.weight).argmin(1) for f in flat])
         number = number.view(z.shape[0], *z.shape[2:])
         return self.embedding(number).permute(0, 3, 1, 2), number
 
     def used(self, number: Tensor) -> Tensor:
-        """How many different codes there are among these numbers."""
-        seen = number.new_zeros(len(self.embedding.weight))
-        return seen.index_fill_(0, number.flatten(), 1).sum()
-
-    @torch.no_grad()
-    def restart(self, z: Tensor, generator: torch.Generator) -> None:
-        """Move codes that are nearest to none of the latents (B, z, h, w) onto some of those."""
-        codes = len(self.embedding.weight)
-        unused = torch.bincount(self(z)[1].flatten(), minlength=codes) == 0
-        flat = z.float().permute(0, 2, 3, 1).flatten(0, 2)
-        chosen = torch.randint(len(flat), (codes,), generator=generator, device=z.device)
-        weight = self.embedding.weight
-        weight.copy_(torch.where(unused[:, None], flat[chosen], weight))
-        common.broadcast(weight)
+        """For each code 1 if it is among these numbers, else 0: (codes,)."""
+        return number.new_zeros(len(self.embedding.weight)).index_fill_(0, number.flatten(), 1)
 
 
 class VQVAE(nn.Module):
     """VQ-VAE whose encoder is E_cont and whose decoder is Rec_hr (A.1, A.2)."""
 
-    def __init__(
-        self, channels: int, multipliers: Sequence[int], blocks: int, z: int, codes: int
-    ) -> None:
+    def __init__(self, widths: Sequence[int], blocks: int, z: int, codes: int) -> None:
         super().__init__()
-        widths = [channels * m for m in multipliers]
         self.encoder, self.decoder = Encoder(widths, blocks, z), Decoder(widths, blocks, z)
         self.quantize = Quantizer(codes, z)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(z, z, 1), nn.Conv2d(z, z, 1)
 
     def encode(self, image: Tensor) -> Tensor:
-        """Latents (B, z, H/4, W/4) before the codebook, of an image (B, 3, H, W) in [0, 1]."""
+        """Latents (B, z, H/4, W/4) before the codebook, of images (B, 3, H, W) in [0, 1]."""
         return self.quant_conv(self.encoder(image * 2 - 1))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Rec_hr: images (B, 3, H, W) of latents (B, z, H/4, W/4); not clamped to [0, 1]."""
+        return (self.decoder(self.post_quant_conv(z)) + 1) / 2
 
     @torch.no_grad()
     def restart_codes(self, image: Tensor, generator: torch.Generator) -> None:
-        """Move unused codes onto latents of images (B, 3, H, W) in [0, 1]."""
-        self.quantize.restart(self.encode(image), generator)
+        """Move the codes that are nearest to no latent of the images onto random latents."""
+        # Not in the paper: without it most of the codes are never used.
+        z, weight = self.encode(image).float(), self.quantize.embedding.weight
+        unused = self.quantize.used(self.quantize(z)[1]) == 0
+        flat = z.permute(0, 2, 3, 1).flatten(0, 2)
+        chosen = torch.randint(len(flat), (len(weight),), generator=generator, device=z.device)
+        weight.copy_(torch.where(unused[:, None], flat[chosen], weight))
+        common.broadcast(weight)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Rec_hr: image (B, 3, H, W) of latents (B, z, H/4, W/4); not clamped to [0, 1]."""
-        return (self.decoder(self.post_quant_conv(z)) + 1) / 2
 
-
-TILE, OVERLAP = 144, 32  # LR pixels; attention grows with the fourth power of a side
+TILE, OVERLAP = 144, 32  # LR pixels; attention over a tile costs the fourth power of its side
 
 
 def in_tiles(
@@ -268,10 +230,10 @@ def in_tiles(
     tile: int = 0,
     overlap: int = 0,
 ) -> Tensor:
-    """function(*inputs) -> (B, C, h, w) tile by tile, so that memory does not grow with the image.
+    """function(*inputs) -> (B, C, h, w), computed in overlapping tiles to save memory.
 
-    Inputs (B, C', f h, f w) with whole factors f; grid is (h, w). Tiles overlap and fade into each
-    other; an image no larger than a tile (of TILE pixels, unless told) is computed at once.
+    grid is (h, w); inputs (B, C', f h, f w) with whole factors f. tile and overlap are in pixels of
+    the grid (default: TILE, OVERLAP). An image that is no larger than a tile is computed at once.
     """
     h, w = grid
     th, tw, overlap = min(h, tile or TILE), min(w, tile or TILE), overlap or OVERLAP
@@ -282,9 +244,10 @@ def in_tiles(
         return [*range(0, n - side, side - overlap), n - side]
 
     def fade(start: int, side: int, n: int) -> Tensor:
-        """Smoothly from almost 0 to 1 over the middle half of the overlap: edges see too little.
+        """Weights (side,) that rise from almost 0 to 1 in the middle half of the overlap.
 
-        The edges of the image itself do not fade: there, all tiles see the same.
+        Pixels at the edge of a tile see too little of their surroundings. At the edge of the image
+        the weight stays 1, because no tile sees more there.
         """
         i = torch.arange(1, side + 1, device=inputs[0].device)
         before, after = i + overlap * (start == 0), i.flip(0) + overlap * (start + side == n)
@@ -292,17 +255,16 @@ def in_tiles(
         return rising.square() * (3 - 2 * rising)
 
     total, weight = None, torch.zeros(h, w, device=inputs[0].device)
-    for top in starts(h, th):
-        for left in starts(w, tw):
-            parts = []
-            for x in inputs:
-                f = x.shape[2] // h
-                parts.append(x[:, :, top * f : (top + th) * f, left * f : (left + tw) * f])
-            mask = fade(top, th, h)[:, None] * fade(left, tw, w)
-            part = function(*parts).float()
-            total = part.new_zeros(*part.shape[:2], h, w) if total is None else total
-            total[:, :, top : top + th, left : left + tw] += part * mask
-            weight[top : top + th, left : left + tw] += mask
+    for top, left in itertools.product(starts(h, th), starts(w, tw)):
+        crops = []
+        for x in inputs:
+            f = x.shape[2] // h
+            crops.append(x[:, :, top * f : (top + th) * f, left * f : (left + tw) * f])
+        part = function(*crops).float()
+        mask = fade(top, th, h)[:, None] * fade(left, tw, w)
+        total = part.new_zeros(*part.shape[:2], h, w) if total is None else total
+        total[:, :, top : top + th, left : left + tw] += part * mask
+        weight[top : top + th, left : left + tw] += mask
     assert total is not None
     return total / weight
 
@@ -326,20 +288,18 @@ YCC = ((0.299, 0.587, 0.114), (-0.1687, -0.3313, 0.5), (0.5, -0.4187, -0.0813)) 
 
 
 def dct_statistics(lr: Tensor) -> Tensor:
-    """How large the coefficients are that JPEG would quantise, (B, 384), of LR (B, 3, h, w).
+    """Sizes of the DCT coefficients of LR (B, 3, h, w) in [0, 1]: (B, 384) in about [-1, 1].
 
-    For each of Y, Cb, Cr and each of the 64 frequencies of blocks of 8 x 8 pixels: the mean
-    logarithm of the size and the logarithm of the root mean square, both in levels of 255 and
-    brought to about [-1, 1]. Blur shows as their decline with frequency, noise as the floor they
-    end on, compression as coefficients that are nothing at all.
+    For each of Y, Cb, Cr and each of the 64 frequencies of 8 x 8 blocks: the mean logarithm of the
+    size, and the logarithm of its root mean square, in levels of 255. Blur lowers them towards high
+    frequencies, noise raises the lowest of them, JPEG sets coefficients to 0.
     """
     with torch.autocast(lr.device.type, enabled=False):
         to_ycc = torch.tensor(YCC).to(lr.device, non_blocking=True)
         ycc = 255 * torch.einsum("oc,bchw->bohw", to_ycc, lr.float())
-        short = [max(0, 8 - side) for side in lr.shape[2:]]  # an image smaller than a block
-        ycc = F.pad(ycc, (0, short[1], 0, short[0]), mode="replicate")
-        dct = degrade.DCT.to(ycc.device, ycc.dtype, non_blocking=True)
-        rows = dct / (8192 * math.sqrt(8))  # orthonormal
+        below, right = (max(0, 8 - side) for side in lr.shape[2:])  # at least one block
+        ycc = F.pad(ycc, (0, right, 0, below), mode="replicate")
+        rows = degrade.DCT.to(ycc, non_blocking=True) / (8192 * math.sqrt(8))  # orthonormal
         basis = torch.einsum("uy,vx->uvyx", rows, rows).reshape(64, 1, 8, 8)
         size = F.conv2d(ycc.flatten(0, 1)[:, None], basis, stride=8).abs()  # (3B, 64, h/8, w/8)
         typical = (size + 0.5).log().mean((2, 3)).view(len(lr), -1)
@@ -347,15 +307,8 @@ def dct_statistics(lr: Tensor) -> Tensor:
         return (torch.cat([typical, spread], dim=1) - 1.5) / 1.5
 
 
-KERNEL = 9  # side of the kernel that F_deg names, LR pixels
-
-
 class DegradationExtractor(nn.Module):
-    """E_deg (Fig. 7): a convolution, residual blocks, pooling, a mapping of four layers.
-
-    Deviation: with `statistics`, those of `dct_statistics` are pooled, too. A camera leaves its
-    traces mostly in spreads at each frequency and in the blocks of JPEG, which means hardly see.
-    """
+    """E_deg (Fig. 7): a convolution, residual blocks, pooling, a mapping of four layers."""
 
     def __init__(self, channels: int, blocks: int, dim: int, statistics: bool) -> None:
         super().__init__()
@@ -371,6 +324,7 @@ class DegradationExtractor(nn.Module):
     def forward(self, lr: Tensor) -> Tensor:
         """F_deg (B, D) of LR images (B, 3, h, w) in [0, 1]."""
         pooled = self.body(self.first(lr - 0.5)).float().mean((2, 3))
+        # Deviation: the sizes of DCT coefficients join the means, which hardly show noise and JPEG.
         if self.statistics:
             pooled = torch.cat([pooled, dct_statistics(lr)], dim=1)
         return self.mapping(pooled[:, :, None, None]).flatten(1)
@@ -385,56 +339,43 @@ def place_in_block(height: int, width: int, device: torch.device) -> Tensor:
 
 
 class ModulationBlock(nn.Module):
-    """M (Fig. 8): four layers of convolution, activation, modulation unit; then a last convolution.
+    """M (Fig. 8): four layers of convolution, activation, modulation unit; then a convolution.
 
     A modulation unit maps F_deg to a scale and a shift of every channel. Eq. (7), A.4.
-    Deviation: with `jpeg_grid` it is told where the 8 x 8 blocks of JPEG are, to compress there.
     """
 
-    def __init__(
-        self, c_in: int, dim: int, channels: int, c_out: int, jpeg_grid: bool, layers: int = 4
-    ) -> None:
+    def __init__(self, c_in: int, dim: int, channels: int, c_out: int, jpeg_grid: bool) -> None:
         super().__init__()
         self.jpeg_grid = jpeg_grid
-        c_in += 4 * jpeg_grid
         self.convs = nn.ModuleList(
-            nn.Conv2d(channels if i else c_in, channels, 3, padding=1) for i in range(layers)
+            nn.Conv2d(channels if i else c_in + 4 * jpeg_grid, channels, 3, padding=1)
+            for i in range(4)
         )
-        self.units = nn.ModuleList(nn.Linear(dim, 2 * channels) for _ in range(layers))
+        self.units = nn.ModuleList(nn.Linear(dim, 2 * channels) for _ in range(4))
         self.last = nn.Conv2d(channels, c_out, 3, padding=1)
 
     def forward(self, degradation: Tensor, content: Tensor) -> Tensor:
         """F_deg (B, D) and F_cont (B, C, h, w) -> (B, c_out, h, w)."""
         x = content
+        # Deviation: each pixel also gets its position in its block of JPEG, to compress there.
         if self.jpeg_grid:
             place = place_in_block(x.shape[2], x.shape[3], x.device).to(x.dtype)
             x = torch.cat([x, place.expand(len(x), -1, -1, -1)], dim=1)
-        for conv, unit in zip(self.convs, self.units, strict=False):
+        for conv, unit in zip(self.convs, self.units, strict=True):
             scale, shift = unit(degradation)[:, :, None, None].chunk(2, dim=1)
             x = F.silu(conv(x)) * (1 + scale) + shift
         return self.last(x)
 
 
+# ---- the networks of stage 1 --------------------------------------------------------------------
+
+
 def filtered(image: Tensor, kernels: Tensor) -> Tensor:
-    """Image b (3, h, w) filtered with kernels[b] (k, k), k odd; the border is continued."""
+    """Image b (3, h, w) correlated with kernels[b] (k, k), k odd; edges are repeated."""
     B, C, h, w = image.shape
     weight = kernels.to(image)[:, None].repeat_interleave(C, dim=0)
-    padded = F.pad(image, [kernels.shape[-1] // 2] * 4, mode="replicate")
-    rows = padded.reshape(1, B * C, *padded.shape[2:])
-    return F.conv2d(rows, weight, groups=B * C).view(B, C, h, w)
-
-
-def softened(hr: Tensor, most: float, generator: torch.Generator) -> Tensor:
-    """Photos (B, 3, H, W) as soft as cameras take them: Gaussians of up to `most` pixels.
-
-    Not in the paper: HR photos from the web are often reduced ones, sharper than any camera's. From
-    them E_deg learns to see a blur in LR photos which their own HR photos have, too.
-    """
-    width = (most * torch.rand(len(hr), 1, generator=generator)).clamp(min=0.1)
-    half = math.ceil(3 * most)
-    taps = (-(torch.arange(-half, half + 1) / width).square() / 2).exp()
-    taps = (taps / taps.sum(1, keepdim=True)).to(hr.device, non_blocking=True)  # (B, 2 half + 1)
-    return filtered(hr, taps[:, :, None] * taps[:, None])
+    padded = F.pad(image, [kernels.shape[-1] // 2] * 4, mode="replicate").flatten(0, 1)
+    return F.conv2d(padded[None], weight, groups=B * C).view(B, C, h, w)
 
 
 def resized(image: Tensor, height: int, width: int) -> Tensor:
@@ -442,34 +383,18 @@ def resized(image: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(image.float(), (height, width), mode="bicubic", antialias=True)
 
 
-def load_vqvae(vqvae: VQVAE, path: str) -> None:
-    """Read public first-stage weights, or those in a checkpoint of ours; others in it are ignored.
-
-    UserError if a weight is missing or of another shape.
-    """
-    weights = common.load_checkpoint(path)["ema"]
-    weights = {key.removeprefix("vqvae."): value for key, value in weights.items()}
-    needed = vqvae.state_dict()
-    missing = [key for key, value in needed.items()
-               if getattr(weights.get(key), "shape", None) != value.shape]  # fmt: skip
-    common.require(
-        not missing,
-        f"--vqvae {path}: {len(missing)} of {len(needed)} weights are missing or of another shape, "
-        f"as {next(iter(missing), '')}: --preset paper has the sizes of the public vq-f4.",
-    )
-    common.put_weights(vqvae, {"ema": {key: weights[key] for key in needed}}, f"--vqvae {path}")
+KERNEL = 9  # side of the kernel that Rec_lr predicts from F_deg, LR pixels
 
 
 class Extractors(nn.Module):
-    """The networks of stage 1: E_cont, E_deg, Rec_lr, and the head that names what E_deg sees."""
+    """The networks of stage 1: E_cont, E_deg, Rec_lr, and a head that predicts theta from F_deg."""
 
     def __init__(self, cfg: "Config") -> None:
         super().__init__()
         ours = not cfg.as_printed
         self.as_printed = cfg.as_printed
-        self.vqvae = VQVAE(
-            cfg.vq_channels, cfg.vq_multipliers, cfg.vq_blocks, cfg.vq_z, cfg.vq_codes
-        )
+        widths = [cfg.vq_channels * m for m in cfg.vq_multipliers]
+        self.vqvae = VQVAE(widths, cfg.vq_blocks, cfg.vq_z, cfg.vq_codes)
         self.e_deg = DegradationExtractor(cfg.deg_channels, cfg.deg_blocks, cfg.deg_dim, ours)
         c_in = cfg.vq_z + 3 * ours
         self.rec_lr = ModulationBlock(c_in, cfg.deg_dim, cfg.mod_channels, 3, ours)
@@ -485,30 +410,28 @@ class Extractors(nn.Module):
     def content(self, image: Tensor) -> Tensor:
         """F_cont = E_cont(X): (B, z, H/4, W/4) of images (B, 3, H, W) of HR size, in [0, 1].
 
-        Large images are read in tiles, one at a time, which the backward pass computes once more.
+        Large images are read in tiles; the backward pass computes each tile again to save memory.
         """
+        # Not in the paper: F_cont is what the encoder gives, before the codebook.
         grid = (image.shape[2] // 4, image.shape[3] // 4)
         if max(grid) <= TILE:
             return self.vqvae.encode(image)
 
         def encode(tile: Tensor) -> Tensor:
-            if torch.is_grad_enabled():
-                return checkpoint(self.vqvae.encode, tile, use_reentrant=False)
-            return self.vqvae.encode(tile)
+            return checkpoint(
+                self.vqvae.encode, tile, use_reentrant=False, preserve_rng_state=False
+            )
 
-        # Of 256 x 256 LR pixels 9 tiles: a third of the work that attention over all of them is.
+        # 9 tiles of 256 x 256 LR pixels take a third of the work of attention over all pixels.
         parts = [in_tiles(encode, grid, x, tile=2 * TILE // 3, overlap=16) for x in image.split(1)]
         return torch.cat(parts)
 
     def reconstruct(self, degradation: Tensor, hr: Tensor, content: Tensor) -> Tensor:
-        """Rec_lr(F_deg, F_cont): the LR image (B, 3, H/4, W/4), not clamped. Eq. (5).
-
-        Deviation: Rec_lr also sees the bicubic reduction of the HR image, filtered with a kernel
-        that F_deg names (most of what a lens and sharpening do is linear; its sum is 1), and adds
-        to it. Stage 1 has true pairs, so this gives nothing away, and no detail is lost.
-        """
+        """Rec_lr(F_deg, F_cont): the LR image (B, 3, H/4, W/4), not clamped. Eq. (5)."""
         if self.as_printed:
             return self.rec_lr(degradation, content)
+        # Deviation: Rec_lr also sees the bicubic reduction of the HR image, filtered with a kernel
+        # (sum 1) that F_deg predicts, and corrects it: no detail is lost in F_cont.
         reduced = resized(hr, *content.shape[2:])
         change = 0.1 * self.kernel(degradation).float()
         change = (change - change.mean(1, keepdim=True)).view(-1, KERNEL, KERNEL)
@@ -516,11 +439,25 @@ class Extractors(nn.Module):
         return lr + self.rec_lr(degradation, torch.cat([content, lr], dim=1))
 
     def named(self, degradation: Tensor) -> tuple[Tensor, Tensor]:
-        """Noise (B,), a std on [0, 1], and JPEG quality (B,), 1..100, as the head reads them."""
+        """Noise (B,), a std on [0, 1], and JPEG quality (B,), 1..100, that the head predicts."""
         return degrade.noise_and_quality(self.head(degradation).float())
 
 
-# ---- losses -----------------------------------------------------------------------------------
+def load_vqvae(vqvae: VQVAE, path: str) -> None:
+    """Read weights with the keys of vq-f4, or those in a checkpoint of this file; ignore others."""
+    # Deviation: the public vq-f4 was trained with a GAN, which A.1 rejects.
+    weights = common.load_checkpoint(path)["ema"]
+    weights = {key.removeprefix("vqvae."): value for key, value in weights.items()}
+    known = {key: weights[key] for key in vqvae.state_dict().keys() & weights.keys()}
+    common.put_weights(vqvae, {"ema": known}, f"--vqvae {path}")
+
+
+# ---- losses -------------------------------------------------------------------------------------
+
+
+def psnr(mse: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of a mean squared error on [0, 1]."""
+    return -10 * mse.detach().log10()
 
 
 def vqvae_loss(net: Extractors, hr: Tensor) -> dict[str, Tensor]:
@@ -528,18 +465,24 @@ def vqvae_loss(net: Extractors, hr: Tensor) -> dict[str, Tensor]:
     z = net.vqvae.encode(hr)
     codes, number = net.vqvae.quantize(z)
     latents, target = z + (codes - z).detach(), hr  # straight through
-    if not net.as_printed:  # every other image skips the codebook, because the content does, too
+    if not net.as_printed:  # Deviation: every other image skips the codebook, because F_cont does.
         latents, target = torch.cat([latents[::2], z[1::2]]), torch.cat([hr[::2], hr[1::2]])
     mse = F.mse_loss(net.vqvae.decode(latents).float(), target)
     codebook = F.mse_loss(codes, z.detach().float())
     commitment = F.mse_loss(z.float(), codes.detach())
-    used = net.vqvae.quantize.used(number)
+    used = net.vqvae.quantize.used(number).sum()
     return {"loss": mse + codebook + 0.25 * commitment, "psnr": psnr(mse), "codes": used}
 
 
-def psnr(mse: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of a mean squared error on [0, 1]."""
-    return -10 * mse.detach().log10()
+def sample_mixed(
+    batch: int, recipes: Sequence[str], generator: torch.Generator
+) -> degrade.Degradation:
+    """Parameters theta for a batch, an equal share from each recipe; a generator of the CPU."""
+    first, thetas = int(torch.randint(len(recipes), (), generator=generator)), []
+    for i, part in enumerate(torch.arange(batch).tensor_split(len(recipes))):
+        recipe = recipes[(first + i) % len(recipes)]
+        thetas.append(degrade.sample_degradation(len(part), recipe, generator=generator))
+    return degrade.Degradation.cat(thetas)
 
 
 def content_loss(
@@ -548,8 +491,10 @@ def content_loss(
     """L_rh: the frozen decoder must find the clean image in degraded content. Eq. (1)-(2)."""
     draw = common.generator(generator.initial_seed())  # on the CPU, so that no GPU is waited for
     lr = degrade.degrade(hr, sample_mixed(len(hr), cfg.recipes, draw), draw)
+    # Deviation: Eq. (1) gives E_cont the LR image; here it is first enlarged bicubically to the
+    # size of HR, because a VQ-VAE returns images of the size that it is given.
     degraded = resized(lr, *hr.shape[2:])
-    if not net.as_printed:  # every fourth input stays clean: generation reads content from HR
+    if not net.as_printed:  # Deviation: every fourth input is clean, as HR is in generation.
         degraded[::4] = hr[::4]
     mse = F.mse_loss(net.vqvae.decode(net.content(degraded)).float(), hr)  # Eq. (2)
     return {"loss": mse, "psnr": psnr(mse)}
@@ -562,17 +507,13 @@ def contrastive_loss(anchor: Tensor, positives: Tensor, negatives: Tensor, margi
     return (to_positive - to_negative + margin).clamp(min=0).sum(0).mean()
 
 
-def sample_mixed(
-    batch: int, recipes: Sequence[str], generator: torch.Generator
-) -> degrade.Degradation:
-    """Parameters for a batch, from each recipe an equal share; a generator of the CPU."""
-    first = int(torch.randint(len(recipes), (), generator=generator))  # gets what is left over
-    recipes = [*recipes[first:], *recipes[:first]]
-    counts = [len(part) for part in torch.arange(batch).tensor_split(len(recipes))]
-    parts = zip(counts, recipes, strict=True)
-    return degrade.Degradation.cat(
-        [degrade.sample_degradation(n, r, generator=generator) for n, r in parts]
-    )
+def softened(hr: Tensor, most: float, generator: torch.Generator) -> Tensor:
+    """Photos (B, 3, H, W), each blurred with a Gaussian of its own width of up to `most` pixels."""
+    width = (most * torch.rand(len(hr), 1, generator=generator)).clamp(min=0.1)
+    half = math.ceil(3 * most)
+    taps = (-(torch.arange(-half, half + 1) / width).square() / 2).exp()
+    taps = (taps / taps.sum(1, keepdim=True)).to(hr.device, non_blocking=True)  # (B, 2 half + 1)
+    return filtered(hr, taps[:, :, None] * taps[:, None])
 
 
 def degradation_loss(
@@ -580,19 +521,21 @@ def degradation_loss(
 ) -> dict[str, Tensor]:
     """L_cl + L_rl for E_deg and Rec_lr. Eq. (3)-(6).
 
-    One batch gives it all: lr[k, b] = D(X_{b+k}, theta_b), indices modulo B. Row k = 0 are the
-    anchors, lr[k, b] is a positive of anchor b (same theta, another image), and
+    One batch gives all samples: lr[k, b] = D(X_{b+k}, theta_b), indices modulo B. Row k = 0 holds
+    the anchors; lr[k, b] is a positive of anchor b (same theta, another image), and
     lr[k, b-k] = D(X_b, theta_{b-k}) a negative (same image, another theta).
     """
     B, n = len(hr), cfg.num_samples
     assert n < B, "the batch must be larger than the number of samples n"
     draw = common.generator(generator.initial_seed())  # on the CPU, so that no GPU is waited for
     theta = sample_mixed(B, cfg.recipes, draw)
+    # Not in the paper: HR photos are softened, because those of the web are sharper than a
+    # camera's, and E_deg would take the blur of a camera's HR photo for degradation.
     if cfg.hr_blur > 0:
         hr = softened(hr, cfg.hr_blur, draw)
     image = (torch.arange(n + 1)[:, None] + torch.arange(B)) % B  # (n+1, B), b + k
-    pairs = degrade.Degradation.cat([theta] * (n + 1))
     image = image.to(hr.device, non_blocking=True)
+    pairs = degrade.Degradation.cat([theta] * (n + 1))
     lr = degrade.degrade(hr[image.flatten()], pairs, draw)  # Eq. (3)
     code = net.e_deg(lr).float().view(n + 1, B, -1)
     negatives = torch.stack([code[k].roll(k, dims=0) for k in range(1, n + 1)])
@@ -600,33 +543,35 @@ def degradation_loss(
 
     with torch.no_grad():
         content = net.content(hr)
-    # Eq. (5) takes F_deg from the image that is reconstructed. Deviation: the code of the anchor
-    # must do for its positives, other scenes, so that it can carry neither content nor one noise.
-    ks = range(1) if net.as_printed else range(1, n + 1)
-    lr = lr.view(n + 1, B, *lr.shape[1:])
-    chosen = torch.cat([image[k] for k in ks])
-    target = torch.cat([lr[k] for k in ks])
-    lr_hat = net.reconstruct(code[0].repeat(len(ks), 1), hr[chosen], content[chosen])
+    # Deviation: Eq. (5) reconstructs the image whose code is F_deg; here the code of an anchor must
+    # reconstruct its positives, so that it can hold neither content nor one sample of noise.
+    rows = slice(0, 1) if net.as_printed else slice(1, n + 1)
+    chosen, target = image[rows].flatten(), lr.view(n + 1, B, *lr.shape[1:])[rows].flatten(0, 1)
+    lr_hat = net.reconstruct(code[0].repeat(len(chosen) // B, 1), hr[chosen], content[chosen])
     mse = (lr_hat.float() - target).square().mean((1, 2, 3))  # Eq. (6), per image
     numbers = {"contrastive": contrastive, "psnr": psnr(mse).mean()}
-    if net.as_printed:
+    if net.as_printed:  # Not in the paper: how to weight L_cl and L_rl; here they are summed.
         return {"loss": contrastive + mse.mean(), **numbers}
 
-    # Deviation: its logarithm, so that one noisy image does not outweigh all clean ones; and theta
-    # is known here, so a head names it: without it the code has little to start from.
-    reconstruction = (mse + 1e-5).log().mean() / 10
+    # Deviation: the logarithm of Eq. (6), with a floor of 1e-5, so that noisy images do not
+    # outweigh clean ones.
+    reconstruction = (mse + 1e-5).log().mean()
+    # Not in the paper: a head predicts theta, which is known here; without it E_deg hardly learns.
     physical = theta.to(hr.device).physical().repeat(n + 1, 1)
-    read = net.head(code.flatten(0, 1)).float()  # of what a later resize hides, nothing is asked
-    named = F.mse_loss(read, physical.where(physical.isfinite(), read.detach()))
-    return {"loss": 0.02 * contrastive + reconstruction + named, **numbers, "head": named}
+    predicted = net.head(code.flatten(0, 1)).float()
+    visible = physical.isfinite()  # a later resize hides some of it
+    named = F.mse_loss(predicted, physical.where(visible, predicted.detach()))
+    # Not in the paper: the weights 0.02, 1/10 and 1 of the three terms.
+    loss = 0.02 * contrastive + reconstruction / 10 + named
+    return {"loss": loss, **numbers, "head": named}
 
 
-# ---- looking at it ----------------------------------------------------------------------------
+# ---- previews -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def vqvae_report(net: Extractors, hr: Tensor, path: Path) -> dict[str, Tensor]:
-    """Picture and PSNR of reconstructed photos, with and without the codebook, and its use."""
+    """A picture of reconstructed photos with and without the codebook; PSNR and codes in use."""
     z = net.vqvae.encode(hr)
     codes, number = net.vqvae.quantize(z)
     with_codes, without = (net.vqvae.decode(x).float().clamp(0, 1) for x in (codes, z))
@@ -635,26 +580,31 @@ def vqvae_report(net: Extractors, hr: Tensor, path: Path) -> dict[str, Tensor]:
     return {
         "shown psnr": psnr(F.mse_loss(with_codes, hr)),
         "without codebook": psnr(F.mse_loss(without, hr)),
-        "codes used": net.vqvae.quantize.used(number),
+        "codes used": net.vqvae.quantize.used(number).sum(),
     }
+
+
+def save_swap_grid(path: Path, references: Tensor, made: Sequence[Tensor]) -> None:
+    """Picture of LR: each row has a reference (3, h, w) and scenes (B, 3, h, w) with its code."""
+    side = references.shape[2]
+    rows = [
+        [common.centre(image, side, 2 * side) for image in (reference, *row.float().clamp(0, 1))]
+        for reference, row in zip(references, made, strict=True)
+    ]
+    titles = ("LR", "its degradation, other scenes", *[""] * (len(made[0]) - 1))
+    common.save_sheet(path, titles, rows)
 
 
 @torch.no_grad()
 def swap_grid(net: Extractors, hr: Tensor, cfg: "Config", path: Path) -> dict[str, Tensor]:
-    """Picture of Rec_lr: content of the column, degradation of the row, whose LR comes first."""
-    n = len(hr)
+    """Picture of Rec_lr: the degradation of each row's LR, the content of each column."""
     draw = common.generator(cfg.seed)
-    lr = degrade.degrade(hr, sample_mixed(n, cfg.recipes, draw), draw)
-    code, content = net.e_deg(lr), net.content(hr)
-    made = torch.stack([net.reconstruct(c.expand(n, -1), hr, content) for c in code]).float()
-    side = lr.shape[2]
-    rows = [
-        [common.centre(image, side, 2 * side) for image in (first, *row.clamp(0, 1))]
-        for first, row in zip(lr, made, strict=True)
-    ]
-    common.save_sheet(path, ("LR", "its degradation, other scenes", *[""] * (n - 1)), rows)
-    own = made[range(n), range(n)]
-    return {"shown psnr": psnr((own - lr).square().mean((1, 2, 3))).mean()}
+    lr = degrade.degrade(hr, sample_mixed(len(hr), cfg.recipes, draw), draw)
+    content = net.content(hr)
+    made = [net.reconstruct(c.expand(len(hr), -1), hr, content) for c in net.e_deg(lr)]
+    save_swap_grid(path, lr, made)
+    same_scene = torch.stack(made).float()[range(len(hr)), range(len(hr))]
+    return {"shown psnr": psnr((same_scene - lr).square().mean((1, 2, 3))).mean()}
 
 
 # ---- configuration and training -----------------------------------------------------------------
@@ -666,10 +616,10 @@ class Config:
 
     hr: tuple[str, ...] = ()  # folders of HR photos (default: data/hr, else data/sample/hr)
     out: str = "runs/extractors"  # folder of checkpoints and log
-    vqvae: str = ""  # start from these VQ-VAE weights (vq-f4 keys) instead of training them
+    vqvae: str = ""  # start from these VQ-VAE weights; those of vq-f4 need --preset paper
     start_from: str = ""  # weights of all parts to go on from, of this file
     steps: tuple[int, ...] = (200_000, 200_000, 200_000)  # of the VQ-VAE, of E_cont, of E_deg
-    batch_size: int = 8  # HR crops per process, 8 of which give the paper's 64; 0: see BATCH
+    batch_size: int = 8  # HR crops per process, 8 of which give 64; 0: 256 on a GPU, else 16
     crop: int = 256  # HR crop for E_deg, pixels
     vq_crop: int = 256  # HR crop for the VQ-VAE and E_cont, pixels
     vqvae_learning_rate: float = 1e-4
@@ -688,7 +638,7 @@ class Config:
     margin: float = 0.01
     recipes: tuple[str, ...] = ("realesrgan",)  # of D
     hr_blur: float = 0.0  # HR photos are blurred by up to this width, pixels
-    as_printed: bool = True  # the losses and networks of the paper, without what is ours (above)
+    as_printed: bool = True  # losses and networks of the paper, without the additions listed above
     ema_decay: float = 0.999
     cooldown: float = 0.0  # last share of the steps, in which the learning rate falls to 0
     bf16: bool = True  # where the device has it
@@ -700,6 +650,7 @@ class Config:
     device: str = "auto"
 
 
+# Deviation: the small presets take one positive and one negative per anchor, the paper three.
 SMALL: dict = {
     "steps": (1500, 500, 2000), "batch_size": 0, "crop": 192, "vq_crop": 96,
     "vqvae_learning_rate": 2e-3, "content_learning_rate": 3e-4, "degradation_learning_rate": 1e-3,
@@ -707,13 +658,13 @@ SMALL: dict = {
     "deg_dim": 256, "mod_channels": 48, "num_samples": 1, "ema_decay": 0.995, "compile": False,
     "save_every": 100,
 }  # fmt: skip
+# Deviation: preset small also degrades with other recipes than the paper's Real-ESRGAN.
 PRESETS: dict[str, dict] = {
     "small": SMALL
     | {"as_printed": False, "recipes": ("realesrgan", "light", "camera", "wide"), "hr_blur": 1.5},
     "paper": {},
     "as-printed": SMALL,
 }
-BATCH = {"cuda": 256, "cpu": 16}  # by device, of the presets for small machines
 RANGES = common.TRAINING_RANGES | {
     "steps": (0, 2**31), "batch_size": (2, 2**20), "crop": (16, 2**14), "vq_crop": (16, 2**14),
     "vqvae_learning_rate": (0, 1), "content_learning_rate": (0, 1),
@@ -724,12 +675,17 @@ RANGES = common.TRAINING_RANGES | {
 }  # fmt: skip
 
 
+def default_batch(rt: common.Runtime) -> int:
+    """The batch size of the small presets on this device."""
+    return 256 if rt.device.type == "cuda" else 16
+
+
 def stored_config(config: dict, name: str) -> Config:
-    """The settings in the checkpoint `name`; UserError if they are not of this stage, or wrong."""
+    """The settings in the checkpoint `name`; UserError if they are of another stage, or wrong."""
     is_stage_1 = isinstance(config, dict) and "deg_dim" in config
     common.require(is_stage_1, f"{name}: not a checkpoint of extractors.py (give that one).")
-    own = {key: value for key, value in config.items() if key != "began"}
-    cfg = common.from_dict(Config, own, name)
+    settings = {key: value for key, value in config.items() if key != "began"}
+    cfg = common.from_dict(Config, settings, name)
     common.check_ranges(cfg, RANGES, f"{name}: ")
     return cfg
 
@@ -737,89 +693,37 @@ def stored_config(config: dict, name: str) -> Config:
 def load(state: dict, name: str) -> Extractors:
     """The networks in a checkpoint of this stage, on the CPU; UserError if they can't be used."""
     cfg = stored_config(state["config"], name)
-    with torch.device("meta"):  # nothing is allocated before the shapes are found to be right
+    with torch.device("meta"):  # nothing is allocated before the shapes are checked
         net = Extractors(cfg)
     common.put_weights(net, state, name)
     return net
 
 
 def checked(cfg: Config, rt: common.Runtime) -> Config:
-    """The settings with the batch of this device and three numbers of steps; UserError if wrong."""
-    three = cfg.steps if len(cfg.steps) == 3 else cfg.steps[:1] * 3
-    cfg = replace(cfg, batch_size=cfg.batch_size or BATCH.get(rt.device.type, 16))
-    numbers = "--steps takes one number, or one for each of the parts."
+    """The settings with the batch size of this device, and three numbers of steps, or UserError."""
+    numbers = "--steps takes one number, or one for each of the three parts."
     common.require(len(cfg.steps) in (1, 3), numbers)
+    steps = cfg.steps if len(cfg.steps) == 3 else cfg.steps * 3
+    cfg = replace(cfg, steps=steps, batch_size=cfg.batch_size or default_batch(rt))
     common.check_ranges(cfg, RANGES)
     for flag, crop in (("--crop", cfg.crop), ("--vq-crop", cfg.vq_crop)):
         common.require(crop % 16 == 0, f"{flag} {crop}: must be a multiple of 16.")
     more = f"--batch-size {cfg.batch_size}: must be larger than --num-samples {cfg.num_samples}."
     common.require(cfg.batch_size > cfg.num_samples, more)
     common.check_parts(cfg, least=cfg.num_samples + 1)
-    for recipe in cfg.recipes:
-        known = recipe in degrade.RECIPES
-        common.require(known, f"--recipes {recipe}: no such recipe of degrade.py.")
+    unknown = " ".join(set(cfg.recipes) - set(degrade.RECIPES))
+    common.require(not unknown, f"--recipes {unknown}: no such recipe of degrade.py.")
     files = [Path(cfg.out) / f"{part}.pt" for part in ("vqvae", "content", "last")]
-    for i, (earlier, steps) in enumerate(zip(files, three, strict=True)):
-        goes_on = common.step_of(earlier) < steps and not (cfg.vqvae and i == 0)
-        for later in files[i + 1 :] if goes_on else ():
-            began = f"{later} began from another {earlier.name} than this command would leave"
-            way_out = "delete it to train that part again, or give another --out"
-            common.require(not later.is_file(), f"{began}: {way_out}.")
-    return replace(cfg, steps=three)
+    for (i, earlier), (_, later) in itertools.combinations(enumerate(files), 2):
+        goes_on = common.step_of(earlier) < steps[i] and not (cfg.vqvae and i == 0)
+        began = f"{later} began from another {earlier.name} than this command would leave"
+        way_out = "delete it to train that part again, or give another --out"
+        common.require(not (goes_on and later.is_file()), f"{began}: {way_out}.")
+    return cfg
 
 
-def train_vqvae(
-    cfg: Config, rt: common.Runtime, net: Extractors, crops: Crops, few: Tensor
-) -> None:
-    """Part 1: the VQ-VAE on HR photos."""
-    path, vqvae = Path(cfg.out) / "vqvae.pt", net.vqvae
-    groups = [{"params": [*vqvae.parameters()], "lr": cfg.vqvae_learning_rate}]
-    began = common.fingerprint(net) if cfg.start_from else ""
-    run = common.Run(cfg, rt, net, groups, path, cfg.steps[0], began=began,
-                     preview=lambda: vqvae_report(net, few, path.with_suffix(".png")))  # fmt: skip
-    for hr, draw in run.batches(crops, least=2):
-        with rt.autocast(cfg.bf16):
-            if run.step % 10 == 0 and run.part == 0:
-                vqvae.restart_codes(hr, draw)
-            losses = vqvae_loss(net, hr)
-        run.update(losses)
-
-
-def train_content(
-    cfg: Config, rt: common.Runtime, net: Extractors, crops: Crops, few: Tensor
-) -> None:
-    """Part 2: E_cont, the encoder, on degraded photos, against the frozen decoder. Eq. (1)-(2)."""
-    path, vqvae = Path(cfg.out) / "content.pt", net.vqvae
-    tuned = [*vqvae.encoder.parameters(), *vqvae.quant_conv.parameters()]
-    groups = [{"params": tuned, "lr": cfg.content_learning_rate}]
-    run = common.Run(cfg, rt, net, groups, path, cfg.steps[1], began=common.fingerprint(vqvae),
-                     preview=lambda: vqvae_report(net, few, path.with_suffix(".png")))  # fmt: skip
-    for hr, draw in run.batches(crops):
-        with rt.autocast(cfg.bf16):
-            losses = content_loss(net, hr, cfg, draw)
-        run.update(losses)
-
-
-def train_degradation(
-    cfg: Config, rt: common.Runtime, net: Extractors, crops: Crops, few: Tensor
-) -> None:
-    """Part 3: E_deg and Rec_lr; E_cont stays as it is. Eq. (3)-(6)."""
-    path, began = Path(cfg.out) / "last.pt", common.fingerprint(net.vqvae)
-    tuned = [p for name, p in net.named_parameters() if not name.startswith("vqvae.")]
-    groups = [{"params": tuned, "lr": cfg.degradation_learning_rate}]
-    run = common.Run(
-        cfg, rt, net, groups, path, cfg.steps[2], began=began,
-        preview=lambda: swap_grid(net, few[:4], cfg, path.with_suffix(".png")),
-    )  # fmt: skip
-    for hr, draw in run.batches(crops, least=cfg.num_samples + 1):
-        with rt.autocast(cfg.bf16):
-            losses = degradation_loss(net, hr, cfg, draw)
-        run.update(losses)
-
-
-def train(cfg: Config, rt: common.Runtime) -> None:
-    """The three parts of stage 1, each resuming from its own checkpoint."""
-    cfg = checked(cfg, rt)
+def prepare(cfg: Config, rt: common.Runtime) -> tuple[Extractors, Crops, Crops, Tensor]:
+    """The networks, crops for the VQ-VAE and E_cont, crops for E_deg, and 8 photos to show."""
     net, out = Extractors(cfg), Path(cfg.out)
     if cfg.start_from:
         common.load_weights(net, cfg.start_from, "--start-from")
@@ -827,13 +731,12 @@ def train(cfg: Config, rt: common.Runtime) -> None:
         load_vqvae(net.vqvae, cfg.vqvae)
     photos = Photos(common.find_photos(cfg.hr, "hr", "--hr", packed=True), out / "photos/hr", rt)
     rows = np.arange(len(photos.table))
-    held_out = rows[::50] if len(rows) >= 50 else rows[:0]  # looked at, not trained on
+    held_out = rows[::50] if len(rows) >= 50 else rows[:0]  # shown, not trained on
     rows = np.setdiff1d(rows, held_out)
     vq_crops = Crops(photos, cfg.vq_crop, cfg.batch_size, cfg.seed, flag="--vq-crop", rows=rows)
     crops = Crops(photos, cfg.crop, cfg.batch_size, cfg.seed, rows=rows)
-    looked_at = held_out if len(held_out) else rows
-    shown = Crops(photos, cfg.crop, 8, cfg.seed, stream=9, rows=looked_at)
-    few = shown.batch(0, 8).to(rt.device).float() / 255
+    shown_rows = held_out if len(held_out) else rows
+    shown = Crops(photos, cfg.crop, 8, cfg.seed, stream=9, rows=shown_rows).batch(0, 8)
     if rt.is_main:
         print(cfg)
         print(f"{len(crops.rows)} HR photos, {len(held_out)} held out, {crops.left_out} smaller "
@@ -843,10 +746,55 @@ def train(cfg: Config, rt: common.Runtime) -> None:
     if cfg.compile:
         networks = [net.vqvae.encoder, net.vqvae.decoder, net.e_deg, net.rec_lr]
         common.compile_networks(networks, rt)
-    if not cfg.vqvae:
-        train_vqvae(cfg, rt, net, vq_crops, few)
-    train_content(cfg, rt, net, vq_crops, few)
-    train_degradation(cfg, rt, net, crops, few)
+    return net, vq_crops, crops, shown.to(rt.device).float() / 255
+
+
+def train(cfg: Config, rt: common.Runtime) -> None:
+    """The three parts of stage 1, each of which resumes from its own checkpoint."""
+    cfg = checked(cfg, rt)
+    net, vq_crops, crops, shown = prepare(cfg, rt)
+    out, vqvae = Path(cfg.out), net.vqvae
+    steps_vqvae, steps_content, steps_degradation = cfg.steps
+
+    # Not in the paper: in all trainings common.Run takes AdamW, clips the norm of the gradient at 1
+    # and averages the weights over the steps (EMA).
+    if not cfg.vqvae:  # part 1: the VQ-VAE on HR photos
+        groups = [{"params": [*vqvae.parameters()], "lr": cfg.vqvae_learning_rate}]
+        began = common.fingerprint(net) if cfg.start_from else ""
+        run = common.Run(
+            cfg, rt, net, groups, out / "vqvae.pt", steps_vqvae, began=began,
+            preview=lambda: vqvae_report(net, shown, out / "vqvae.png"),
+        )  # fmt: skip
+        for hr, draw in run.batches(vq_crops, least=2):
+            with rt.autocast(cfg.bf16):
+                if run.step % 10 == 0 and run.part == 0:
+                    vqvae.restart_codes(hr, draw)
+                losses = vqvae_loss(net, hr)
+            run.update(losses)
+
+    # Part 2: E_cont, the encoder, on degraded photos, against the frozen decoder. Eq. (1)-(2).
+    tuned = [*vqvae.encoder.parameters(), *vqvae.quant_conv.parameters()]
+    groups = [{"params": tuned, "lr": cfg.content_learning_rate}]
+    run = common.Run(
+        cfg, rt, net, groups, out / "content.pt", steps_content, began=common.fingerprint(vqvae),
+        preview=lambda: vqvae_report(net, shown, out / "content.png"),
+    )  # fmt: skip
+    for hr, draw in run.batches(vq_crops):
+        with rt.autocast(cfg.bf16):
+            losses = content_loss(net, hr, cfg, draw)
+        run.update(losses)
+
+    # Part 3: E_deg, Rec_lr and the head; E_cont stays as it is. Eq. (3)-(6).
+    tuned = [p for name, p in net.named_parameters() if not name.startswith("vqvae.")]
+    groups = [{"params": tuned, "lr": cfg.degradation_learning_rate}]
+    run = common.Run(
+        cfg, rt, net, groups, out / "last.pt", steps_degradation, began=common.fingerprint(vqvae),
+        preview=lambda: swap_grid(net, shown[:4], cfg, out / "last.png"),
+    )  # fmt: skip
+    for hr, draw in run.batches(crops, least=cfg.num_samples + 1):
+        with rt.autocast(cfg.bf16):
+            losses = degradation_loss(net, hr, cfg, draw)
+        run.update(losses)
 
 
 if __name__ == "__main__":

@@ -83,9 +83,7 @@ def counted_memory() -> Iterator[Memory]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
         patch.setattr(degrade, "degrade", reduced)
-        patch.setattr(extractors, "sample_mixed", really(extractors.sample_mixed))
-        patch.setattr(degrade, "sample_degradation", really(degrade.sample_degradation))
-        patch.setattr(degrade.Degradation, "cat", staticmethod(really(degrade.Degradation.cat)))
+        draw_theta_really(patch)
         memory = Memory()
         with FakeTensorMode(allow_non_fake_inputs=True), memory:
             yield memory
@@ -177,6 +175,12 @@ def really(function):
     return called
 
 
+def draw_theta_really(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(extractors, "sample_mixed", really(extractors.sample_mixed))
+    patch.setattr(degrade, "sample_degradation", really(degrade.sample_degradation))
+    patch.setattr(degrade.Degradation, "cat", staticmethod(really(degrade.Degradation.cat)))
+
+
 @contextlib.contextmanager
 def fake_cuda() -> Iterator[Launches]:
     """Tensors made inside are fake, and may be of cuda:0; generators stay on the CPU."""
@@ -192,8 +196,7 @@ def fake_cuda() -> Iterator[Launches]:
         }
         for name, function in stand_ins.items():
             patch.setattr(Tensor, name, function)
-        patch.setattr(degrade, "sample_degradation", really(degrade.sample_degradation))
-        patch.setattr(degrade.Degradation, "cat", staticmethod(really(degrade.Degradation.cat)))
+        draw_theta_really(patch)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode, Launches() as launches:
             yield launches
