@@ -1,10 +1,9 @@
-"""Plumbing shared by the five stages: command line, processes, files, crops, the run of a training.
+"""Plumbing of all stages: command line, processes, image files, pairs, checkpoints, training runs.
 
-Nothing of the method is here; a reader who skips this file loses no idea of the paper.
+It holds nothing of the method: a reader who skips this file misses no idea of the paper.
 """
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import datetime
@@ -23,20 +22,21 @@ import sys
 import threading
 import time
 import zlib
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageDraw, ImageFile
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -44,7 +44,7 @@ C = TypeVar("C")
 
 
 class UserError(ValueError):
-    """Something the user can put right: printed as one sentence, exit code 2."""
+    """A mistake that the user can correct: printed as one sentence, with exit code 2."""
 
 
 def require(condition: bool, sentence: str) -> None:
@@ -56,48 +56,55 @@ def require(condition: bool, sentence: str) -> None:
 # ---- command line and processes ---------------------------------------------------------------
 
 
+def process_rank() -> int:
+    """Rank of this process, as torchrun sets it; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+@functools.cache
+def print_once(line: str) -> None:
+    """Print a line in the first process, and only the first time."""
+    if process_rank() == 0:
+        print(line)
+
+
 def parse_args(
     config: type[C], presets: dict[str, dict[str, Any]], doc: str, argv: Sequence[str] | None = None
 ) -> C:
-    """Turn each field of a dataclass into a flag, its trailing comment into the help text.
+    """Turn each field of a dataclass into a flag, and the comment behind it into its help text.
 
-    A flag beats the preset, the preset the field's default. Tuples take one or several values.
+    A flag beats the preset, the preset beats the default. Tuples take one or more values.
     """
-    text = "".join(inspect.getsource(c) for c in config.__mro__[:-1])
-    help_of = dict(re.findall(r"^    (\w+): .*?  # (.*)$", text, re.M))
+    source = "".join(inspect.getsource(c) for c in config.__mro__[:-1])
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
     parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
     if presets:
         parser.add_argument("--preset", choices=list(presets), default=next(iter(presets)))
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        options: dict[str, Any] = {
-            "default": None,
-            "help": help_of.get(field.name, "").replace("%", "%%"),
-        }
-        sample: Any = field.default
-        if isinstance(sample, bool):
-            options["action"] = argparse.BooleanOptionalAction
-        elif isinstance(sample, tuple):
-            options |= {"type": type(sample[0]) if sample else str, "nargs": "+"}
-        else:
-            options["type"] = type(sample)
-        parser.add_argument("--" + field.name.replace("_", "-"), **options)
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    preset = given.pop("preset", None)
-    values = dict(presets.get(preset, {})) | {
-        k: tuple(v) if isinstance(v, list) else v for k, v in given.items()
-    }
-    seed = values.get("seed", 0)
-    require(0 <= seed < 2**63, f"--seed {seed}: must be in 0..2^63 - 1.")
-    if preset and int(os.environ.get("RANK", 0)) == 0:
+        default: Any = field.default
+        kind: dict[str, Any] = {"type": type(default)}
+        if isinstance(default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(default, tuple):
+            kind = {"type": type(default[0]) if default else str, "nargs": "+"}
+        text = comments.get(field.name, "").replace("%", "%%")
+        parser.add_argument("--" + field.name.replace("_", "-"), help=text, **kind)
+    flags = vars(parser.parse_args(argv))
+    preset = flags.pop("preset", "")
+    if preset and process_rank() == 0:
         print(f"preset {preset}")
-    return config(**values)
+    flags = {key: tuple(v) if isinstance(v, list) else v for key, v in flags.items()}
+    return config(**presets.get(preset, {}) | flags)
 
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """Where this process runs: its device and its place among the processes."""
+    """Where this process runs: its device, its rank and the number of processes."""
 
     device: torch.device
     rank: int = 0
@@ -109,14 +116,14 @@ class Runtime:
         return self.rank == 0
 
     def autocast(self, bf16: bool) -> torch.autocast:
-        """bf16 where asked for and where the device multiplies it in hardware, else float32."""
+        """Context of bf16, if wanted and if the device has instructions for it; else of float32."""
         fast = self.device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16 and fast)
 
 
 @contextlib.contextmanager
 def runtime(device: str = "auto", seed: int = 0) -> Iterator[Runtime]:
-    """Join torchrun's process group if there is one, choose the device, seed the modules."""
+    """Choose the device, seed the global generator, join the processes that torchrun started."""
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("LOCAL_RANK", "0")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -124,41 +131,37 @@ def runtime(device: str = "auto", seed: int = 0) -> Iterator[Runtime]:
         chosen = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: no such device here ({error}).") from None
+        raise UserError(f"--device {device}: this machine has no such device ({error}).") from None
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world_size > 1:
-        # Imported later (FlopCounterMode does), its default arguments would keep the group and its
-        # threads alive behind destroy_process_group, and the process would abort at its end.
+        # FlopCounterMode imports this module. Its default arguments would hold a group made before,
+        # whose threads then outlive destroy_process_group: the process would abort at its end.
         importlib.import_module("torch.distributed.nn")
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # to wait for others
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # one may work alone
     torch.manual_seed(seed)
     try:
-        yield Runtime(chosen, int(os.environ.get("RANK", 0)), world_size)
+        yield Runtime(chosen, process_rank(), world_size)
     finally:
         if world_size > 1:
             dist.destroy_process_group()
 
 
-def launch(
-    main: Callable[[Any, Runtime], object],
-    config: type[Any],
-    presets: dict[str, dict[str, Any]],
-    doc: str,
-) -> None:
+def launch(main: Callable[[Any, Runtime], object], config: type, presets: dict, doc: str) -> None:
     """Run a stage from the command line; a UserError becomes one sentence and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not every console can print every name
+        if isinstance(stream, io.TextIOWrapper):  # a file name may hold what it cannot print
             stream.reconfigure(errors="backslashreplace")
     try:
-        cfg = parse_args(config, presets, doc)
+        cfg: Any = parse_args(config, presets, doc)
+        require(0 <= cfg.seed < 2**63, f"--seed {cfg.seed}: must be in 0..2^63 - 1.")
         with runtime(cfg.device, cfg.seed) as rt:
             main(cfg, rt)
-    except (UserError, OSError, torch.OutOfMemoryError) as error:  # for instance no room on a disk
-        if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(2)  # torchrun ends this process where the first one has said the same
+    except (UserError, OSError, torch.OutOfMemoryError) as error:  # OSError: a full disk
+        if process_rank() > 0:
+            time.sleep(2)  # torchrun stops this process when the first has printed the same error
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -166,7 +169,7 @@ def launch(
 
 
 def wait_for_all(rt: Runtime) -> None:
-    """Go on when all processes are here."""
+    """Wait until all processes have come to this line."""
     if rt.world_size > 1:
         try:
             dist.barrier()
@@ -175,8 +178,11 @@ def wait_for_all(rt: Runtime) -> None:
 
 
 def in_parallel(work: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
-    """work(item) of all items, in order, several at a time; an error cancels what has not begun."""
-    waiting: collections.deque[Future[B]] = collections.deque()
+    """Yield work(item) of all items, in order, from several threads; an error cancels the rest.
+
+    Items are taken no further ahead than 2 for each thread.
+    """
+    waiting: deque[Future[B]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
@@ -194,63 +200,40 @@ def in_parallel(work: Callable[[A], B], items: Iterable[A], threads: int) -> Ite
 
 
 def generator(*numbers: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that depends on all of the given numbers and names, as (seed, image index)."""
+    """A generator that depends on all of these numbers and names, such as (seed, image index)."""
     state = np.random.SeedSequence(list(str(numbers).encode())).generate_state(2, np.uint32)
     return torch.Generator(device).manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
 
 
 def generator_on(device: torch.device, source: torch.Generator) -> torch.Generator:
-    """A generator of this device: the given one, or one that it seeds."""
+    """The given generator if it is on this device, else one on the device that it seeds."""
     if source.device.type == device.type:
         return source
     seed = torch.randint(2**62, (), generator=source, device=source.device)
     return torch.Generator(device).manual_seed(int(seed))
 
 
-# ---- image files ------------------------------------------------------------------------------
+# ---- which files are photos -------------------------------------------------------------------
 
 
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS = 2**29  # of a photo; Pillow's own is smaller than some are
 SYSTEM = {"@eadir", "__macosx", "#recycle", "$recycle.bin", "lost+found", "thumbs.db"}
 # Formats of Pillow that hold drawings, icons, films or measurements.
 NO_PHOTOS = set("BUFR CUR EPS FITS FLI GRIB HDF5 ICNS ICO IM IPTC MPEG PDF WMF".split())
-TURNS = {  # what turns an image upright, by its EXIF orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
-
-
-@functools.cache
-def print_once(line: str) -> None:
-    """Print a line in the first process, and only the first time."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(line)
-
-
-def read_text(path: str | Path) -> str:
-    """A text in UTF-8, with or without BOM; UserError for anything else."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text in UTF-8 ({error}).") from None
 
 
 @functools.cache
 def photo_suffixes() -> set[str]:
-    """Suffixes of the photos that the installed Pillow reads; of HEIC with pillow-heif."""
+    """Suffixes of the photos that the installed Pillow reads, HEIC included with pillow-heif."""
     with contextlib.suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()
     suffixes = Image.registered_extensions()
     return {s for s, name in suffixes.items() if name in {*Image.OPEN, "MPO"} - NO_PHOTOS}
 
 
-def photos_in(
-    path: Path, left_out: collections.Counter[str], above: tuple[Path, ...] = ()
-) -> Iterator[Path]:
-    """The photos among a file or what is in a folder, in depth, sorted; all else is counted.
+def photos_in(path: Path, left_out: Counter, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yield the photos of a file or folder, sub-folders included, sorted; count all other files.
 
-    Links are followed, but for those to a folder `above`.
+    Links are followed, except to the folders `above` this path.
     """
     suffix = path.suffix.lower()
     if path.name.lower() in SYSTEM or (above and path.name.startswith(".")):
@@ -270,59 +253,57 @@ def photos_in(
 
 
 def list_images(paths: Sequence[str], flag: str, packed: bool = False) -> list[Path]:
-    """All photos among files and folders, sorted, each once; UserError if none.
+    """All photos among files and folders, sorted, each once; UserError if there are none.
 
-    Says what is left out. With `packed`, files of data/pack.py may be named among them.
+    It prints what is left out. `packed` allows files of data/pack.py, too.
     """
-    files, left_out = [], collections.Counter[str]()
+    files, left_out = [], Counter[str]()
     for path in map(Path, paths):
         require(path.exists(), f"{flag} {path}: no such file or folder.")
         if path.suffix == ".npy" and path.is_file():
-            require(packed, f"{flag} {path}: packed crops are only to train on; name photos here.")
+            require(packed, f"{flag} {path}: packed crops are only to train on; give photos.")
             files.append(path)
         else:
             files += photos_in(path, left_out)
     where, reasons = f"{flag} {' '.join(map(str, paths))}", left_out.most_common(9)
     rest = f"left out {left_out.total()} files: {', '.join(f'{n} {why}' for why, n in reasons)}"
-    require(bool(files), f"{where}: no images there{'; ' + rest if reasons else ''}.")
+    require(bool(files), f"{where}: no images found{'; ' + rest if reasons else ''}.")
     if reasons:
         print_once(f"{where}: {rest}")
     return list(dict.fromkeys(files))
 
 
 def find_photos(given: Sequence[str], kind: str, flag: str, packed: bool = False) -> list[Path]:
-    """The files the user named, else those of data/KIND, else of data/sample/KIND (saying so).
+    """The photos that the user named, else those of data/KIND, else those of data/sample/KIND.
 
-    With `packed`, data/KIND.npy comes before data/KIND (saying so).
+    With `packed`, data/KIND.npy comes before data/KIND. It prints which photos it takes.
     """
     if given:
         return list_images(given, flag, packed)
-    here = Path(__file__).parent / "data"
-    if packed and (here / f"{kind}.npy").is_file():
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"using the packed crops of data/{kind}.npy, not the photos of data/{kind}")
-        return [here / f"{kind}.npy"]
+    data = Path(__file__).parent / "data"
+    if packed and (data / f"{kind}.npy").is_file():
+        print_once(f"using the packed crops of data/{kind}.npy, not the photos of data/{kind}")
+        return [data / f"{kind}.npy"]
     try:
-        return list_images([str(here / kind)], flag)
+        return list_images([str(data / kind)], flag)
     except UserError as error:
-        print_once(f"{error} Using the few of data/sample/{kind} (see data/README.md).")
-    return list_images([str(here / "sample" / kind)], flag)
+        print_once(f"{error} Using the photos of data/sample/{kind} (see data/README.md).")
+    return list_images([str(data / "sample" / kind)], flag)
 
 
 def outside(files: list[Path], out: Path, flag: str) -> list[Path]:
-    """The files that do not lie in the folder of results; UserError if all do."""
+    """The files that do not lie in the folder `out` of the results; UserError if all do."""
     folder = out.resolve()
-    kept = [f for f in files if folder not in f.resolve().parents] if out.is_dir() else files
+    kept = [file for file in files if folder not in file.resolve().parents]
     require(bool(kept), f"{flag}: all its images lie in --out {out}: give another --out.")
     return kept
 
 
 def photo_names(files: Sequence[Path], given: Sequence[str]) -> list[str]:
-    """A name for each photo, from its path below the folder given and nothing else.
+    """A name for each photo: its path below the given folder, joined by underscores.
 
-    Folders and file are joined by underscores, which also stand for blanks and commas: most lists
-    of files can't hold these. Where two would be equal, but for their case, each
-    gets eight digits that depend on its whole path.
+    Underscores replace blanks and commas, too, which most lists of files cannot hold. Names that
+    are equal, apart from upper and lower case, end in eight digits of the whole path.
     """
     data = Path(__file__).parent / "data"
     usual = {top / kind for top in (data, data / "sample") for kind in ("hr", "lr")}
@@ -331,18 +312,26 @@ def photo_names(files: Sequence[Path], given: Sequence[str]) -> list[str]:
     for file in files:
         below = next((file.relative_to(p) for p in file.parents if p in folders), Path(file.name))
         names.append(re.sub(r"[\s,]+", "_", "_".join(below.with_suffix("").parts)))
-    count = collections.Counter(name.casefold() for name in names)
+    count = Counter(name.casefold() for name in names)
     return [
         name if count[name.casefold()] == 1 else f"{name}-{zlib.crc32(os.fsencode(file)):08x}"
         for name, file in zip(names, files, strict=True)
     ]
 
 
+# ---- reading and writing files ----------------------------------------------------------------
+
+
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS = 2**29  # some photos are larger than Pillow's limit
+# Axes to flip of an image (3, H, W), by its EXIF orientation; in 5 to 8, W and H are swapped, too.
+FLIPS = {2: (2,), 3: (1, 2), 4: (1,), 5: (), 6: (2,), 7: (1, 2), 8: (1,)}
+
+
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an opened image: 1 is upright, also where EXIF can't be read."""
+    """The EXIF orientation of an opened image; 1, upright, if EXIF is missing or damaged."""
     try:
         return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except Exception:  # of many types, where it is damaged
+    except Exception:  # damaged EXIF raises errors of many types
         return 1
 
 
@@ -350,61 +339,79 @@ def pixels_of(file: ImageFile.ImageFile) -> Tensor:
     """Pixels (3, H, W) in [0, 1] of an opened image; ValueError if their range is not known."""
     if file.width * file.height > MAX_PIXELS:
         raise ValueError(f"{file.width} x {file.height} pixels are more than {MAX_PIXELS}")
-    mode, tile, tags = file.mode, str(file.tile[:1]), getattr(file, "tag_v2", {})
-    inverted = tags.get(262) == 0 and mode in ("I;16", "F")  # Pillow turns round those of 8 bits
+    mode, tile, tags = file.mode, str(file.tile[:1]), getattr(file, "tag_v2", {})  # tags of TIFF
+    inverted = tags.get(262) == 0 and mode in ("I;16", "F")  # Pillow inverts those of 8 bits itself
     bits, signed, planar = tags.get(258, (8,)), 2 in tags.get(339, ()), tags.get(284) == 2
     if (
         (signed or mode == "I" and file.format not in ("PNG", "PPM"))  # of 32 bits
         or (mode == "F" and (inverted or "libtiff" in tile and "BF" in tile))  # Pillow: wrong bytes
-        or (planar and "raw" in tile and bits[0] > 8)  # Pillow takes them for 8 bits
+        or (planar and "raw" in tile and bits[0] > 8)  # Pillow reads them as 8 bits
     ):
         raise ValueError("numbers of a rare kind: convert it to RGB of 8 or 16 bits")
     file.load()
-    turn = TURNS.get(orientation(file))
-    image: Image.Image = file if turn is None else file.transpose(turn)
-    if mode.startswith(("I", "F")):  # gray; Pillow's convert() would clip it
+    image: Image.Image = file
+    if mode.startswith(("I", "F")):  # gray, which Pillow's convert() would clip
         white = 1 if mode == "F" else 4095 if "I;12" in tile else 65535
         gray = torch.from_numpy(np.asarray(image).astype(np.float32)).div_(white)
-        if not (gray.min() >= 0 and gray.max() <= 1):  # or NaN
+        if not (gray.min() >= 0 and gray.max() <= 1):  # also true of NaN
             raise ValueError("numbers outside of 0 to 1: scale them, or convert it to 16 bits")
-        x = gray.expand(3, -1, -1).contiguous()
+        x = gray.expand(3, -1, -1)
     else:
         if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-        x = x.contiguous().float().div_(255)  # in place: photos may be large
+    turn = orientation(file)
+    if turn in FLIPS:
+        x = (x.mT if turn > 4 else x).flip(FLIPS[turn])
+    x = x.contiguous()
+    if x.dtype == torch.uint8:
+        x = x.float().div_(255)  # in place: photos may be large
     if re.search(r"(I|LA|RGBA?);16", tile) and x.max() < 1 / 16:
         raise ValueError("numbers of 16 bits that use only 12 of them: scale them up")
     return 1 - x if inverted else x
 
 
 def load_image(path: str | Path) -> Tensor:
-    """Read an image file as float32 RGB (3, H, W) in [0, 1], upright; ValueError if it can't be.
+    """Read an image file as float32 RGB (3, H, W) in [0, 1]; ValueError if that is impossible.
 
-    Gray is repeated, its 16 bits keep their precision, alpha is laid over white, EXIF rotation
-    applies.
+    Gray is repeated and keeps its 16 bits, alpha is laid over white, EXIF rotation is applied.
     """
     try:
         with Image.open(path) as file:
             return pixels_of(file)
-    except Exception as error:  # Pillow raises errors of many types where a file is damaged
+    except Exception as error:  # Pillow raises errors of many types for a damaged file
         raise ValueError(f"{path}: not a readable image ({error})") from None
 
 
 def crop_to_multiple(image: Tensor, scale: int, path: str | Path) -> Tensor:
-    """Cut an image (3, H, W) to a multiple of scale; ValueError if it is too small."""
+    """Cut an image (3, H, W) to a multiple of the scale; ValueError if it is too small."""
     H, W = (side // scale * scale for side in image.shape[1:])
     if min(H, W) < 8 * scale:
-        raise ValueError(
-            f"{path}: {image.shape[2]} x {image.shape[1]} pixels are too few at scale {scale}"
-        )
+        size = f"{image.shape[2]} x {image.shape[1]} pixels"
+        raise ValueError(f"{path}: {size} are too few at scale {scale}")
     return image[:, :H, :W]
 
 
 def to_uint8(x: Tensor) -> Tensor:
     """Round an image in [0, 1] to 8 bits."""
     return x.clamp(0, 1).mul_(255).round_().to(torch.uint8)
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Give a temporary file to write to; rename it to `path` if the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode  # as umask says; safetensors hides its files from other users
+    try:
+        yield temporary
+        temporary.chmod(mode)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_image(path: str | Path, x: Tensor) -> None:
@@ -415,12 +422,20 @@ def save_image(path: str | Path, x: Tensor) -> None:
 
 
 def copy_file(source: str | Path, target: str | Path) -> None:
-    """Give a file a second name: a hard link, or a copy where the file system has none."""
+    """Give a file a second name: a hard link, or a copy if the file system has no links."""
     with replacing(target) as temporary:
         try:
             os.link(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text, whole or not at all; a file with the same text is not touched."""
+    data = text.encode(errors="surrogateescape")  # file names need not be valid Unicode
+    if not path.is_file() or path.read_bytes() != data:
+        with replacing(path) as temporary:
+            temporary.write_bytes(data)
 
 
 def centre(image: Tensor, size: int, side: int) -> Tensor:
@@ -444,37 +459,15 @@ def save_sheet(path: str | Path, titles: Sequence[str], rows: Sequence[Sequence[
     save_image(path, torch.cat([pixels.view(18, -1, 3).permute(2, 0, 1), body], dim=1))
 
 
-@contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a temporary file to write; rename it to path when the block ends without an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.touch()
-    mode = temporary.stat().st_mode  # by umask; safetensors would let nobody else read the file
-    try:
-        yield temporary
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text, whole or not at all; a file that says the same stays as it is."""
-    data = text.encode(errors="surrogateescape")  # names need not be valid Unicode
-    if not path.is_file() or path.read_bytes() != data:
-        with replacing(path) as temporary:
-            temporary.write_bytes(data)
-
-
 class PairFolder:
-    """A folder of pairs hr/NAME.png, lr/NAME.png and their table pairs.jsonl, made bit by bit.
+    """A folder of pairs hr/NAME.png and lr/NAME.png, and a table of them, pairs.jsonl.
 
-    While a run goes on, each process notes its pairs in a table of its own; finish() joins them.
-    Pairs that are no longer asked for go to the folder `removed` then. UserError if another run is
-    at work, or if there are pairs whose rows have no `field` or other `settings`, or images of no
-    pair.
+    For each pair call row(), then earlier(), which finds a pair that is already made, or begin()
+    before its images are written; then add(). In the end call finish() and unlock(). Until then
+    each process writes a table of its own, so that a killed run can go on.
+
+    UserError if another run writes to the folder, if rows lack `field` or have other `settings`,
+    or if there are images without a row.
     """
 
     def __init__(
@@ -483,17 +476,17 @@ class PairFolder:
         names: Sequence[str],
         field: str,
         rt: Runtime,
-        settings: Mapping[str, Any] = MappingProxyType({}),
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self.out, self.table, self.names, self.rt = out, out / "pairs.jsonl", names, rt
-        self.part = out / f"pairs.{rt.rank}.jsonl"
-        self.locked: Any = None
+        self.out, self.names, self.rt = out, names, rt
+        self.table, self.part = out / "pairs.jsonl", out / f"pairs.{rt.rank}.jsonl"
+        self.lock_file: TextIO | None = None
         self.mutex = threading.Lock()
         if out.is_dir():
             self.lock()
         try:
             self.before = self.read("pairs*.jsonl")
-            self.check(field, settings)
+            self.check(field, settings or {})
         except UserError:
             self.unlock()
             raise
@@ -503,24 +496,28 @@ class PairFolder:
         wait_for_all(rt)
 
     def check(self, field: str, settings: Mapping[str, Any]) -> None:
-        """UserError unless what is in the folder is of this command and these settings."""
+        """UserError unless the folder holds pairs of this command and these settings alone."""
         for row in self.before.values():
             foreign = f"--out {self.out} holds pairs of another command: give another --out."
             require(field in row, foreign)
             different = [key for key, value in settings.items() if row.get(key) != value]
             other = f"{self.table} has pairs of other settings ({', '.join(different)})"
             require(not different, f"{other}: give another --out.")
-        known = {*self.names, *self.before}
-        for file in sorted(f for side in ("hr", "lr") for f in (self.out / side).glob("[!.]*")):
+        for file in self.images():
             stray = f"{file} is of no pair in {self.table}: move it or give another --out."
-            require(file.stem in known, stray)
+            require(file.stem in self.before or file.stem in self.names, stray)
+
+    def images(self) -> list[Path]:
+        """All files of the folders hr and lr but temporary ones."""
+        return sorted(f for side in ("hr", "lr") for f in (self.out / side).glob("[!.]*"))
 
     def lock(self) -> None:
-        """Keep other runs out where the system can lock files; UserError if one is in."""
+        """Make the folder and lock it, if the system can; UserError if another run has done so."""
+        self.out.mkdir(parents=True, exist_ok=True)
         with self.mutex, contextlib.suppress(ImportError):
             import fcntl
 
-            if not self.rt.is_main or self.locked is not None:
+            if not self.rt.is_main or self.lock_file is not None:
                 return
             file = open(self.out / ".lock", "w")  # noqa: SIM115
             try:
@@ -531,23 +528,22 @@ class PairFolder:
                 raise UserError(f"--out {self.out}: {busy}") from None
             except OSError:  # a file system without locks
                 pass
-            self.locked = file
+            self.lock_file = file
 
     def unlock(self) -> None:
-        """Let other runs in."""
-        if self.locked is not None:
+        """Let other runs use the folder."""
+        if self.lock_file is not None:
             (self.out / ".lock").unlink(missing_ok=True)
-            self.locked.close()
-            self.locked = None
+            self.lock_file.close()
+            self.lock_file = None
 
     def begin(self) -> None:
-        """To be called before images are written: the folder is there, and this run's alone."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        """Prepare the folder; to be called before images are written."""
         self.lock()
-        (self.out / "preview.png").unlink(missing_ok=True)  # of pairs that may change now
+        (self.out / "preview.png").unlink(missing_ok=True)  # it may show pairs that change now
 
     def read(self, tables: str) -> dict[str, dict]:
-        """Rows of tables by name of the pair."""
+        """Rows of all tables of this pattern, by name of the pair."""
         rows = {}
         for table in sorted(self.out.glob(tables), key=lambda file: file != self.table):
             for line in table.read_bytes().splitlines():
@@ -562,7 +558,7 @@ class PairFolder:
         return rows
 
     def write(self, rows: list[dict]) -> None:
-        """Make these rows the table, and remove those of the processes."""
+        """Write the table of all pairs, and remove the tables of the processes."""
         text = "".join(json.dumps(row) + "\n" for row in rows)
         if not self.table.is_file() or self.table.read_bytes() != text.encode():
             (self.out / "preview.png").unlink(missing_ok=True)
@@ -575,7 +571,7 @@ class PairFolder:
         return {"hr": f"hr/{name}.png", "lr": f"lr/{name}.png", **facts}
 
     def earlier(self, row: dict, made_of: Sequence[Path]) -> dict | None:
-        """The row of an earlier run that says the same, if its files are later than these."""
+        """The equal row of an earlier run, if its images are newer than the files `made_of`."""
         found = self.before.get(Path(row["lr"]).stem)
         if found is None or found | json.loads(json.dumps(row)) != found:
             return None
@@ -584,43 +580,43 @@ class PairFolder:
         return found if all(f.is_file() and f.stat().st_mtime >= changed for f in files) else None
 
     def add(self, rows: list[dict]) -> None:
-        """Note pairs that are there now, so that a killed run goes on."""
+        """Append the rows of pairs whose images are written."""
         if rows:
-            self.out.mkdir(parents=True, exist_ok=True)
             self.lock()
             with open(self.part, "a", encoding="utf-8") as file:
                 file.write("".join("\n" + json.dumps(row) + "\n" for row in rows))
 
     def finish(self) -> list[dict]:
-        """Leave the pairs of this run and no others; its rows. UserError if there are none."""
+        """Write the table and return its rows; move images of other pairs to the folder `removed`.
+
+        UserError if there are no rows.
+        """
         made = self.read("pairs.*.jsonl")
         rows = [made[name] for name in self.names if name in made]
         require(bool(rows), "none of the HR images could be used; see the files named above.")
-        stay = {Path(row["lr"]).stem for row in rows if not row.get("dropped")}
-        there = {f.stem for side in ("hr", "lr") for f in (self.out / side).glob("[!.]*.png")}
-        others = there - stay
-        for name in others:
-            for file in [self.out / side / f"{name}.png" for side in ("hr", "lr")]:
-                if file.is_file():
-                    target = self.out / "removed" / file.relative_to(self.out)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(file, target)
+        kept = {Path(row["lr"]).stem for row in rows if not row.get("dropped")}
+        others = [f for f in self.images() if f.suffix == ".png" and f.stem not in kept]
+        for file in others:
+            target = self.out / "removed" / file.relative_to(self.out)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
         if others:
-            print(f"{len(others)} pairs of before are not asked for: now in {self.out / 'removed'}")
-        for half in self.out.rglob(".*.tmp"):  # of a killed run
-            half.unlink()
+            count = len({file.stem for file in others})
+            print(f"moved {count} pairs of earlier runs to {self.out / 'removed'}")
+        for temporary in self.out.rglob(".*.tmp"):  # of a killed run
+            temporary.unlink()
         self.write(rows)
         return rows
 
 
-# ---- weights ----------------------------------------------------------------------------------
+# ---- weights and configurations ---------------------------------------------------------------
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint: a dict with "ema", the averaged weights, and "config"; it runs no code.
+    """Read a checkpoint: a dict with "ema", the averaged weights, and "config". No code is run.
 
-    Besides ours (.pt, or .safetensors with a JSON config) those of others: weights alone, or under
-    params_ema, params (BasicSR) or state_dict (Lightning). UserError for anything else.
+    The file may be ours (.pt, or .safetensors with a JSON config) or of another program: weights
+    alone, or under params_ema, params (BasicSR) or state_dict (Lightning). Else UserError.
     """
     try:
         if str(path).endswith(".safetensors"):
@@ -630,16 +626,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
                 config = json.loads((file.metadata() or {}).get("config", "{}"))
                 return {"ema": weights | half, "config": config}
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        reason = (str(error).splitlines() or ["it is empty"])[0]
-        raise UserError(f"{path}: no readable checkpoint ({reason}).") from None
     except pickle.UnpicklingError:
         way_out = "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pt')"
         found = "it is damaged, or holds Python objects"
-        trusted = f"If you trust it, store its weights: {way_out}."
-        raise UserError(f"{path}: {found}. {trusted}") from None
-    except Exception as error:  # torch raises errors of several kinds for a damaged file
-        raise UserError(f"{path}: no readable checkpoint ({type(error).__name__}).") from None
+        raise UserError(
+            f"{path}: {found}. If you trust it, store its weights: {way_out}."
+        ) from None
+    except Exception as error:  # damaged files raise errors of many types
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: no readable checkpoint ({reason}).") from None
     kind = type(state).__name__
     require(isinstance(state, dict), f"{path}: holds a {kind}, not weights by name.")
     names = ("ema", "params_ema", "params", "state_dict")
@@ -648,7 +643,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def find_checkpoint(given: str, stage: str, make: str) -> Path:
-    """The file the user named, else runs/STAGE/last.pt, else data/pretrained/STAGE.safetensors."""
+    """The file that the user named, else runs/STAGE/last.pt, else the shipped weights."""
     if given:
         require(Path(given).is_file(), f"--checkpoint {given}: no such file.")
         return Path(given)
@@ -656,13 +651,12 @@ def find_checkpoint(given: str, stage: str, make: str) -> Path:
     for path in (Path("runs") / stage / "last.pt", shipped):
         if path.is_file():
             return path
-    raise UserError(
-        f"no {stage} weights in runs/{stage} or data/pretrained: make them with `{make}`."
-    )
+    where = f"runs/{stage} or data/pretrained"
+    raise UserError(f"no {stage} weights in {where}: make them with `{make}`.")
 
 
 def fingerprint(source: str | Path | nn.Module) -> str:
-    """Eight digits that differ between files, or between networks of different weights."""
+    """Eight digits that tell files, or networks of the same structure, from each other."""
     if not isinstance(source, nn.Module):
         return f"{zlib.crc32(Path(source).read_bytes()):08x}"
     total = 0
@@ -672,7 +666,7 @@ def fingerprint(source: str | Path | nn.Module) -> str:
 
 
 def check_weights(weights: Any, net: nn.Module, name: str) -> None:
-    """UserError unless these are weights of the network: names, shapes and types, all finite."""
+    """UserError unless weights fit the network, by name, shape and type, and are finite."""
     require(isinstance(weights, dict), f"{name}: holds no weights by name.")
     needed = {key: value.shape for key, value in net.state_dict().items()}
     given = {key: getattr(value, "shape", None) for key, value in weights.items()}
@@ -684,24 +678,23 @@ def check_weights(weights: Any, net: nn.Module, name: str) -> None:
 
 
 def put_weights(net: nn.Module, state: dict[str, Any], name: str) -> None:
-    """Give a network, also an empty one of device meta, the averaged weights of a checkpoint."""
+    """Give a network, which may be on the device meta, the averaged weights of a checkpoint."""
     check_weights(state["ema"], net, name)
-    types = {key: value.dtype for key, value in net.state_dict().items()}
     weights = {
-        key: value.to(types[key]).clone(memory_format=torch.contiguous_format)
-        for key, value in state["ema"].items()
+        key: state["ema"][key].to(value.dtype, copy=True, memory_format=torch.contiguous_format)
+        for key, value in net.state_dict().items()
     }
     net.load_state_dict(weights, assign=True)
 
 
 def load_weights(net: nn.Module, path: str, flag: str) -> None:
-    """Give a network the averaged weights in a file; UserError if there are none that fit."""
+    """Give a network the averaged weights in a file; UserError unless they fit."""
     require(Path(path).is_file(), f"{flag} {path}: no such file.")
     put_weights(net, load_checkpoint(path), f"{flag} {path}")
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint of ours, without reading its weights."""
+    """The step of a checkpoint of a run, without reading its weights; 0 if there is none."""
     return torch.load(path, mmap=True, weights_only=True)["step"] if path.is_file() else 0
 
 
@@ -711,7 +704,7 @@ def count_parameters(net: nn.Module) -> str:
 
 
 def check_parts(cfg: Any, least: int = 1, sources: int = 1) -> None:
-    """UserError unless the batch, of so many sources of photos, can be divided as the flag says."""
+    """UserError unless --accumulate divides the batch of each source into parts of >= `least`."""
     batch, parts = cfg.batch_size // sources, cfg.accumulate or 1
     fits = batch % parts == 0 and batch // parts >= least
     size = f"--batch-size {cfg.batch_size}" + f" of {sources} kinds" * (sources > 1)
@@ -726,17 +719,17 @@ def from_dict(config: type[C], values: Any, name: str) -> C:
     for key, value in values.items():
         wrong = f"{name}: {key} = {value!r} in its configuration: of another version, or damaged."
         require(key in fields, wrong)
-        sample: Any = fields[key]
-        kinds = (int, float) if isinstance(sample, float) else (type(sample),)
+        default: Any = fields[key]
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
         require(type(value) in kinds, wrong)
-        if isinstance(sample, tuple):
-            kind = type(sample[0]) if sample else str
+        if isinstance(default, tuple):
+            kind = type(default[0]) if default else str
             require(len(value) <= 16 and all(type(v) is kind for v in value), wrong)
     return config(**values)
 
 
 def check_ranges(cfg: Any, ranges: Mapping[str, tuple[float, float]], name: str = "") -> None:
-    """UserError that names the flag, and the file it is from, for a number out of its range."""
+    """UserError for a number out of its range; it names the flag and the file `name`."""
     for key, (low, high) in ranges.items():
         value = getattr(cfg, key)
         for number in value if isinstance(value, tuple) else (value,):
@@ -746,16 +739,17 @@ def check_ranges(cfg: Any, ranges: Mapping[str, tuple[float, float]], name: str 
 
 # ---- the run of a training ----------------------------------------------------------------------
 
-# What all trainings have in common, and how large it may be.
+# Flags that all trainings have, and their ranges.
 TRAINING_RANGES = {"accumulate": (0, 2**16), "log_every": (1, 2**31), "save_every": (1, 2**31),
                    "cooldown": (0, 1), "ema_decay": (0, 1)}  # fmt: skip
-# What may change when a run goes on: length, batch, log, machine; and files, which `began` tells.
+# Flags that may change when a run is resumed. The weights that it started from may not change, but
+# their files may move: the fact `began` tells them apart.
 MAY_CHANGE = ("out", "checkpoint", "start_from", "vqvae", "steps", "batch_size", "accumulate",
               "log_every", "save_every", "cooldown", "compile", "bf16", "device")  # fmt: skip
 
 
 def broadcast(x: Tensor) -> None:
-    """Give every process the first one's values."""
+    """Copy the values of the first process to all others."""
     if dist.is_initialized():
         dist.broadcast(x, 0)
 
@@ -763,20 +757,17 @@ def broadcast(x: Tensor) -> None:
 def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
     """Average the gradients over all processes, in one message.
 
-    Used instead of DistributedDataParallel, so that a loss may call any method of its network.
+    DistributedDataParallel would forbid a loss to call other methods of its network than forward.
     """
     if world_size > 1:
         gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in gradients])
+        flat = _flatten_dense_tensors(gradients)
         dist.all_reduce(flat)
-        parts = (flat / world_size).split([g.numel() for g in gradients])
-        torch._foreach_copy_(
-            gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)]
-        )
+        torch._foreach_copy_(gradients, _unflatten_dense_tensors(flat / world_size, gradients))
 
 
 def largest(value: float, rt: Runtime) -> float:
-    """The largest of all processes' values."""
+    """The largest value of all processes."""
     if rt.world_size > 1:
         values = torch.tensor([float(value)], device=rt.device)
         dist.all_reduce(values, dist.ReduceOp.MAX)
@@ -785,16 +776,19 @@ def largest(value: float, rt: Runtime) -> float:
 
 
 def parts_that_fit(batch: int, least: int, cost: float, room: float) -> int:
-    """Into how few equal parts a batch has to go, if `least` images take `cost` bytes of `room`."""
+    """The smallest number of equal parts of a batch so that one part takes at most `room` bytes.
+
+    A part has at least `least` images, which take `cost` bytes. If none fits, the largest number.
+    """
     possible = [n for n in range(1, batch // least + 1) if batch % n == 0]
     return next((n for n in possible if cost * batch / n / least <= room), possible[-1])
 
 
 def compile_networks(networks: Sequence[nn.Module], rt: Runtime) -> None:
-    """torch.compile where it works; where it does not, one sentence and the plain path."""
+    """Apply torch.compile; where it does not work, print a sentence and go on without it."""
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=rt.device))
-    except Exception as error:  # of many kinds, most often for want of a C++ compiler
+    except Exception as error:  # of many types; most often a C++ compiler is missing
         if rt.is_main:
             print(f"torch.compile does not work here ({type(error).__name__}): training without it")
         return
@@ -805,17 +799,17 @@ def compile_networks(networks: Sequence[nn.Module], rt: Runtime) -> None:
 class Run:
     """A training of a network: everything but the loss.
 
-        run = Run(...)
+        run = Run(cfg, rt, net, groups, path, steps)
         for *images, draw in run.batches(crops):
             with rt.autocast(cfg.bf16):
-                losses = ...        # a dict of numbers, of which "loss" is minimised
+                losses = ...        # a dict of tensors: "loss" is minimised, all are logged
             run.update(losses)
 
-    It goes on from `path` if that is there, of the same configuration, and leaves the result there:
-    a dict with step, steps, net, ema, opt, config. At the end the network has averaged weights.
-    Batch and draws depend on (seed, step, number of the part) alone, so that 1 process with 2 parts
-    does what 2 processes do. `groups` are AdamW's; all other parameters are frozen. preview() may
-    draw a picture and returns numbers to log. What the run begins from is told in `facts`.
+    `groups` are the parameter groups of AdamW; all other parameters are frozen. In the end `net`
+    has the averaged weights. The checkpoint `path` is a dict of step, steps, net, ema, opt, config;
+    a run resumes from it if the configuration, with the `facts` of what it starts from, is equal.
+    Batches and draws depend on (seed, step, part) alone, so 1 process with 2 parts computes what 2
+    processes do. preview() may draw a picture; the numbers that it returns are logged.
     """
 
     def __init__(
@@ -831,7 +825,8 @@ class Run:
     ) -> None:
         self.cfg, self.rt, self.net, self.path, self.steps = cfg, rt, net, path, steps
         self.preview, self.config = preview, dataclasses.asdict(cfg) | facts
-        self.step, self.part, self.parts, self.trying = 0, 0, 1, False
+        self.step, self.part, self.parts = 0, 0, 1  # step -1: a trial, see there
+        self.clock, self.logged = 0.0, 0  # time and step of the last line of the log
         self.trained = [p for group in groups for p in group["params"]]
         moves = any(group["lr"] > 0 for group in groups) or steps == 0
         require(moves, "all learning rates are 0: there is nothing to train.")
@@ -842,13 +837,14 @@ class Run:
         self.rates = [group["lr"] for group in groups]
         self.opt = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self.ema = {key: value.detach().clone() for key, value in net.state_dict().items()}
-        before = "before.pt" if path.name == "last.pt" else f"before-{path.name}"
-        self.before = path.with_name(before)
+        self.before = path.with_name(
+            "before.pt" if path.name == "last.pt" else f"before-{path.name}"
+        )
         if path.is_file() or self.before.is_file():
             self.resume(self.read())
 
     def read(self) -> dict[str, Any]:
-        """What the checkpoint holds, or, where it is damaged or missing, the one before it."""
+        """The last checkpoint, or the one before if the last is damaged or missing."""
         try:
             require(self.path.is_file(), f"{self.path} is missing.")
             return load_checkpoint(self.path)
@@ -862,25 +858,26 @@ class Run:
             return load_checkpoint(self.before)
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint; UserError unless it is one of this very run."""
-        path, missing = self.path, object()
-        elsewhere = f"give another --{'name' if 'name' in self.config else 'out'} or delete it"
+        """Go on from a checkpoint; UserError unless it is of a run with the same configuration."""
+        path = self.path
+        way_out = f"give another --{'name' if 'name' in self.config else 'out'} or delete it"
         stored = state["config"] if isinstance(state["config"], dict) else {}
-        different = [key for key, value in self.config.items() if stored.get(key, missing) != value]
-        flags = {key: f"--{key.replace('_', '-')}" for key in different}
-        for key in sorted(set(different) - set(MAY_CHANGE)):
-            values = f"{flags[key]} is {self.config[key]}, in {path} {stored.get(key, 'missing')}"
-            values = f"{path} began from other weights" if key == "began" else values
-            raise UserError(f"{values}: {elsewhere}.")
-        for key in different if self.rt.is_main else ():
-            print(f"{path}: from now on {flags[key]} {self.config[key]} ({stored.get(key)} before)")
-        wrong = f"{path} is no checkpoint of this training: {elsewhere}."
+        for key, value in self.config.items():
+            old, flag = stored.get(key, "missing"), f"--{key.replace('_', '-')}"
+            if old == value:
+                continue
+            if key == "began":
+                raise UserError(f"{path} began from other weights: {way_out}.")
+            require(key in MAY_CHANGE, f"{flag} is {value}, in {path} {old}: {way_out}.")
+            if self.rt.is_main:
+                print(f"{path}: from now on {flag} {value} ({old} before)")
+        wrong = f"{path} is no checkpoint of this training: {way_out}."
         require({"step", "steps", "net", "ema", "opt"} <= state.keys(), wrong)
         step, steps = state["step"], state["steps"]
         sound = type(step) is int and type(steps) is int and 0 <= step <= steps
-        require(sound, f"{path}: its step is {step} of {steps}: {elsewhere}.")
-        for part in ("net", "ema"):
-            check_weights(state[part], self.net, str(path))
+        require(sound, f"{path}: its step is {step} of {steps}: {way_out}.")
+        for weights in (state["net"], state["ema"]):
+            check_weights(weights, self.net, str(path))
         try:
             self.opt.load_state_dict(state["opt"])
         except (AttributeError, KeyError, TypeError, ValueError):
@@ -893,14 +890,10 @@ class Run:
         elif self.rt.is_main and self.steps > 0:
             print(f"{path} is finished: it has {step} steps; more --steps go on from there")
 
-    def draw(self, number: int) -> torch.Generator:
-        """The generator of a part of a batch."""
-        return generator(self.cfg.seed, number, device=self.rt.device)
-
     def batches(self, *crops: Any, least: int = 1) -> Iterator[tuple[Any, ...]]:
-        """Batches of all crops and a generator, until the last step is done.
+        """Yield a batch of each of the crops, and a generator, until the last step is done.
 
-        A batch is divided where the memory of a GPU asks for it, or as --accumulate says; a part
+        A batch is divided as --accumulate says, or else as the memory of a GPU requires; each part
         has at least `least` images.
         """
         cfg, rt = self.cfg, self.rt
@@ -910,7 +903,7 @@ class Run:
             self.parts = cfg.accumulate or 1
         per_step, start = rt.world_size * self.parts, self.step
 
-        def numbers() -> Iterator[int]:  # of this process
+        def numbers() -> Iterator[int]:  # of the parts of this process
             for step in range(start, self.steps):
                 yield from range(step * per_step + rt.rank, (step + 1) * per_step, rt.world_size)
 
@@ -918,40 +911,44 @@ class Run:
         self.images = sum(c.batch_size for c in crops) * rt.world_size
         pairs = [(self.ema[key], value) for key, value in self.net.state_dict().items()]
         self.averaged = [pair for pair in pairs if pair[0].is_floating_point()]
-        self.stop: list[bool] = []
+        self.stop: list[bool] = []  # SIGTERM adds an item
         before = signal.signal(signal.SIGTERM, lambda *_: self.stop.append(True))
         try:
             for number, *images in zip(numbers(), *streams, strict=True):
-                yield *images, self.draw(number)
+                yield *images, generator(cfg.seed, number, device=rt.device)
         finally:
             signal.signal(signal.SIGTERM, before)
         self.net.load_state_dict(self.ema)
         self.net.eval().requires_grad_(False)
 
     def trial(self, crops: Sequence[Any], least: int) -> Iterator[tuple[Any, ...]]:
-        """One part that no step follows, to see what an image takes: sets the number of parts."""
+        """Yield a batch of `least` images to measure its memory, and choose the number of parts.
+
+        update() makes no step of it.
+        """
         device, batch = self.rt.device, math.gcd(*(c.batch_size for c in crops))
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        there = torch.cuda.memory_allocated(device)
-        step, self.step, self.trying = self.step, -1, True
+        allocated = torch.cuda.memory_allocated(device)
+        step, self.step = self.step, -1
         torch.compiler.set_stance("force_eager")
-        yield *(next(c.batches([0], least, device)) for c in crops), self.draw(-1)
+        draw = generator(self.cfg.seed, -1, device=device)
+        yield *(next(c.batches([0], least, device)) for c in crops), draw
         torch.compiler.set_stance("default")
-        self.step, self.trying = step, False
-        cost = torch.cuda.max_memory_allocated(device) - there
+        self.step = step
+        cost = torch.cuda.max_memory_allocated(device) - allocated
         adam = 8 * sum(p.numel() for p in self.trained)
         torch.cuda.empty_cache()
         room = 0.9 * torch.cuda.mem_get_info(device)[0] - adam
         self.parts = int(largest(parts_that_fit(batch, least, cost, room), self.rt))
         if self.rt.is_main and self.parts > 1:
-            print(f"a batch goes through the networks in {self.parts} parts, as memory asks for")
+            print(f"memory is short: a batch goes through the networks in {self.parts} parts")
 
     def update(self, losses: dict[str, Tensor]) -> None:
-        """Backward; and behind the last part of a batch all that belongs to a step."""
+        """Backward pass; after the last part of a batch the step, its log and its checkpoint."""
         cfg, rt = self.cfg, self.rt
         (losses["loss"] / self.parts).backward()
-        if self.trying:
+        if self.step < 0:
             return self.opt.zero_grad(set_to_none=True)
         self.part = (self.part + 1) % self.parts
         if self.part > 0:
@@ -963,7 +960,7 @@ class Run:
             group["lr"] = rate * min(1, left)  # falls to 0 over the last cfg.cooldown of the steps
         self.opt.step()
         self.opt.zero_grad(set_to_none=True)
-        # A warm-up of the average, so that a short run does not ship its initialisation.
+        # The average warms up, so that a short run does not end near its initialisation.
         decay = min(cfg.ema_decay, (1 + self.step) / (10 + self.step))
         averages, weights = zip(*self.averaged, strict=True)
         torch._foreach_lerp_(averages, weights, 1 - decay)
@@ -975,7 +972,7 @@ class Run:
             self.report(losses, norm, saving)
         if rt.is_main and saving:
             self.save()
-        if not hasattr(self, "clock"):  # what is compiled in the first step does not count as speed
+        if not self.clock:  # the first step does not count as speed: networks are compiled in it
             self.clock, self.logged = time.time(), self.step
         if stopping:
             raise SystemExit(f"stopped at step {self.step}; the same command goes on from there")
@@ -984,11 +981,11 @@ class Run:
         """Print the numbers of a step and append them to log.jsonl; UserError if not finite."""
         shown = {key: value.item() for key, value in losses.items()}
         finite = math.isfinite(shown["loss"]) and math.isfinite(norm.item())
-        kept = f"{self.path} is" if self.path.is_file() else "no checkpoint is there"
+        kept = f"{self.path} is of an earlier step" if self.path.is_file() else "nothing is saved"
         found = f"the loss is {shown['loss']}, its gradient {norm.item()} at step {self.step}"
-        require(finite, f"{found}; {kept} from before.")
+        require(finite, f"{found}; {kept}.")
         speed = {}
-        if hasattr(self, "clock") and self.step > self.logged:
+        if self.clock:
             images = (self.step - self.logged) * self.images
             speed["images/s"] = images / (time.time() - self.clock)
         if self.rt.device.type == "cuda":
@@ -1013,13 +1010,13 @@ class Run:
 
 
 def without_paths(config: dict[str, Any]) -> dict[str, Any]:
-    """A stored configuration without the paths of the machine that trained, which are its own."""
+    """A stored configuration without the paths of the machine that trained."""
     paths = {"hr", "lr", "out", "checkpoint", "start_from", "vqvae"}
     kept = {key: value for key, value in config.items() if key not in paths}
     return {k: without_paths(v) if isinstance(v, dict) else v for k, v in kept.items()}
 
 
-if __name__ == "__main__":  # python common.py IN.pt OUT.safetensors: the averaged weights, to ship
+if __name__ == "__main__":  # python common.py IN.pt OUT.safetensors: averaged weights, to ship
     source, target = load_checkpoint(sys.argv[1]), sys.argv[2]
     half = {key: value.half().contiguous() for key, value in source["ema"].items()}
     facts = {"config": json.dumps(without_paths(source["config"])), "step": str(source["step"])}

@@ -1,6 +1,6 @@
 """Photos to train on: decoded once, mapped into memory, read in random crops.
 
-A stage does this by itself. For sets that many runs need, the command writes one array of
+The stages use Photos and Crops. For sets that many runs need, the command writes one array of
 neighbouring crops (N, 3, size, size) of 8 bits: native pixels, never resized, without flat ones.
 
     python data/pack.py --photos data/sample/lr --out data/lr.npy --size 128
@@ -8,6 +8,7 @@ neighbouring crops (N, 3, size, size) of 8 bits: native pixels, never resized, w
 """
 
 import json
+import math
 import os
 import sys
 import zlib
@@ -27,11 +28,11 @@ import common
 
 # ---- photos to train on -----------------------------------------------------------------------
 
-Item = Path | tuple[Path, ...]  # a photo, or the files of which `read` makes one array
+Item = Path | tuple[Path, ...]  # a photo, or several files of which `read` makes one array
 
 
 def open_pack(path: Path) -> np.ndarray:
-    """Crops (N, 3, side, side) written by this command, uint8, left on disk; UserError if not."""
+    """Crops (N, 3, side, side) of a packed file, uint8, mapped into memory; or UserError."""
     try:
         crops = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError) as error:
@@ -49,7 +50,7 @@ def read_photo(file: Path) -> np.ndarray:
 
 
 def decode(items: Sequence[Item], target: Path, read: Callable[..., np.ndarray]) -> None:
-    """Write the pixels of all photos into one file, and beside it the table of Photos."""
+    """Write the pixels of all photos into one file, and their rows of Photos.table beside it."""
 
     def work(item: Item) -> np.ndarray | str:
         try:
@@ -57,8 +58,8 @@ def decode(items: Sequence[Item], target: Path, read: Callable[..., np.ndarray])
         except ValueError as error:
             return str(error)
 
-    main = int(os.environ.get("RANK", 0)) == 0
-    table, bad, place = [], [], 0
+    main = common.process_rank() == 0
+    table, bad, start = [], [], 0
     with common.replacing(target) as temporary, open(temporary, "wb") as pixels:
         photos = common.in_parallel(work, items, min(8, os.cpu_count() or 1))
         for photo in tqdm(photos, "decoding photos", len(items), disable=not main or None):
@@ -66,16 +67,15 @@ def decode(items: Sequence[Item], target: Path, read: Callable[..., np.ndarray])
                 bad.append(photo)
                 continue
             pixels.write(np.ascontiguousarray(photo).data)
-            table.append((0, place, *photo.shape))
-            place += photo.size
-        common.require(
-            len(table) > 0, f"no photo can be read of {len(items)} ({''.join(bad[:1])})."
-        )
+            table.append((0, start, *photo.shape))
+            start += photo.size
+        first = "".join(bad[:1])
+        common.require(len(table) > 0, f"no photo can be read of {len(items)} ({first}).")
         with common.replacing(target.with_suffix(".npy")) as index, open(index, "wb") as file:
             np.save(file, np.array(table, np.int64))
     if bad and main:
-        print(f"skipped {len(bad)} of {len(items)} photos: unreadable (the first: {bad[0]})")
-    for old in target.parent.iterdir():  # of photos that have changed, or of a killed run
+        print(f"skipped {len(bad)} of {len(items)} photos: unreadable (the first: {first})")
+    for old in target.parent.iterdir():  # of photos that have changed since, or of a killed run
         if old.stem != target.stem and old.suffix in (".pixels", ".npy", ".tmp"):
             old.unlink()
 
@@ -84,8 +84,10 @@ class Photos:
     """Photos to train on, uint8 (C, H, W), mapped into memory from files on the disk.
 
     The first process of a node decodes each photo once, into `folder`; all processes and later runs
-    read from there. Packed crops count as photos. What can't be read is left out and counted.
+    read from there. Each crop of a packed file counts as a photo. Unreadable photos are left out.
     """
+
+    table: np.ndarray  # int64 (N, 5): number of the map, start of the photo in it, C, H, W
 
     def __init__(
         self,
@@ -97,11 +99,10 @@ class Photos:
         packs = [open_pack(x) for x in items if isinstance(x, Path) and x.suffix == ".npy"]
         photos = [x for x in items if not isinstance(x, Path) or x.suffix != ".npy"]
         self.maps = [pack.reshape(-1) for pack in packs]
-        self.table = np.zeros((0, 5), np.int64)  # map, place of the first pixel, C, H, W
-        for i, pack in enumerate(packs):
-            rows = np.tile(np.array([i, 0, *pack.shape[1:]], np.int64), (len(pack), 1))
-            rows[:, 1] = np.arange(len(pack)) * pack[0].size
-            self.table = np.concatenate([self.table, rows])
+        rows = [
+            (i, k * p[0].size, *p.shape[1:]) for i, p in enumerate(packs) for k in range(len(p))
+        ]
+        self.table = np.array(rows, np.int64).reshape(-1, 5)
         if photos:
             files = [f for x in photos for f in (x if isinstance(x, tuple) else (x,))]
             facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
@@ -109,25 +110,25 @@ class Photos:
             if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not pixels.is_file():
                 decode(photos, pixels, read)
             common.wait_for_all(rt)
-            rows = np.load(pixels.with_suffix(".npy"))
-            rows[:, 0] = len(self.maps)
+            table = np.load(pixels.with_suffix(".npy"))
+            table[:, 0] = len(self.maps)
             self.maps.append(np.memmap(pixels, np.uint8, "r"))
-            self.table = np.concatenate([self.table, rows])
+            self.table = np.concatenate([self.table, table])
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Photo of a row of the table, uint8 (C, H, W)."""
-        i, place, C, H, W = self.table[index].tolist()
-        return self.maps[i][place : place + C * H * W].reshape(C, H, W)
+        i, start, C, H, W = self.table[index].tolist()
+        return self.maps[i][start : start + C * H * W].reshape(C, H, W)
 
 
 class Crops:
     """Batches of random crops of photos: batch i depends on (seed, stream, i) and its size alone.
 
-    A crop has `scale` times as many pixels as `flag` says. Of the photos in `rows`, those smaller
-    than the crop are left out and counted. UserError if none is left.
+    A crop has `scale` times as many pixels a side as the value `crop` of `flag`. Photos are those
+    of the table's `rows`; smaller ones than a crop are left out. UserError if none remains.
     """
 
-    grid = 8  # crops begin at its multiples, so that the blocks of a photo's JPEG begin at the edge
+    grid = 8  # crops begin at its multiples, so that blocks of JPEG begin at the edge of a crop
 
     def __init__(
         self,
@@ -152,21 +153,18 @@ class Crops:
         common.require(len(self.rows) > 0, f"{flag} {crop}: {small}; {way_out}.")
 
     def turned(self, crop: np.ndarray, draw: int) -> np.ndarray:
-        """A crop, flipped where the draw is odd."""
+        """A crop, flipped if the draw is odd."""
         return crop[..., ::-1] if draw % 2 else crop
 
     def batch(self, i: int, count: int) -> Tensor:
         """Batch i, uint8 (count, C, size, size)."""
         draws = torch.randint(2**30, (count, 4), generator=common.generator(*self.key, i))
         crops = []
-        for index, top, left, draw in draws.tolist():
+        for index, *place, draw in draws.tolist():
             photo = self.photos[self.rows[index % len(self.rows)]]
-            top, left = (
-                place % (n - self.size + 1) // self.grid * self.grid
-                for place, n in zip((top, left), photo.shape[1:], strict=True)
-            )
-            crop = photo[:, top : top + self.size, left : left + self.size]
-            crops.append(self.turned(crop, draw))
+            ends = [n - self.size + 1 for n in photo.shape[1:]]
+            y, x = (p % n // self.grid * self.grid for p, n in zip(place, ends, strict=True))
+            crops.append(self.turned(photo[:, y : y + self.size, x : x + self.size], draw))
         return torch.from_numpy(np.stack(crops))
 
     def batches(self, numbers: Iterable[int], count: int, device: torch.device) -> Iterator[Tensor]:
@@ -181,11 +179,11 @@ class Crops:
             yield batch.contiguous(memory_format=torch.channels_last)
 
 
-# ---- crops of one photo -----------------------------------------------------------------------
+# ---- the command ------------------------------------------------------------------------------
 
 
 def cut(photo: Tensor, size: int) -> Tensor:
-    """Neighbouring crops (N, 3, size, size) of a photo (3, H, W); the rest lies round the edges."""
+    """Neighbouring crops (N, 3, size, size) of a photo (3, H, W); its edges are left out."""
     H, W = (side // size * size for side in photo.shape[1:])
     top, left = (photo.shape[1] - H) // 2, (photo.shape[2] - W) // 2
     tiles = photo[:, top : top + H, left : left + W].unfold(1, size, size).unfold(2, size, size)
@@ -195,14 +193,11 @@ def cut(photo: Tensor, size: int) -> Tensor:
 def detail(crops: Tensor) -> Tensor:
     """RMS step in levels (N,) between neighbouring 4 x 4 blocks of uint8 crops (N, 3, H, W).
 
-    The noise of an empty sky averages out in a block, and its gradient hardly shows in one step.
+    The noise of an empty sky averages out in a block; its gradient is small from block to block.
     """
     blocks = F.avg_pool2d(crops.float().mean(1), 4)  # (N, H/4, W/4)
     down, right = (blocks.diff(dim=d).square().mean((1, 2)) for d in (1, 2))
     return ((down + right) / 2).sqrt()
-
-
-# ---- the command ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -211,15 +206,14 @@ class Config:
 
     photos: tuple[str, ...] = ("data/lr",)  # folders or files of photos
     out: str = ""  # file to write (default: the first of --photos, with .npy)
-    size: int = 256  # side of a crop; give more than is trained on, so that places vary
-    per_photo: int = 0  # crops to keep of a photo, drawn at random (0: all)
+    size: int = 256  # side of a crop; larger than the crops of training, so that places vary
     flat: float = 2.0  # a crop is left out if 4 x 4 blocks differ by fewer levels of 255 (0: none)
-    seed: int = 0  # of the draw for --per-photo
+    seed: ClassVar[int] = 0
     device: ClassVar[str] = "cpu"
 
 
 def write_header(file: BinaryIO, count: int, size: int) -> None:
-    """Begin a .npy file; numpy pads the header, so that a larger count takes no more room."""
+    """Write the header of a .npy file; numpy pads it to the same length for any count."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, 3, size, size)}
     file.seek(0)
     np.lib.format.write_array_header_1_0(file, header)
@@ -230,43 +224,38 @@ def main(cfg: Config, rt: common.Runtime) -> None:
     out, size = Path(cfg.out or Path(cfg.photos[0]).with_suffix(".npy")), cfg.size
     named = out.suffix == ".npy" and not out.is_dir()
     common.require(named, f"--out {out}: must be a file name that ends in .npy.")
-    common.require(size >= 8, f"--size {size}: must be at least 8.")
-    common.require(cfg.per_photo >= 0, f"--per-photo {cfg.per_photo}: must not be negative.")
-    common.require(cfg.flat >= 0, f"--flat {cfg.flat}: must not be negative.")
+    common.check_ranges(cfg, {"size": (8, 2**15), "flat": (0, math.inf)})
     common.require(rt.world_size == 1, "pack.py takes every core: start it without torchrun.")
     files = common.list_images(cfg.photos, "--photos")
 
-    def work(i: int) -> tuple[bytes, int] | str:
-        """The kept crops of photo i and how many were flat; or why it can't be used."""
+    def work(file: Path) -> tuple[np.ndarray, int] | str:
+        """The kept crops of a photo and the number of flat ones; or why it can't be used."""
         try:
-            photo = common.to_uint8(common.load_image(files[i]))
+            photo = torch.from_numpy(read_photo(file))
         except ValueError as error:
             return f"skipped: {error}"
         if min(photo.shape[1:]) < size:
-            return f"skipped: {files[i]}: under {size} pixels"
+            return f"skipped: {file}: under {size} pixels"
         crops = cut(photo, size)
-        kept = torch.nonzero(detail(crops) >= cfg.flat)[:, 0]
-        flat = len(crops) - len(kept)
-        if cfg.per_photo:
-            order = torch.randperm(len(kept), generator=common.generator(cfg.seed, i))
-            kept = kept[order[: cfg.per_photo].sort().values]
-        return crops[kept].numpy().tobytes(), flat
+        kept = crops[detail(crops) >= cfg.flat]
+        return kept.numpy(), len(crops) - len(kept)
 
     threads, count, flat, skipped = torch.get_num_threads(), 0, 0, 0
-    torch.set_num_threads(1)  # each thread of the pool has a core to itself
-    # Written as it comes, since neither the count is known before nor memory enough for all; a
-    # full disk is an error here, where a memory map would be killed by a signal.
-    with common.replacing(out) as temporary, open(temporary, "wb") as file:
-        write_header(file, 0, size)
-        for result in tqdm(common.in_parallel(work, range(len(files)), threads), total=len(files)):
+    torch.set_num_threads(1)  # each thread of in_parallel has a core to itself
+    # The number of crops is known in the end, and all of them may not fit into memory: they are
+    # written one after the other. A full disk is an error then; with a memory map it is a signal.
+    with common.replacing(out) as temporary, open(temporary, "wb") as target:
+        write_header(target, 0, size)
+        for result in tqdm(common.in_parallel(work, files, threads), total=len(files)):
             if isinstance(result, str):
                 tqdm.write(result)
                 skipped += 1
                 continue
-            file.write(result[0])
-            count, flat = count + len(result[0]) // (3 * size * size), flat + result[1]
+            crops, left = result
+            target.write(crops.data)
+            count, flat = count + len(crops), flat + left
         common.require(count > 0, f"no crop to keep: {skipped} photos skipped, {flat} crops flat.")
-        write_header(file, count, size)
+        write_header(target, count, size)
     left_out = f"left out {flat} flat crops and {skipped} photos"
     print(f"{count} crops of {size} x {size} pixels in {out}; {left_out} of {len(files)}")
 

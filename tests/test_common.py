@@ -718,26 +718,6 @@ def test_without_a_compiler_training_goes_on_and_says_so(monkeypatch, capsys):
     assert net(torch.zeros(1, 3, 8, 8)).shape == (1, 3, 8, 8)
 
 
-def test_names_of_photos_depend_on_their_path_below_the_folder_given(tmp_path):
-    here, there = tmp_path / "here", tmp_path / "there"
-    files = [here / "a.png", here / "b" / "a.jpg", here / "b.c.png", there / "B" / "z.png"]
-    expected = ["a", "b_a", "b.c", "B_z"]
-    assert common.photo_names(files, [str(here), str(there)]) == expected
-    assert common.photo_names(files[1:], [str(here), str(there)]) == expected[1:]
-    assert common.photo_names(files[1:2], [str(files[1])]) == ["a"]
-
-
-def test_names_of_photos_are_never_equal_but_for_their_case(tmp_path):
-    folders = [tmp_path / "x", tmp_path / "y"]
-    files = [
-        f / name for f in folders for name in ("a.png", "A.jpg", "a.webp", "b/c.png", "b_C.png")
-    ]
-    names = common.photo_names(files, [*map(str, folders)])
-    assert len({name.casefold() for name in names}) == len(files)
-    turned = common.photo_names(files[::-1], [*map(str, folders)])
-    assert turned == names[::-1]
-
-
 def test_a_sheet_of_pictures_that_are_on_a_gpu_is_written(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(common, "save_image", lambda path, x: written.append(x))

@@ -1,4 +1,4 @@
-"""data/pack.py: the packed file, photos decoded once, and the random crops training reads."""
+"""data/pack.py: photos decoded once, the random crops that training reads, the packed file."""
 
 import errno
 import os
@@ -35,6 +35,11 @@ def photos(tmp_path) -> Path:
     return tmp_path / "photos"
 
 
+@pytest.fixture
+def files(photos) -> list[Path]:
+    return sorted(photos.iterdir())
+
+
 def packed(folder: Path, *photos: Path, **flags) -> np.ndarray:
     """The array that pack.py writes for these photos."""
     out = folder / f"x{len(list(folder.iterdir()))}.npy"
@@ -51,238 +56,81 @@ def places(crop: Tensor, photo: Tensor) -> list[list[int]]:
     return [[y, x] for y, x in alike if torch.equal(photo[:, y : y + size, x : x + size], crop)]
 
 
-# ---- the file ---------------------------------------------------------------------------------
+def hits(crops: Tensor, files: list[Path], flipped: bool = False) -> Tensor:
+    """Whether each of the crops, flipped or not, occurs in each of the photos."""
+    whole = [common.load_image(file) for file in files]
+    crops = crops.flip(3) if flipped else crops
+    return torch.tensor([[bool(places(crop, photo)) for photo in whole] for crop in crops])
 
 
-def test_crops_are_native_pixels_side_by_side(photos, tmp_path):
-    crops = torch.from_numpy(packed(tmp_path, photos))
-    assert crops.dtype == torch.uint8 and crops.shape == (4 + 6 + 1, 3, 32, 32)
-    a, b, c = (common.load_image(photos / f"{name}.png") for name in "abc")
-    # What does not fill a crop is left at the edges, the same amount at each.
-    assert [places(crop, a) for crop in crops[:4]] == [[[y, x]] for y in (1, 33) for x in (3, 35)]
-    assert [places(crop, b) for crop in crops[4:10]] == [
-        [[y, x]] for y in (0, 32) for x in (1, 33, 65)
-    ]
-    assert torch.equal(crops[10], common.to_uint8(c))
-
-
-def test_real_photos_keep_their_pixels(shared, tmp_path):
-    folder = next(f for f in sorted((shared / "photos" / "real_lr").iterdir()) if f.is_dir())
-    files = sorted(folder.glob("*.jpg"))[:3]
-    crops = torch.from_numpy(packed(tmp_path, *files, size=96, flat=0.0))
-    whole = torch.stack([common.load_image(file) for file in files])
-    assert len(crops) == sum((p.shape[1] // 96) * (p.shape[2] // 96) for p in whole)
-    assert all(any(places(crop, photo) for photo in whole) for crop in crops)
-    assert len(packed(tmp_path, *files, size=96)) >= 0.8 * len(crops)
-
-
-def test_detail_is_the_step_between_blocks():
-    blocks = torch.tensor([[10, 40], [10, 100]]).repeat_interleave(4, 0).repeat_interleave(4, 1)
-    crop = blocks.expand(1, 3, 8, 8).to(torch.uint8)
-    expected = ((30**2 + 90**2 + 0**2 + 60**2) / 4) ** 0.5
-    assert pack.detail(crop).item() == pytest.approx(expected)
-
-
-def test_flat_crops_are_left_out_and_counted(tmp_path, capsys):
-    x = torch.linspace(0.3, 0.4, 64).expand(3, 64, 64)
-    noisy = x + 3 / 255 * torch.randn(3, 64, 64, generator=common.generator(1))
-    sky = torch.cat([x, noisy, torch.zeros(3, 64, 64), noise(64, 64)], dim=2)
-    common.save_image(tmp_path / "photos" / "sky.png", sky)
-    kept = torch.from_numpy(packed(tmp_path, tmp_path / "photos", size=64))
-    assert "left out 3 flat crops" in capsys.readouterr().out
-    assert torch.equal(kept, common.to_uint8(noise(64, 64))[None])
-    assert len(packed(tmp_path, tmp_path / "photos", size=64, flat=0.0)) == 4
-
-
-def test_bad_and_small_photos_are_named_once_and_counted(photos, tmp_path, capsys):
-    whole = packed(tmp_path, photos)
-    (photos / "bad.png").write_text("not an image")
-    data = (photos / "b.png").read_bytes()
-    (photos / "cut.png").write_bytes(data[: len(data) // 2])
-    common.save_image(photos / "tiny.png", noise(31, 200))
-    capsys.readouterr()
-    np.testing.assert_array_equal(packed(tmp_path, photos), whole)
-    lines = capsys.readouterr().out.strip().splitlines()
-    assert len(lines) == 4 and lines[-1].endswith("left out 0 flat crops and 3 photos of 6")
-    for line, name in zip(lines, ("bad.png", "cut.png", "tiny.png"), strict=False):
-        assert line.startswith("skipped: ") and name in line
-
-
-def test_the_same_photos_give_the_same_bytes(photos, tmp_path):
-    threads = torch.get_num_threads()
-    for name, count in (("1.npy", 1), ("2.npy", 4)):
-        torch.set_num_threads(count)
-        pack.main(pack.Config((str(photos),), str(tmp_path / name), 32, per_photo=2), CPU)
-    torch.set_num_threads(threads)
-    assert (tmp_path / "1.npy").read_bytes() == (tmp_path / "2.npy").read_bytes()
-
-
-def test_per_photo_draws_some_of_the_crops_of_each(photos, tmp_path):
-    whole = packed(tmp_path, photos)
-    rows = [
-        (whole == crop).all((1, 2, 3)).argmax() for crop in packed(tmp_path, photos, per_photo=2)
-    ]
-    assert rows == sorted(set(rows)) and [sum(r in part for r in rows) for part in
-        (range(4), range(4, 10), range(10, 11))] == [2, 2, 1]  # fmt: skip
-    drawn = {packed(tmp_path, photos, per_photo=1, seed=seed).tobytes() for seed in range(6)}
-    assert len(drawn) > 1
-
-
-class FullDisk:
-    """A file on a disk with no room for a second crop."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-    def write(self, data):
-        if self.file.tell() > 3 * 32 * 32:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return self.file.write(data)
-
-
-def test_a_full_disk_leaves_the_old_file_and_no_other(photos, tmp_path, monkeypatch):
-    cfg = pack.Config((str(photos),), str(tmp_path / "out" / "x.npy"), 32)
-    monkeypatch.setattr(pack, "open", lambda *a: FullDisk(open(*a)), raising=False)
-    for old in (None, b"old"):
-        if old:
-            (tmp_path / "out" / "x.npy").write_bytes(old)
-        with pytest.raises(OSError, match="No space left"):
-            pack.main(cfg, CPU)
-        assert [p.read_bytes() for p in (tmp_path / "out").iterdir()] == ([old] if old else [])
-
-
-# ---- the command line -------------------------------------------------------------------------
-
-
-def run(*args: object, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(REPO / "data" / "pack.py"), *map(str, args)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
-
-
-def test_the_command_works_from_another_folder(photos, tmp_path):
-    (tmp_path / "data").mkdir()
-    photos.rename(tmp_path / "data" / "lr")
-    done = run("--size", 32, cwd=tmp_path)
-    assert done.returncode == 0 and "11 crops of 32 x 32 pixels in data/lr.npy" in done.stdout
-    assert np.load(tmp_path / "data" / "lr.npy").shape == (11, 3, 32, 32)
-
-
-def test_the_file_is_called_as_the_first_folder_of_photos(photos, tmp_path):
-    """So that packed HR photos do not become the LR photos of stage 2."""
-    photos.rename(tmp_path / "hr")
-    assert run("--photos", "hr/", "--size", 32, cwd=tmp_path).returncode == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["hr", "hr.npy"]
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--photos nowhere",
-        "--out x.png",
-        "--size 7",
-        "--flat -1",
-        "--per-photo -1",
-        "--flat 300",
-        "--size 640",
-    ],
-)
-def test_a_mistake_is_one_sentence_and_writes_nothing(flags, photos, tmp_path):
-    done = run("--photos", photos, "--out", "x.npy", *flags.split(), cwd=tmp_path)
-    message = done.stderr.strip().splitlines()[-1]  # after the progress bar
-    assert done.returncode == 2 and "error: " in message and "Traceback" not in done.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["photos"]
-
-
-# ---- photos, decoded once -----------------------------------------------------------------------
-
-
-def uint8(file: Path) -> np.ndarray:
-    """A photo as it is read without data/pack.py."""
-    return common.to_uint8(common.load_image(file)).numpy()
-
-
-def no_read(file: Path) -> np.ndarray:
-    raise AssertionError(f"{file} is decoded a second time")
+def assert_equal_photos(decoded: Photos, files: list[Path]) -> None:
+    assert len(decoded.table) == len(files)
+    for i, file in enumerate(files):
+        assert decoded[i].dtype == np.uint8
+        np.testing.assert_array_equal(decoded[i], pack.read_photo(file))
 
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_photos_are_whole_and_left_on_the_disk(photos, tmp_path):
-    files = sorted(photos.iterdir())
-    decoded = Photos(files, tmp_path / "decoded", CPU)
-    assert decoded.table[:, 2:].tolist() == [[3, 67, 70], [3, 64, 99], [3, 32, 32]]
-    for i, file in enumerate(files):
-        assert decoded[i].dtype == np.uint8
-        np.testing.assert_array_equal(decoded[i], uint8(file))
-    assert all(isinstance(pixels, np.memmap) for pixels in decoded.maps)
+# ---- photos, decoded once ---------------------------------------------------------------------
+
+
+def test_photos_are_decoded_once_and_left_on_the_disk(photos, files, tmp_path, capsys):
+    def no_read(file: Path) -> np.ndarray:
+        raise AssertionError(f"{file} is decoded a second time")
+
+    bad = photos / "bad.png"
+    bad.write_text("not an image")
+    for read in (pack.read_photo, no_read):
+        decoded = Photos([bad, *files], tmp_path / "decoded", CPU, read)
+        assert_equal_photos(decoded, files)
+        assert all(isinstance(pixels, np.memmap) for pixels in decoded.maps)
+    assert capsys.readouterr().out.count("skipped 1 of 4 photos") == 1
     size = 3 * (67 * 70 + 64 * 99 + 32 * 32)
     assert sum(file.stat().st_size for file in (tmp_path / "decoded").glob("*.pixels")) == size
 
 
-def test_a_second_reader_decodes_nothing_and_gets_the_same_bytes(photos, tmp_path, capsys):
-    (photos / "bad.png").write_text("not an image")
-    files = sorted(photos.iterdir())
-    first = Photos(files, tmp_path / "decoded", CPU)
-    assert capsys.readouterr().out.count("skipped") == 1
-    again = Photos(files, tmp_path / "decoded", CPU, no_read)
-    np.testing.assert_array_equal(first.table, again.table)
-    assert all((first[i] == again[i]).all() for i in range(3))
-    assert capsys.readouterr().out == ""
-
-
 @pytest.mark.parametrize("change", ["pixels", "another", "fewer", "order"])
-def test_photos_that_changed_are_decoded_anew_and_the_old_file_is_removed(photos, tmp_path, change):
-    Image.fromarray(uint8(photos / "a.png").transpose(1, 2, 0)).save(photos / "0.bmp")
-    files = sorted(photos.iterdir())
+def test_photos_that_changed_are_decoded_anew_and_the_old_file_is_removed(
+    photos, files, tmp_path, change
+):
     Photos(files, tmp_path / "decoded", CPU)
     old = names(tmp_path / "decoded")
-    if change == "pixels":  # of the same number of bytes: only its time tells
-        Image.fromarray(255 - uint8(files[0]).transpose(1, 2, 0)).save(files[0])
+    if change == "pixels":
+        common.save_image(files[0], 1 - common.load_image(files[0]))
         os.utime(files[0], ns=(0, files[0].stat().st_mtime_ns + 10**9))
     elif change == "another":
         common.save_image(photos / "d.png", noise(40, 40))
         files.append(photos / "d.png")
     else:
         files = files[1:] if change == "fewer" else files[::-1]
-    decoded = Photos(files, tmp_path / "decoded", CPU)
-    assert len(decoded.table) == len(files)
-    for i, file in enumerate(files):
-        np.testing.assert_array_equal(decoded[i], uint8(file))
+    assert_equal_photos(Photos(files, tmp_path / "decoded", CPU), files)
     assert len(old) == 2 and len(names(tmp_path / "decoded")) == 2
     assert not old & names(tmp_path / "decoded")
 
 
-def test_bad_photos_are_skipped_counted_and_said_in_one_line(photos, tmp_path, capsys):
-    """Also a truncated one, whose header is whole; small ones are counted by the crops."""
-    files = sorted(photos.iterdir())
+def test_bad_photos_are_skipped_and_small_ones_left_out_of_the_crops(files, tmp_path, capsys):
     (tmp_path / "bad.png").write_text("not an image")
-    Image.fromarray(uint8(files[0]).transpose(1, 2, 0)).save(tmp_path / "truncated.jpg")
-    data = (tmp_path / "truncated.jpg").read_bytes()
-    (tmp_path / "truncated.jpg").write_bytes(data[: len(data) // 2])
+    Image.fromarray(pack.read_photo(files[0]).transpose(1, 2, 0)).save(tmp_path / "cut.jpg")
+    data = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])  # its header is whole
     common.save_image(tmp_path / "tiny.png", noise(15, 99))
-    bad = [tmp_path / "bad.png", tmp_path / "truncated.jpg"]
-    mixed = [bad[0], files[0], bad[1], *files[1:], tmp_path / "tiny.png"]
+    mixed = [
+        tmp_path / "bad.png",
+        files[0],
+        tmp_path / "cut.jpg",
+        *files[1:],
+        tmp_path / "tiny.png",
+    ]
     decoded = Photos(mixed, tmp_path / "decoded", CPU)
     message = capsys.readouterr().out
     assert message.count("\n") == 1
     assert "skipped 2 of 6 photos" in message and "bad.png" in message
-    assert len(decoded.table) == 4
+    assert_equal_photos(decoded, [*files, tmp_path / "tiny.png"])
     crops = Crops(decoded, 16, 4, 0)
     assert crops.rows.tolist() == [0, 1, 2] and crops.left_out == 1
-    for i, file in zip(crops.rows, files, strict=True):
-        np.testing.assert_array_equal(decoded[i], uint8(file))
     assert crops.batch(0, 30).shape == (30, 3, 16, 16)
 
 
@@ -294,29 +142,20 @@ def test_without_a_readable_photo_there_is_one_sentence_and_no_file(tmp_path):
     assert names(tmp_path / "decoded") == set()
 
 
-@pytest.mark.parametrize("when", ["photo", "table", "pixels"])
-def test_an_error_while_decoding_leaves_nothing_half_written(photos, tmp_path, monkeypatch, when):
-    """An error in a photo, or between the two files, of which the table is renamed first."""
-    files = sorted(photos.iterdir())
-
-    def failing(file: Path) -> np.ndarray:
-        if file == files[-1]:
-            raise OSError(errno.EIO, "the disk is gone")
-        return pack.read_photo(file)
-
+@pytest.mark.parametrize("when", [".npy", ".pixels"])
+def test_an_error_between_the_two_files_leaves_nothing_that_is_taken_for_whole(
+    files, tmp_path, monkeypatch, when
+):
     def replace(source: Path, target: Path) -> None:
-        if target.suffix == {"table": ".npy", "pixels": ".pixels"}[when]:
+        if target.suffix == when:
             raise OSError(errno.EIO, "the disk is gone")
         source.rename(target)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is gone"):
-        if when != "photo":
-            patch.setattr(common.os, "replace", replace)
-        Photos(files, tmp_path / "decoded", CPU, failing if when == "photo" else pack.read_photo)
-    left = names(tmp_path / "decoded")
-    assert len(left) == (when == "pixels") and all(name.endswith(".npy") for name in left)
-    decoded = Photos(files, tmp_path / "decoded", CPU)
-    np.testing.assert_array_equal(decoded[2], uint8(files[2]))
+        patch.setattr(common.os, "replace", replace)
+        Photos(files, tmp_path / "decoded", CPU)
+    assert not list((tmp_path / "decoded").glob("*.pixels"))
+    assert_equal_photos(Photos(files, tmp_path / "decoded", CPU), files)
 
 
 KILLED = """
@@ -336,18 +175,15 @@ pack.Photos(files, Path(sys.argv[2]), common.Runtime(torch.device("cpu")), read)
 """
 
 
-def test_a_killed_decode_leaves_nothing_that_is_taken_for_whole(photos, tmp_path):
+def test_a_killed_decode_leaves_nothing_that_is_taken_for_whole(photos, files, tmp_path):
     command = [sys.executable, "-c", KILLED, photos, tmp_path / "decoded"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
     with subprocess.Popen(command, env=env, stdout=-1, text=True) as process:
-        assert process.stdout.readline() == "decoding\n"
+        assert process.stdout is not None and process.stdout.readline() == "decoding\n"
         process.send_signal(signal.SIGKILL)
     left = names(tmp_path / "decoded")
     assert left and all(name.startswith(".") and name.endswith(".tmp") for name in left)
-    files = sorted(photos.iterdir())
-    decoded = Photos(files, tmp_path / "decoded", CPU)
-    for i, file in enumerate(files):
-        np.testing.assert_array_equal(decoded[i], uint8(file))
+    assert_equal_photos(Photos(files, tmp_path / "decoded", CPU), files)
 
 
 READERS = """
@@ -380,100 +216,99 @@ def test_two_processes_get_equal_bytes_and_one_of_them_decodes(photos, tmp_path)
     assert (tmp_path / "batch0").read_bytes() == (tmp_path / "batch1").read_bytes()
 
 
-# ---- random crops of them -----------------------------------------------------------------------
+# ---- random crops of them ---------------------------------------------------------------------
+
+
+@pytest.fixture(params=["photos", "packed"])
+def source(request, photos, files, tmp_path) -> list[Path]:
+    """The photos, or the file of their crops."""
+    if request.param == "photos":
+        return files
+    packed(tmp_path, photos)
+    return [tmp_path / "x1.npy"]
 
 
 def crops_of(
-    files: list[Path], folder: Path, seed: int = 0, stream: int = 0, rank: int = 0
+    source: list[Path], folder: Path, seed: int = 0, stream: int = 0, rank: int = 0
 ) -> Crops:
-    """Crops of 16 pixels in batches of 4, of photos that are decoded into folder/decoded."""
-    photos = Photos(files, folder / "decoded", common.Runtime(CPU.device, rank))
+    """Crops of 16 pixels, of photos that are decoded into folder/decoded."""
+    photos = Photos(source, folder / "decoded", common.Runtime(CPU.device, rank))
     return Crops(photos, 16, 4, seed, stream)
 
 
-def found_in(crop: Tensor, photo: Tensor) -> bool:
-    """Whether a uint8 crop, flipped or not, occurs in a photo in [0, 1]."""
-    return bool(places(crop, photo) or places(crop.flip(2), photo))
-
-
-def test_a_crop_depends_on_seed_and_number_alone(photos, tmp_path):
-    files = sorted(photos.iterdir())
-    first, again, other_rank = (crops_of(files, tmp_path, rank=rank) for rank in (0, 0, 1))
-    assert first.batch(5, 4).shape == (4, 3, 16, 16) and first.batch(5, 4).dtype == torch.uint8
+def test_a_crop_depends_on_seed_stream_and_number_alone(source, tmp_path):
+    state = torch.get_rng_state()
+    first, again = (crops_of(source, tmp_path, rank=rank) for rank in (0, 1))
     for i in (3, 0, 10**9):
         assert torch.equal(first.batch(i, 4), again.batch(i, 4))
-        assert torch.equal(first.batch(i, 4), other_rank.batch(i, 4))
-    sources = (first, crops_of(files, tmp_path, seed=1), crops_of(files, tmp_path, stream=1))
+    sources = (first, crops_of(source, tmp_path, seed=1), crops_of(source, tmp_path, stream=1))
     drawn = [crops.batch(i, 4) for crops in sources for i in (0, 1)]
     assert len({batch.numpy().tobytes() for batch in drawn}) == 3 * 2
     assert all(len({crop.numpy().tobytes() for crop in batch}) > 1 for batch in drawn)
-
-
-def test_nothing_draws_from_the_global_generator(photos, tmp_path):
-    state = torch.get_rng_state()
-    crops_of(sorted(photos.iterdir()), tmp_path).batch(0, 4)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_crops_keep_to_the_blocks_of_jpeg(tmp_path):
-    columns = torch.arange(50).expand(3, 41, 50) / 255
-    rows = torch.arange(41)[:, None].expand(3, 41, 50) / 255
-    for name, image in (("columns", columns), ("rows", rows)):
-        common.save_image(tmp_path / name / "a.png", image)
-        crops = Crops(
-            Photos([tmp_path / name / "a.png"], tmp_path / f"{name}-decoded", CPU), 16, 4, 0
-        )
-        starts = set(crops.batch(0, 60).amin((1, 2, 3)).tolist())
-        assert starts == ({0, 8, 16, 24, 32} if name == "columns" else {0, 8, 16, 24})
-
-
-def test_crops_are_parts_of_all_photos_some_flipped(photos, tmp_path):
-    files = sorted(photos.iterdir())
-    found = set()
-    for crop in crops_of(files, tmp_path).batch(0, 60):
-        for flipped, view in enumerate((crop, crop.flip(2))):
-            found |= {(n, flipped) for n, file in enumerate(files)
-                      if places(view, common.load_image(file))}  # fmt: skip
-    assert found == {(n, flipped) for n in range(3) for flipped in (0, 1)}
-
-
-def test_batches_go_on_where_a_stopped_run_left_off(photos, tmp_path):
-    crops = crops_of(sorted(photos.iterdir()), tmp_path)
+def test_batches_go_on_where_a_stopped_run_left_off(source, tmp_path):
+    crops = crops_of(source, tmp_path)
     whole = list(crops.batches(range(4), 4, CPU.device))
     rest = list(crops.batches([2, 3], 4, CPU.device))
-    assert len(whole) == 4 and whole[0].shape == (4, 3, 16, 16)
     assert all(torch.equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
     for i, batch in enumerate(whole):
         assert batch.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(batch, crops.batch(i, 4).float() / 255)
 
 
-def test_a_crop_of_a_scale_has_as_many_times_more_pixels(photos, tmp_path):
-    decoded = Photos(sorted(photos.iterdir()), tmp_path / "decoded", CPU)
-    assert Crops(decoded, 16, 4, 0, scale=4).batch(0, 2).shape == (2, 3, 64, 64)
+def test_crops_are_parts_of_all_photos_some_flipped(source, files, tmp_path):
+    crops = crops_of(source, tmp_path)
+    drawn = crops.batch(0, 60)
+    assert drawn.shape == (60, 3, 16, 16) and drawn.dtype == torch.uint8
+    plain, flipped = hits(drawn, files), hits(drawn, files, flipped=True)
+    assert plain.any(0).all() and flipped.any(0).all() and (plain | flipped).any(1).all()
+    assert all(isinstance(pixels, np.memmap) for pixels in crops.photos.maps)
+    assert (tmp_path / "decoded").exists() == (source == files), "packed crops are written again"
 
 
-def test_photos_that_are_not_among_the_rows_are_not_drawn(photos, tmp_path):
-    files = sorted(photos.iterdir())
+def test_packed_files_and_photos_mix(files, tmp_path):
+    for file in files[:2]:
+        packed(tmp_path, file)
+    given = [tmp_path / "x1.npy", files[2], tmp_path / "x2.npy"]
+    crops = crops_of(given, tmp_path)
+    assert len(crops.rows) == 4 + 6 + 1 and crops.left_out == 0
+    drawn = crops.batch(0, 110)
+    count = (hits(drawn, files) | hits(drawn, files, flipped=True)).sum(0)
+    assert count.sum() == 110  # binomial: 40, 60 and 10 expected
+    assert (count - torch.tensor([40, 60, 10])).abs().max() < 20 and count.min() > 0
+
+
+def test_crops_keep_to_the_blocks_of_jpeg(tmp_path):
+    ramp = torch.arange(50).expand(3, 41, 50) / 255
+    for name, image in (("columns", ramp), ("rows", ramp.mT[:, :41])):
+        common.save_image(tmp_path / name / "a.png", image)
+        photos = Photos([tmp_path / name / "a.png"], tmp_path / f"{name}-decoded", CPU)
+        starts = set(Crops(photos, 16, 4, 0).batch(0, 60).amin((1, 2, 3)).tolist())
+        assert starts == ({0, 8, 16, 24, 32} if name == "columns" else {0, 8, 16, 24})
+
+
+def test_scale_and_rows_of_crops(files, tmp_path):
     decoded = Photos(files, tmp_path / "decoded", CPU)
-    crops = Crops(decoded, 16, 4, 0, rows=np.array([0, 2]))
-    whole = [common.load_image(file) for file in files]
-    hits = [[found_in(crop, photo) for photo in whole] for crop in crops.batch(0, 40)]
-    assert np.sum(hits, axis=0)[1] == 0 and all(map(any, hits))
+    assert Crops(decoded, 16, 4, 0, scale=4).batch(0, 2).shape == (2, 3, 64, 64)
+    drawn = Crops(decoded, 16, 4, 0, rows=np.array([0, 2])).batch(0, 40)
+    found = hits(drawn, files) | hits(drawn, files, flipped=True)
+    assert found.any(0).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize(
     ("flag", "crop", "scale", "rows", "works"),
     [
         ("--crop", 96, 1, [0, 1, 2], 64),
-        ("--crop", 20, 4, [0, 1, 2], 16),
+        ("--crop", 20, 4, [0, 1], 16),
         ("--vq-crop", 33, 1, [2], 32),
     ],
 )
 def test_a_crop_too_large_is_one_sentence_that_names_the_largest_that_works(
-    photos, tmp_path, flag, crop, scale, rows, works
+    files, tmp_path, flag, crop, scale, rows, works
 ):
-    decoded = Photos(sorted(photos.iterdir()), tmp_path / "decoded", CPU)
+    decoded = Photos(files, tmp_path / "decoded", CPU)
     settings = {"scale": scale, "flag": flag, "rows": np.array(rows)}
     with pytest.raises(common.UserError) as error:
         Crops(decoded, crop, 4, 0, **settings)
@@ -484,48 +319,104 @@ def test_a_crop_too_large_is_one_sentence_that_names_the_largest_that_works(
         Crops(decoded, works + 16, 4, 0, **settings)
 
 
-def test_photos_too_small_for_any_crop_are_said_to_be_so(tmp_path):
+def test_photos_too_small_for_any_crop_are_one_sentence(tmp_path):
     common.save_image(tmp_path / "tiny.png", noise(15, 99))
     np.save(tmp_path / "tiny.npy", np.zeros((2, 3, 15, 32), np.uint8))
-    decoded = Photos([tmp_path / "tiny.png", tmp_path / "tiny.npy"], tmp_path / "decoded", CPU)
     with pytest.raises(common.UserError, match="none of 3 photos has 16 x 16 .*take larger ones"):
-        Crops(decoded, 16, 4, 0)
+        crops_of([tmp_path / "tiny.png", tmp_path / "tiny.npy"], tmp_path)
 
 
-# ---- training on packed files -------------------------------------------------------------------
+# ---- the packed file --------------------------------------------------------------------------
 
 
-def test_training_crops_occur_in_the_photos(photos, tmp_path):
-    packed(tmp_path, photos)
-    whole = [common.load_image(photos / f"{name}.png") for name in "abc"]
-    crops = crops_of([tmp_path / "x1.npy"], tmp_path)
-    hits = [[found_in(crop, photo) for photo in whole] for crop in crops.batch(0, 40)]
-    assert all(map(any, hits)) and all(map(any, zip(*hits, strict=True)))
-    assert all(isinstance(pixels, np.memmap) for pixels in crops.photos.maps)
-    assert not (tmp_path / "decoded").exists(), "packed rows are written a second time"
+def test_packed_crops_are_native_pixels_side_by_side(photos, files, tmp_path):
+    crops = torch.from_numpy(packed(tmp_path, photos))
+    assert crops.dtype == torch.uint8 and crops.shape == (4 + 6 + 1, 3, 32, 32)
+    a, b, c = map(common.load_image, files)
+    # What does not fill a crop is left out at the edges, the same amount at each.
+    assert [places(crop, a) for crop in crops[:4]] == [[[y, x]] for y in (1, 33) for x in (3, 35)]
+    expected = [[[y, x]] for y in (0, 32) for x in (1, 33, 65)]
+    assert [places(crop, b) for crop in crops[4:10]] == expected
+    assert torch.equal(crops[10], common.to_uint8(c))
 
 
-def test_a_packed_crop_depends_on_its_number_alone(photos, tmp_path):
-    packed(tmp_path, photos)
-    first, again = (crops_of([tmp_path / "x1.npy"], tmp_path, rank=rank) for rank in (0, 1))
-    for i in (7, 0, 10**9):
-        assert torch.equal(first.batch(i, 4), again.batch(i, 4))
-        assert not torch.equal(first.batch(i, 4), first.batch(i + 1, 4))
-    two, rest = (list(c.batches(n, 4, CPU.device)) for c, n in ((first, [0, 1]), (again, [1])))
-    assert torch.equal(two[1], rest[0]) and two[0].shape == (4, 3, 16, 16)
+def test_few_crops_of_real_photos_are_flat(shared, tmp_path):
+    folder = next(f for f in sorted((shared / "photos" / "real_lr").iterdir()) if f.is_dir())
+    photos = sorted(folder.glob("*.jpg"))[:3]
+    whole = packed(tmp_path, *photos, size=96, flat=0.0)
+    assert len(whole) >= len(packed(tmp_path, *photos, size=96)) >= 0.8 * len(whole)
 
 
-def test_packed_files_and_photos_mix(photos, tmp_path):
-    for name in "ab":
-        packed(tmp_path, photos / f"{name}.png")
-    listed = common.list_images([str(photos / "c.png"), str(tmp_path / "x1.npy")], "--lr", True)
-    crops = crops_of([*listed, tmp_path / "x2.npy"], tmp_path)
-    assert len(crops.rows) == 4 + 6 + 1 and crops.left_out == 0
-    whole = [common.load_image(photos / f"{name}.png") for name in "abc"]
-    hits = [[found_in(crop, photo) for photo in whole] for crop in crops.batch(0, 110)]
-    hits = torch.tensor(hits).sum(0)
-    assert hits.sum() == 110  # binomial: 40, 60 and 10 expected
-    assert (hits - torch.tensor([40, 60, 10])).abs().max() < 20 and hits.min() > 0
+def test_detail_is_the_step_between_blocks():
+    blocks = torch.tensor([[10, 40], [10, 100]]).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    crop = blocks.expand(1, 3, 8, 8).to(torch.uint8)
+    expected = ((30**2 + 90**2 + 0**2 + 60**2) / 4) ** 0.5
+    assert pack.detail(crop).item() == pytest.approx(expected)
+
+
+def test_flat_crops_are_left_out_and_counted(tmp_path, capsys):
+    x = torch.linspace(0.3, 0.4, 64).expand(3, 64, 64)
+    noisy = x + 3 / 255 * torch.randn(3, 64, 64, generator=common.generator(1))
+    sky = torch.cat([x, noisy, torch.zeros(3, 64, 64), noise(64, 64)], dim=2)
+    common.save_image(tmp_path / "photos" / "sky.png", sky)
+    kept = torch.from_numpy(packed(tmp_path, tmp_path / "photos", size=64))
+    assert "left out 3 flat crops" in capsys.readouterr().out
+    assert torch.equal(kept, common.to_uint8(noise(64, 64))[None])
+    assert len(packed(tmp_path, tmp_path / "photos", size=64, flat=0.0)) == 4
+
+
+def test_bad_and_small_photos_are_named_once_and_counted(photos, tmp_path, capsys):
+    whole = packed(tmp_path, photos)
+    (photos / "bad.png").write_text("not an image")
+    common.save_image(photos / "tiny.png", noise(31, 200))
+    capsys.readouterr()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)  # the number of threads changes nothing
+    np.testing.assert_array_equal(packed(tmp_path, photos), whole)
+    torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 3 and lines[-1].endswith("left out 0 flat crops and 2 photos of 5")
+    for line, name in zip(lines, ("bad.png", "tiny.png"), strict=False):
+        assert line.startswith("skipped: ") and name in line
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_other(photos, tmp_path, monkeypatch):
+    def full(file: object, count: int, size: int) -> None:
+        if count > 0:  # when the crops are written
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pack, "write_header", full)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x.npy").write_bytes(b"old")
+    with pytest.raises(OSError, match="No space left"):
+        pack.main(pack.Config((str(photos),), str(tmp_path / "out" / "x.npy"), 32), CPU)
+    assert [p.read_bytes() for p in (tmp_path / "out").iterdir()] == [b"old"]
+
+
+def test_the_command_names_its_file_after_the_folder_of_photos(photos, tmp_path):
+    """So that packed HR photos do not become the LR photos of stage 2."""
+    photos.rename(tmp_path / "hr")
+    command = [sys.executable, REPO / "data" / "pack.py", "--photos", "hr/", "--size", "32"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "11 crops of 32 x 32 pixels in hr.npy" in done.stdout
+    assert np.load(tmp_path / "hr.npy").shape == (11, 3, 32, 32)
+    assert names(tmp_path) == {"hr", "hr.npy"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--photos nowhere", "--out x.png", "--size 7", "--flat -1", "--flat 300", "--size 640"],
+)
+def test_a_mistake_is_one_sentence_and_writes_nothing(flags, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ["pack.py", "--photos", "photos", "--out", "x.npy", *flags.split()]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as stopped:
+        common.launch(pack.main, pack.Config, {}, "")
+    message = capsys.readouterr().err.strip().splitlines()[-1]  # after the progress bar
+    assert stopped.value.code == 2 and message.startswith("error: ")
+    assert names(tmp_path) == {"photos"}
 
 
 @pytest.mark.parametrize(
@@ -535,7 +426,7 @@ def test_packed_files_and_photos_mix(photos, tmp_path):
      np.array([{}]), b"", b"not an array", "half"],
     ids=["float", "channels last", "one", "none", "objects", "empty", "text", "half"],
 )  # fmt: skip
-def test_a_wrong_file_is_one_sentence_that_names_it(content, tmp_path):
+def test_a_wrong_packed_file_is_one_sentence_that_names_it(content, tmp_path):
     path = tmp_path / "wrong.npy"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -548,23 +439,20 @@ def test_a_wrong_file_is_one_sentence_that_names_it(content, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_only_training_takes_packed_files(photos, tmp_path):
-    packed(tmp_path, photos)
-    given = [str(tmp_path / "x1.npy")]
-    assert common.find_photos(given, "lr", "--lr", packed=True) == [tmp_path / "x1.npy"]
-    with pytest.raises(common.UserError, match="--lr .*x1.npy: packed crops are only to train on"):
-        common.find_photos(given, "lr", "--lr")
-
-
-def test_a_packed_file_in_data_comes_before_the_folder(photos, tmp_path, monkeypatch, capsys):
+def test_training_alone_takes_packed_files_and_those_of_data_first(
+    photos, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
     (tmp_path / "data").mkdir()
     photos.rename(tmp_path / "data" / "lr")
-    folder = sorted((tmp_path / "data" / "lr").iterdir())
-    assert common.find_photos((), "lr", "--lr", packed=True) == folder
-    packed(tmp_path / "data", tmp_path / "data" / "lr")
-    (tmp_path / "data" / "x1.npy").rename(tmp_path / "data" / "lr.npy")
+    files = sorted((tmp_path / "data" / "lr").iterdir())
+    assert common.find_photos((), "lr", "--lr", packed=True) == files
+    file = tmp_path / "data" / "lr.npy"
+    pack.main(pack.Config((str(tmp_path / "data" / "lr"),), str(file), 32), CPU)
     capsys.readouterr()
-    assert common.find_photos((), "lr", "--lr", packed=True) == [tmp_path / "data" / "lr.npy"]
+    assert common.find_photos((), "lr", "--lr", packed=True) == [file]
     assert capsys.readouterr().out.count("data/lr.npy") == 1
-    assert common.find_photos((), "lr", "--lr") == folder
+    assert common.find_photos((), "lr", "--lr") == files
+    assert common.find_photos([str(file)], "lr", "--lr", packed=True) == [file]
+    with pytest.raises(common.UserError, match="--lr .*lr.npy: packed crops are only to train on"):
+        common.find_photos([str(file)], "lr", "--lr")

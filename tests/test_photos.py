@@ -6,7 +6,6 @@ import struct
 import subprocess
 import sys
 import types
-import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,28 +35,7 @@ def loaded(path: Path) -> np.ndarray:
     return image.permute(1, 2, 0).numpy()
 
 
-def over_white(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Colour (H, W, C) of 8 bits seen over white: (H, W, C) in [0, 1]."""
-    share = alpha.astype(float)[..., None] / 255
-    return color / 255 * share + (1 - share)
-
-
-# ---- which files are photos ------------------------------------------------------------------
-
-
-def test_images_are_listed_in_depth_sorted_and_once(tmp_path):
-    for name in ("b.PNG", "a/d.jpg", "a/c.webp", "notes.txt", ".x.png.1.tmp"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    listed = common.list_images([str(tmp_path), str(tmp_path / "b.PNG")], "--hr")
-    assert listed == [tmp_path / "a/c.webp", tmp_path / "a/d.jpg", tmp_path / "b.PNG"]
-
-
-def test_a_missing_or_empty_folder_is_one_sentence(tmp_path):
-    with pytest.raises(common.UserError, match="--hr .*nowhere: no such"):
-        common.list_images([str(tmp_path / "nowhere")], "--hr")
-    with pytest.raises(common.UserError, match="--hr .*: no images"):
-        common.list_images([str(tmp_path)], "--hr")
+# ---- which files are photos -------------------------------------------------------------------
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -66,45 +44,44 @@ def touch(folder: Path, *names: str) -> None:
         (folder / name).touch()
 
 
-def names_in(folder: Path, flag: str = "--hr") -> list[str]:
-    files = common.list_images([str(folder)], flag)
+def names_in(folder: Path) -> list[str]:
+    files = common.list_images([str(folder)], "--hr")
     return [file.relative_to(folder).as_posix() for file in files]
 
 
-def test_system_files_thumbnails_and_copies_of_notebooks_are_no_photos(tmp_path, capsys):
-    touch(tmp_path, "a.png", "b/._c.png", "b/c.png", ".DS_Store", "Thumbs.db", ".hidden/d.png",
-          ".thumbnails/e.png", "b/@eaDir/c.png/THUMB.jpg", "__MACOSX/f.png",
+def test_photos_are_listed_in_depth_sorted_once_and_without_files_of_the_system(tmp_path, capsys):
+    touch(tmp_path, "b.PNG", "a/d.jpg", "a/c.webp", "a/._c.png", ".DS_Store", "Thumbs.db",
+          ".hidden/d.png", ".thumbnails/e.png", "a/@eaDir/c.png/THUMB.jpg", "__MACOSX/f.png",
           ".ipynb_checkpoints/g-checkpoint.png")  # fmt: skip
-    assert names_in(tmp_path) == ["a.png", "b/c.png"]
+    expected = [tmp_path / name for name in ("a/c.webp", "a/d.jpg", "b.PNG")]
+    assert common.list_images([str(tmp_path), str(tmp_path / "b.PNG")], "--hr") == expected
     assert "left out 8 files: 8 hidden or system" in capsys.readouterr().out
-    everything = [str(path) for path in tmp_path.glob("*")]  # as a shell does
-    found = common.list_images([path for path in everything if "/." not in path], "--hr")
-    assert {path.name for path in found} == {"a.png", "c.png"}
-    touch(tmp_path, ".hidden/d.png")
-    assert len(common.list_images([str(tmp_path / ".hidden")], "--hr")) == 1  # asked for
+    assert names_in(tmp_path / ".hidden") == ["d.png"]  # if the user asks for it
 
 
-def test_what_is_left_out_is_said_once_and_counted_by_reason(tmp_path, capsys):
+def test_what_is_left_out_is_printed_once_and_counted_by_reason(tmp_path, capsys):
     touch(tmp_path, "a.png", "b.NEF", "c.nef", "d.txt", "e")
     for _ in range(2):
         assert names_in(tmp_path) == ["a.png"]
     (line,) = capsys.readouterr().out.splitlines()
     assert line == f"--hr {tmp_path}: left out 4 files: 2 .nef, 1 .txt, 1 without suffix"
     (tmp_path / "a.png").unlink()
-    with pytest.raises(common.UserError, match="no images there; left out 4 files: 2 .nef"):
+    with pytest.raises(common.UserError, match="--hr .*no images found; left out 4 files: 2 .nef"):
         names_in(tmp_path)
+    with pytest.raises(common.UserError, match="--hr .*nowhere: no such"):
+        names_in(tmp_path / "nowhere")
 
 
 def test_links_are_followed_but_not_in_a_circle(tmp_path, capsys):
-    far, here = tmp_path / "far", tmp_path / "here"
+    far, near = tmp_path / "far", tmp_path / "near"
     touch(far, "phone/a.png", "b.png")
-    here.mkdir()
-    (here / "phone").symlink_to(far / "phone")
-    (here / "c.png").symlink_to(far / "b.png")
-    (here / "gone.png").symlink_to(far / "gone.png")
-    (far / "phone" / "up").symlink_to(here)
-    (here / "self").symlink_to(here / "self")
-    assert names_in(here) == ["c.png", "phone/a.png"]
+    near.mkdir()
+    (near / "phone").symlink_to(far / "phone")
+    (near / "c.png").symlink_to(far / "b.png")
+    (near / "gone.png").symlink_to(far / "gone.png")
+    (far / "phone" / "up").symlink_to(near)
+    (near / "self").symlink_to(near / "self")
+    assert names_in(near) == ["c.png", "phone/a.png"]
     line = capsys.readouterr().out
     assert "1 links in a circle" in line and "1 broken links" in line
     assert names_in(far) == ["b.png", "phone/a.png", "phone/up/c.png"]
@@ -128,7 +105,7 @@ def test_every_format_that_pillow_reads_counts_and_is_read(tmp_path):
         assert np.abs(loaded(file) - pixels / 255).mean() < 0.05, file
 
 
-def test_heic_is_read_where_pillow_heif_is_and_else_the_package_is_named(tmp_path, monkeypatch):
+def test_heic_is_read_with_pillow_heif_and_else_the_package_is_named(tmp_path, monkeypatch):
     touch(tmp_path, "IMG_1.HEIC")
     monkeypatch.setitem(sys.modules, "pillow_heif", None)  # not installed
     common.photo_suffixes.cache_clear()
@@ -144,7 +121,25 @@ def test_heic_is_read_where_pillow_heif_is_and_else_the_package_is_named(tmp_pat
     common.photo_suffixes.cache_clear()
 
 
-# ---- names and texts --------------------------------------------------------------------------
+# ---- their names ------------------------------------------------------------------------------
+
+
+def test_names_of_photos_depend_on_their_path_below_the_folder_given(tmp_path):
+    x, y = tmp_path / "x", tmp_path / "y"
+    files = [x / "a.png", x / "b" / "a.jpg", x / "b.c.png", y / "B" / "z, 1.png"]
+    expected = ["a", "b_a", "b.c", "B_z_1"]
+    assert common.photo_names(files, [str(x), str(y)]) == expected
+    assert common.photo_names(files[1:], [str(x), str(y)]) == expected[1:]
+    assert common.photo_names(files[1:2], [str(files[1])]) == ["a"]
+
+
+def test_names_of_photos_are_never_equal_but_for_their_case(tmp_path):
+    folders = [tmp_path / "x", tmp_path / "y"]
+    names = ("a.png", "A.jpg", "a.webp", "b/c.png", "b_C.png")
+    files = [folder / name for folder in folders for name in names]
+    named = common.photo_names(files, [*map(str, folders)])
+    assert len({name.casefold() for name in named}) == len(files)
+    assert common.photo_names(files[::-1], [*map(str, folders)]) == named[::-1]
 
 
 @dataclass(frozen=True)
@@ -157,7 +152,7 @@ class Listing:
 
 
 @pytest.mark.parametrize("name", [b"caf\xe9.png", "日本語.png".encode()])
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_names_that_the_console_cannot_print_do_not_end_a_run(
     tmp_path, monkeypatch, name, encoding
 ):
@@ -170,46 +165,25 @@ def test_names_that_the_console_cannot_print_do_not_end_a_run(
     monkeypatch.setattr(sys, "argv", ["stage.py", "--hr", str(tmp_path)])
     common.launch(lambda cfg, rt: print(*names_in(Path(cfg.hr))), Listing, {}, "")
     console.flush()
-    printed = console.buffer.getvalue()  # type: ignore[attr-defined]
-    assert printed.endswith(b".png\n")
+    assert console.buffer.getvalue().endswith(b".png\n")  # type: ignore[attr-defined]
     given = common.list_images([str(tmp_path)], "--hr")
     assert os.fsencode(common.photo_names(given, [str(tmp_path)])[0]) == name[:-4]
-
-
-def test_texts_are_utf_8_with_or_without_bom(tmp_path):
-    path, text = tmp_path / "x.txt", "größe 日本\n"
-    for encoding in ("utf-8", "utf-8-sig"):
-        path.write_text(text, encoding=encoding)
-        assert common.read_text(path) == text
-    for encoding in ("utf-16", "latin-1"):
-        path.write_text("größe\n", encoding=encoding)
-        with pytest.raises(common.UserError, match="x.txt: not a text in UTF-8"):
-            common.read_text(path)
 
 
 # ---- what pixels mean -------------------------------------------------------------------------
 
 
-def test_rgb_is_read_exactly(tmp_path):
-    pixels = drawn_pixels(20, 31)
-    Image.fromarray(pixels).save(tmp_path / "x.png")
-    np.testing.assert_array_equal(loaded(tmp_path / "x.png"), pixels.astype(np.float32) / 255)
-
-
-def test_gray_is_repeated(tmp_path):
-    pixels = drawn_pixels(20, 31, 1)
-    Image.fromarray(pixels[..., 0]).save(tmp_path / "x.png")
-    expected = np.repeat(pixels, 3, axis=2).astype(np.float32) / 255
-    np.testing.assert_array_equal(loaded(tmp_path / "x.png"), expected)
-
-
-@pytest.mark.parametrize("channels", [2, 4])
-def test_alpha_is_laid_over_white(tmp_path, channels):
-    pixels = drawn_pixels(20, 31, channels)
-    Image.fromarray(pixels, mode="LA" if channels == 2 else "RGBA").save(tmp_path / "x.png")
-    expected = over_white(pixels[..., :-1], pixels[..., -1])
-    expected = np.broadcast_to(expected, (20, 31, 3))
-    np.testing.assert_allclose(loaded(tmp_path / "x.png"), expected, atol=1.01 / 255)
+@pytest.mark.parametrize("mode", ["L", "RGB", "LA", "RGBA"])
+def test_gray_is_repeated_and_alpha_is_laid_over_white(tmp_path, mode):
+    pixels = drawn_pixels(20, 31, len(mode))
+    image = Image.fromarray(pixels[..., 0] if mode == "L" else pixels, mode=mode)
+    image.save(tmp_path / "x.png")
+    color, share = pixels / 255, np.ones(1)
+    if mode.endswith("A"):
+        color, share = color[..., :-1], color[..., -1:]
+    expected = np.broadcast_to(color * share + (1 - share), (20, 31, 3))
+    tolerance = 1.01 / 255 if mode.endswith("A") else 1e-7
+    np.testing.assert_allclose(loaded(tmp_path / "x.png"), expected, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("transparent", [False, True])
@@ -220,9 +194,8 @@ def test_palette_is_looked_up(tmp_path, transparent):
     image.putpalette(colors.tobytes())
     alpha = np.array([255, 255, 0, 255, 128] if transparent else [255] * 5, np.uint8)
     image.save(tmp_path / "x.png", **({"transparency": alpha.tobytes()} if transparent else {}))
-    with Image.open(tmp_path / "x.png") as written:
-        assert written.mode == "P" and ("transparency" in written.info) == transparent
-    expected = over_white(colors[indices], alpha[indices])
+    share = alpha[indices][..., None] / 255
+    expected = colors[indices] / 255 * share + (1 - share)
     np.testing.assert_allclose(loaded(tmp_path / "x.png"), expected, atol=1.01 / 255)
 
 
@@ -238,9 +211,8 @@ def test_one_transparent_color_is_white(tmp_path):
 def test_16_bit_gray_keeps_its_precision(tmp_path, suffix):
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     Image.fromarray(values).save(tmp_path / f"x{suffix}")
-    pixels = loaded(tmp_path / f"x{suffix}")
-    np.testing.assert_allclose(pixels[..., 0], values / 65535, atol=1e-7, rtol=0)
-    assert (pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 0] == pixels[..., 2]).all()
+    expected = (values / 65535)[..., None].repeat(3, 2)
+    np.testing.assert_allclose(loaded(tmp_path / f"x{suffix}"), expected, atol=1e-7, rtol=0)
 
 
 def write_tiff(path, values, bits, kind="u", photometric=1, planar=1, order="<", compress=False):
@@ -333,12 +305,6 @@ def test_float_images_are_read_as_they_are_or_refused(tmp_path):
             loaded(tmp_path / "x.tif")
 
 
-def test_inverted_gray_is_not_a_negative_whatever_its_bits(tmp_path):
-    values = np.arange(4096, 65536, 15).reshape(64, 64, 1)
-    write_tiff(tmp_path / "x.tif", 65535 - values, 16, photometric=0)
-    np.testing.assert_allclose(loaded(tmp_path / "x.tif"), values.repeat(3, 2) / 65535, atol=1e-6)
-
-
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
 def test_all_turns_of_exif_come_upright(tmp_path, suffix):
     for turn in range(1, 9):
@@ -361,7 +327,7 @@ def test_sound_pixels_are_read_whatever_their_exif(tmp_path, turn):
     Image.fromarray(drawn_pixels(24, 40)).save(tmp_path / "x.jpg", exif=exif)
     whole, upright = (tmp_path / "x.jpg").read_bytes(), loaded(tmp_path / "x.jpg")
     start, end = whole.index(b"Exif") + 6, whole.index(b"Exif") + len(exif.tobytes())
-    for _ in range(200):
+    for _ in range(60):
         damaged = bytearray(whole)
         for position in torch.randint(start, end, (3,), generator=gen).tolist():
             damaged[position] = int(torch.randint(256, (), generator=gen))
@@ -370,12 +336,11 @@ def test_sound_pixels_are_read_whatever_their_exif(tmp_path, turn):
         assert np.sort(pixels.sum(2), None) == pytest.approx(np.sort(upright.sum(2), None))
 
 
-def test_a_photo_of_200_megapixels_is_read_without_a_warning(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("error")
+def test_a_photo_may_be_large(tmp_path, monkeypatch):
     Image.new("1", (20000, 10000)).save(tmp_path / "x.png")
-    with warnings.catch_warnings(), Image.open(tmp_path / "x.png") as image:
-        warnings.simplefilter("error")
+    with Image.open(tmp_path / "x.png") as image:
         assert image.width * image.height < common.MAX_PIXELS
-        Image.open(tmp_path / "x.png").close()
     monkeypatch.setattr(common, "MAX_PIXELS", 2 * 10**8 - 1)
     with pytest.raises(ValueError, match="20000 x 10000 pixels are more than 199999999"):
         common.load_image(tmp_path / "x.png")
@@ -395,7 +360,7 @@ print((memory("VmHWM") - before) * 1024 / (4 * x.numel()))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads its memory in /proc")
 def test_a_photo_needs_less_than_twice_the_memory_of_its_pixels(tmp_path):
-    Image.new("RGB", (6000, 5000), "gray").save(tmp_path / "x.png")
+    Image.new("RGB", (4000, 3000), "gray").save(tmp_path / "x.png")
     command = [sys.executable, "-c", MEMORY, tmp_path / "x.png"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
     assert 0.9 < float(done.stdout) < 2
@@ -404,10 +369,10 @@ def test_a_photo_needs_less_than_twice_the_memory_of_its_pixels(tmp_path):
 def test_a_bad_file_is_a_value_error_that_names_it(tmp_path):
     Image.fromarray(drawn_pixels(64, 64)).save(tmp_path / "whole.jpg")
     data = (tmp_path / "whole.jpg").read_bytes()
-    (tmp_path / "truncated.jpg").write_bytes(data[: len(data) // 2])
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "empty.png").touch()
-    for name in ("truncated.jpg", "text.png", "empty.png", "missing.png"):
+    for name in ("cut.jpg", "text.png", "empty.png", "missing.png"):
         with pytest.raises(ValueError, match=name):
             common.load_image(tmp_path / name)
 
