@@ -46,15 +46,8 @@ class Round:
     gray_prob: float = 0.4
     jpeg: tuple[int, int] = (30, 95)  # 0 is no JPEG
     jpeg_prob: float = 1.0
-
-
-@dataclass(frozen=True)
-class Final:
-    """The filter that goes with the resize to LR."""
-
-    sinc_prob: float = 0.8
-    sharpen_prob: float = 0.0  # where there is no sinc filter
-    sharpen: tuple[float, float] = (0.0, 1.5)  # amount of unsharp masking
+    final_sinc_prob: float = 0.8  # in round 2: of a sinc filter after the resize to LR
+    sharpen_prob: float = 0.0  # in round 2: of unsharp masking there, without a sinc filter
 
 
 # fmt: off
@@ -66,14 +59,13 @@ ROUNDS = {
         Round(),
         Round(blur_prob=0.8, blur_sigma=(0.2, 1.5), resize_prob=(0.3, 0.4, 0.3), resize=(0.3, 1.2),
               gaussian=(1.0, 25.0), poisson=(0.05, 2.5)),
-        Final(),
     ),
     # The lighter settings of SynDiff (arXiv:2303.06994).
     "light": (
         Round(resize=(0.3, 1.5), gaussian=(1.0, 15.0), poisson=(0.05, 2.0), jpeg=(60, 95)),
         Round(blur_prob=0.5, blur_sigma=(0.2, 1.5), resize_prob=(0.3, 0.4, 0.3), resize=(0.6, 1.2),
-              gaussian=(1.0, 12.0), poisson=(0.05, 1.0), jpeg=(60, 100)),
-        Final(sinc_prob=0.0),
+              gaussian=(1.0, 12.0), poisson=(0.05, 1.0), jpeg=(60, 100),
+              final_sinc_prob=0.0),
     ),
     # Not in the paper: one lens blur, then little noise, sharpening and little compression, as in
     # modern cameras. The recipes above hardly ever make an LR this clean and never sharpen, and
@@ -82,8 +74,7 @@ ROUNDS = {
         Round(blur_sigma=(0.3, 4.0), sinc_prob=0.0, resize_prob=(0.0, 0.0, 1.0),
               gaussian_prob=1.0, gaussian=(0.0, 0.0), jpeg=(0, 0)),
         Round(blur_prob=0.0, resize_prob=(0.0, 0.0, 1.0), gaussian=(0.0, 8.0), poisson=(0.0, 0.8),
-              jpeg=(70, 100)),
-        Final(sinc_prob=0.0, sharpen_prob=0.5),
+              jpeg=(70, 100), final_sinc_prob=0.0, sharpen_prob=0.5),
     ),
     # Not in the paper: like `camera`, but each factor reaches what a bad camera does and is often
     # absent. In the other recipes a wide blur always comes with noise, and the last resize and
@@ -93,8 +84,8 @@ ROUNDS = {
               resize_prob=(0.0, 0.0, 1.0), gaussian_prob=1.0, gaussian=(0.0, 0.0), jpeg=(0, 0)),
         Round(blur_prob=0.0, resize_prob=(0.0, 0.0, 1.0),
               modes=("area", "bilinear", "bicubic", "antialiased"), gaussian=(0.0, 25.0),
-              poisson=(0.0, 0.0), jpeg=(25, 95), jpeg_prob=0.5),
-        Final(sinc_prob=0.0, sharpen_prob=0.5),
+              poisson=(0.0, 0.0), jpeg=(25, 95), jpeg_prob=0.5, final_sinc_prob=0.0,
+              sharpen_prob=0.5),
     ),
 }
 # fmt: on
@@ -418,9 +409,9 @@ class Draw:
         return torch.where(self.chance(0.5), self.uniform(low, 1.0), self.uniform(1.0, high))
 
 
-def coded(name: str, performed: Tensor | bool = True) -> Tensor:
-    """The code of an operation where it is performed, else 0: (B,), or () for all images."""
-    return OPERATIONS.index(name) * torch.as_tensor(performed).long()
+def coded(name: str, performed: Tensor) -> Tensor:
+    """The code of an operation where it is performed (B,), else 0."""
+    return OPERATIONS.index(name) * performed.long()
 
 
 def bicubic(batch: int, scale: int) -> Degradation:
@@ -462,7 +453,7 @@ def draw_kernel(theta: Degradation, draw: Draw, i: int, options: Round) -> None:
     theta.sinc_cutoff[:, i] = torch.where(sinc, cutoff, 0.0)
 
 
-def draw_rounds(theta: Degradation, draw: Draw, first: Round, second: Round, final: Final) -> None:
+def draw_rounds(theta: Degradation, draw: Draw, first: Round, second: Round) -> None:
     """Real-ESRGAN's two rounds (arXiv:2107.10833), written into theta."""
     steps = []
     for i, options in enumerate((first, second)):
@@ -491,12 +482,13 @@ def draw_rounds(theta: Degradation, draw: Draw, first: Round, second: Round, fin
         ]
     theta.resize_mode[:, 2] = draw.mode(Round.modes)
     theta.blur_size[:, 2] = draw.one_of(Round.sizes)
-    sinc, cutoff = draw.chance(final.sinc_prob), draw.uniform(math.pi / 3, math.pi)
-    sharpen = ~sinc & draw.chance(final.sharpen_prob)
+    sinc, cutoff = draw.chance(second.final_sinc_prob), draw.uniform(math.pi / 3, math.pi)
+    sharpen = ~sinc & draw.chance(second.sharpen_prob)
     theta.sinc_cutoff[:, 2] = torch.where(sinc, cutoff, 0.0)
-    theta.sharpen[:, 2] = torch.where(sharpen, draw.uniform(*final.sharpen), 0.0)
+    theta.sharpen[:, 2] = torch.where(sharpen, draw.uniform(0.0, 1.5), 0.0)
     # The last JPEG comes before or after the resize to LR and its filter.
-    jpeg, filtered, to_lr = steps.pop(), coded("blur 3", sinc | sharpen), coded("resize 3")
+    jpeg, filtered = steps.pop(), coded("blur 3", sinc | sharpen)
+    to_lr = torch.full_like(jpeg, OPERATIONS.index("resize 3"))
     jpeg_last = draw.chance(0.5)
     steps += [
         torch.where(jpeg_last, to_lr, jpeg),
@@ -554,14 +546,11 @@ def draw_bsrgan(theta: Degradation, draw: Draw) -> None:
     codes[:, 6] *= draw.chance(0.9)
     theta.order[:, 0] = coded("resize 1", halved)
     theta.order[:, 1:8] = codes.gather(1, shuffled)
-    theta.order[:, 8] = coded("jpeg 2")
+    theta.order[:, 8] = OPERATIONS.index("jpeg 2")
 
 
 def sample_degradation(
-    batch: int,
-    recipe: str = "realesrgan",
-    scale: int = 4,
-    generator: torch.Generator | None = None,
+    batch: int, recipe: str = "realesrgan", scale: int = 4, generator: torch.Generator | None = None
 ) -> Degradation:
     """Draw parameters of D for a number of images, all independent; UserError for another recipe.
 

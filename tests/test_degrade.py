@@ -370,7 +370,7 @@ def test_kernel_equals_its_formula(kind, size, sigma, angle, shape, cutoff):
 
 
 def test_every_drawn_kernel_sums_to_one():
-    total = degrade.blur_kernels(of_all_recipes(200, seed=2)).sum((2, 3))
+    total = degrade.blur_kernels(of_all_recipes(100, seed=2)).sum((2, 3))
     torch.testing.assert_close(total, torch.ones_like(total))
 
 
@@ -442,16 +442,25 @@ def test_resize_equals_interpolate_for_images_of_several_sizes_and_modes():
 # ---- noise ------------------------------------------------------------------------------------
 
 
+def shot(images: list[Tensor], scale: float, gray: list[bool]) -> list[Tensor]:
+    """The images with Poisson noise, drawn together."""
+    x, size = on_a_canvas(images, beyond=0.123)
+    noisy = degrade.poisson(x, torch.full((len(x),), scale), gray, size, common.generator(9))
+    return [y[:, :h, :w] for y, (h, w) in zip(noisy, size.tolist(), strict=True)]
+
+
 @pytest.mark.parametrize("gray", [[True, True], [False, False], [False, True]])
-def test_gaussian_noise_has_its_std_and_is_shared_by_channels_only_if_gray(gray):
-    x, std = torch.full((2, 3, 200, 150), 0.5), torch.tensor([0.02, 0.08])
-    mix = torch.eye(3).expand(2, 3, 3)
-    eps = degrade.gaussian(x, std, gray, mix, common.generator(9)) - x
-    for b in range(2):
-        assert eps[b].std().item() == pytest.approx(std[b].item(), rel=0.02)
-        correlation = np.corrcoef(eps[b].flatten(1))[0, 1]
-        assert correlation > 0.999 if gray[b] else abs(correlation) < 0.03
+def test_noise_has_its_std_and_is_shared_by_channels_only_if_gray(gray):
+    x, std, mix = torch.full((2, 3, 200, 150), 0.5), torch.tensor([0.02, 0.08]), torch.eye(3)
+    eps = degrade.gaussian(x, std, gray, mix.expand(2, 3, 3), common.generator(9)) - x
+    for noise, deviation in zip(eps, std.tolist(), strict=True):
+        assert noise.std().item() == pytest.approx(deviation, rel=0.02)
     assert abs(np.corrcoef(*(e.flatten() for e in eps))[0, 1]) < 0.03
+    image = 0.4 + 0.2 * drawn_image(200, 150)
+    counts = torch.stack(shot([image, image], 0.3, gray)) - image
+    for noise, is_gray in zip([*eps, *counts], gray * 2, strict=True):
+        correlation = np.corrcoef(noise.flatten(1))
+        assert correlation.min() > 0.999 if is_gray else np.abs(correlation[0, 1:]).max() < 0.03
 
 
 def test_gaussian_noise_has_the_covariance_of_its_mix():
@@ -462,18 +471,10 @@ def test_gaussian_noise_has_the_covariance_of_its_mix():
     np.testing.assert_allclose(covariance, mix[0] @ mix[0].T, atol=0.03)
 
 
-def shot(images: list[Tensor], scale: float, gray: tuple[bool, ...] = (False,)) -> list[Tensor]:
-    """The images with Poisson noise, drawn together."""
-    x, size = on_a_canvas(images, beyond=0.123)
-    gray = [*gray] * (len(images) // len(gray))
-    noisy = degrade.poisson(x, torch.full((len(x),), scale), gray, size, common.generator(9))
-    return [y[:, :h, :w] for y, (h, w) in zip(noisy, size.tolist(), strict=True)]
-
-
 def test_poisson_noise_is_distributed_as_its_photons():
     image = torch.full((3, 400, 400), 7 / 255)
     image[:, 0, :64] = torch.arange(64) / 255  # 64 levels, so 64 photons per unit
-    noisy = shot([image], 1.0)[0][:, 1:]
+    noisy = shot([image], 1.0, [False])[0][:, 1:]
     counts = (noisy * 64).round().long().flatten().bincount(minlength=12)[:12].numpy()
     expected = stats.poisson.pmf(np.arange(12), 64 * 7 / 255)
     enough = expected * counts.sum() > 5
@@ -486,17 +487,9 @@ def test_poisson_counts_the_levels_of_each_image_alone():
     """Few levels make few photons, so more noise; the neighbour on the canvas does not matter."""
     flat = torch.full((3, 60, 60), 0.5)
     flat[:, ::2] = 130 / 255
-    noisy = shot([flat, drawn_image(80, 80)], 0.2)
+    noisy = shot([flat, drawn_image(80, 80)], 0.2, [False, False])
     expected = 0.2 * (flat.mean() / 2).sqrt()  # two levels, two photons per unit
     assert (noisy[0] - flat).std().item() == pytest.approx(expected.item(), rel=0.05)
-
-
-@pytest.mark.parametrize("gray", [(True, True), (False, False), (False, True)])
-def test_poisson_noise_is_the_same_in_all_channels_only_if_gray(gray):
-    x = 0.4 + 0.2 * drawn_image(64, 64)
-    for noisy, is_gray in zip(shot([x, x], 0.3, gray), gray, strict=True):
-        correlation = np.corrcoef((noisy - x).flatten(1))
-        assert correlation.min() > 0.999 if is_gray else np.abs(correlation[0, 1:]).max() < 0.06
 
 
 def test_noise_differs_between_the_rounds():
@@ -546,14 +539,6 @@ def test_jpeg_equals_pillow_for_images_of_different_sizes_on_one_canvas():
     for b, (h, w) in enumerate(size.tolist()):
         expected = pillow(canvas[b, :, :h, :w], int(quality[b]))
         np.testing.assert_array_equal(bytes_of(result[b, :, :h, :w]), expected)
-
-
-@pytest.mark.slow
-def test_jpeg_equals_pillow_on_real_photos_at_every_quality(shared):
-    for index, path in enumerate(common.list_images([shared / "photos" / "hr"], "")[:100]):
-        x = common.load_image(path)[:, : 300 + index, : 400 - index]
-        result = bytes_of(degrade.jpeg(x[None], index + 1)[0])
-        np.testing.assert_array_equal(result, pillow(x, index + 1))
 
 
 @pytest.mark.parametrize("quality", [0, 101])
@@ -778,7 +763,7 @@ def test_physical_quantities_follow_blur_noise_and_compression():
     # The same parameters of operations that are not performed mean nothing.
     theta.order[:] = only(steps, scale=4).order
     assert (theta.physical() == degrade.bicubic(1, 4).physical()).all()
-    drawn = of_all_recipes(300, seed=14).physical()
+    drawn = of_all_recipes(100, seed=14).physical()
     assert drawn[:, :3].isfinite().all()
     assert drawn.nan_to_num().min() > -0.5 and drawn.nan_to_num().max() < 2
 
@@ -950,19 +935,6 @@ def test_the_folder_holds_what_the_last_command_asked_for(tmp_path, launch, caps
     (photos / "a.png").write_text("not an image any more")
     launch("--hr", photos, "--out", out, "--recipe", "wide")
     assert names(out) == {"b", "d_b"}
-
-
-def test_a_photo_that_is_replaced_is_degraded_anew(tmp_path, launch):
-    photo, out = tmp_path / "photos" / "a.png", tmp_path / "out"
-    common.save_image(photo, drawn_image(40, 40, 0))
-    launch("--hr", photo.parent, "--out", out)
-    before = contents(out)
-    time.sleep(0.02)
-    common.save_image(photo, drawn_image(40, 40, 1))
-    launch("--hr", photo.parent, "--out", out)
-    after = contents(out)
-    assert all(before[name] != after[name] for name in ("hr/a.png", "lr/a.png", "preview.png"))
-    assert not (out / "removed").exists()
 
 
 def test_results_inside_the_folder_of_photos_are_not_read_as_photos(photos, launch, refusal):
