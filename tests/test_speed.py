@@ -5,6 +5,9 @@ import sys
 import pytest
 
 import common
+import degrade
+import diffusion
+import extractors
 from bench import speed
 
 
@@ -13,13 +16,13 @@ def launch(monkeypatch, *argv: object) -> None:
     common.launch(speed.main, speed.Config, {}, speed.__doc__)
 
 
-def test_the_table_has_a_row_for_every_recipe_and_the_ratio_of_each_rate(monkeypatch, capsys):
+def test_the_table_has_a_row_for_each_recipe_and_the_ratio_of_each_rate(monkeypatch, capsys):
     launch(monkeypatch, "--works", "D", "--batch-size", 8, "--runs", 1, "--device", "cpu")
     lines = capsys.readouterr().out.splitlines()
     jpeg = next(float(line.split()[2]) for line in lines if line.startswith("Pillow's JPEG:"))
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| D ")]
     names = {row[0] for row in rows}
-    assert {f"D {recipe}" for recipe in speed.degrade.RECIPES} <= names and "D JPEG" in names
+    assert {f"D {recipe}" for recipe in degrade.RECIPES} <= names and "D JPEG" in names
     for _, rate, milliseconds, ratio in rows:
         rounding = 0.01 + 0.06 / float(milliseconds)
         assert float(rate) * float(milliseconds) == pytest.approx(8000, rel=rounding)
@@ -29,19 +32,13 @@ def test_the_table_has_a_row_for_every_recipe_and_the_ratio_of_each_rate(monkeyp
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["small", "as-printed"])
 def test_training_steps_and_generation_are_timed(monkeypatch, capsys, preset):
-    """With what is ours, and as the paper prints it, in the sizes of small."""
-    for stage in (speed.extractors, speed.diffusion):
+    """With our deviations, and as the paper prints it."""
+    for stage in (extractors, diffusion):
         monkeypatch.setitem(stage.PRESETS, "small", stage.PRESETS[preset])
     launch(monkeypatch, "--works", "stage", "generate", "--batch-size", 8, "--runs", 1)
     text = capsys.readouterr().out
-    for name in (
-        "stage 1 VQ-VAE",
-        "stage 1 E_cont",
-        "stage 1 E_deg",
-        "stage 2",
-        "generate, default",
-    ):
-        assert f"| {name} |" in text
+    rows = ["stage 1 VQ-VAE", "stage 1 E_cont", "stage 1 E_deg", "stage 2", "generate, default"]
+    assert all(f"| {name} |" in text for name in rows)
 
 
 @pytest.mark.parametrize(
