@@ -31,8 +31,8 @@ from data.pack import Crops, Photos
 # ---- noise schedule -----------------------------------------------------------------------------
 
 # t counts steps of noise: x_0 is the image, x_1000 almost pure noise.
-# Not in the paper: the schedule. These are the linear betas of DDPM (arXiv:2006.11239), of which
-# training and generation use the steps up to the "maximum diffusion step" of A.3.
+# Not in the paper: the schedule is the linear one of DDPM (arXiv:2006.11239), of which training and
+# generation use the steps up to the "maximum diffusion step" of A.3.
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
 ALPHAS_CUMPROD = torch.cat([torch.ones(1, dtype=torch.float64), (1 - BETAS).cumprod(0)]).float()
 
@@ -216,7 +216,7 @@ class UNet(nn.Module):
                 return layers[1](layers[0](x, embedding))
             return layers(x)
 
-        # Not in the paper: how c enters the U-Net. Here its channels are stacked on those of x_t.
+        # Not in the paper: c enters the U-Net as further channels, stacked on x_t.
         x = self.first(torch.cat([x_t, c.to(x_t.dtype)], dim=1))
         skips = [x]
         for layers in self.down:
@@ -332,8 +332,8 @@ def decoupled_loss(
 ) -> dict[str, Tensor]:
     """The loss of stage 2: on real LR images and, if HR images are given, on synthetic pairs."""
     examples = [real_example(net, lr)]
-    # Deviation: Algorithm 1 has real LR images alone. Their content shows their blur and noise, so
-    # that the U-Net need not look at F_deg; half of the batch are pairs where it must.
+    # Deviation: half of the batch are synthetic pairs, where Algorithm 1 has real LR images alone,
+    # because the content of a real LR image shows its blur and noise: the U-Net could ignore F_deg.
     if hr is not None:
         examples.append(synthetic_example(net, hr, cfg.recipes, generator))
     x_0, degradation, content, answer = (torch.cat(parts) for parts in zip(*examples, strict=True))

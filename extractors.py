@@ -448,8 +448,9 @@ def load_vqvae(vqvae: VQVAE, path: str) -> None:
     # Deviation: the public vq-f4 was trained with a GAN, which A.1 rejects.
     weights = common.load_checkpoint(path)["ema"]
     weights = {key.removeprefix("vqvae."): value for key, value in weights.items()}
-    known = {key: weights[key] for key in vqvae.state_dict().keys() & weights.keys()}
-    common.put_weights(vqvae, {"ema": known}, f"--vqvae {path}")
+    needed = vqvae.state_dict().keys()
+    weights = {key: value for key, value in weights.items() if key in needed}
+    common.put_weights(vqvae, {"ema": weights}, f"--vqvae {path}")
 
 
 # ---- losses -------------------------------------------------------------------------------------
