@@ -627,11 +627,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
                 return {"ema": weights | half, "config": config}
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        way_out = "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pt')"
+        advice = "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pt')"
         found = "it is damaged, or holds Python objects"
-        raise UserError(
-            f"{path}: {found}. If you trust it, store its weights: {way_out}."
-        ) from None
+        raise UserError(f"{path}: {found}. If you trust it, store its weights: {advice}.") from None
     except Exception as error:  # damaged files raise errors of many types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: no readable checkpoint ({reason}).") from None
@@ -704,7 +702,10 @@ def count_parameters(net: nn.Module) -> str:
 
 
 def check_parts(cfg: Any, least: int = 1, sources: int = 1) -> None:
-    """UserError unless --accumulate divides the batch of each source into parts of >= `least`."""
+    """UserError unless --accumulate divides the batch of each source into parts of >= `least`.
+
+    A batch has equally many images of each of the sources.
+    """
     batch, parts = cfg.batch_size // sources, cfg.accumulate or 1
     fits = batch % parts == 0 and batch // parts >= least
     size = f"--batch-size {cfg.batch_size}" + f" of {sources} kinds" * (sources > 1)
@@ -828,13 +829,13 @@ class Run:
         self.step, self.part, self.parts = 0, 0, 1  # step -1: a trial, see there
         self.clock, self.logged = 0.0, 0  # time and step of the last line of the log
         self.trained = [p for group in groups for p in group["params"]]
-        moves = any(group["lr"] > 0 for group in groups) or steps == 0
-        require(moves, "all learning rates are 0: there is nothing to train.")
+        learns = any(group["lr"] > 0 for group in groups) or steps == 0
+        require(learns, "all learning rates are 0: there is nothing to train.")
         net.to(rt.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         net.requires_grad_(False)
         for p in self.trained:
             p.requires_grad_(True)
-        self.rates = [group["lr"] for group in groups]
+        self.learning_rates = [group["lr"] for group in groups]
         self.opt = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self.ema = {key: value.detach().clone() for key, value in net.state_dict().items()}
         self.before = path.with_name(
@@ -860,22 +861,22 @@ class Run:
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint; UserError unless it is of a run with the same configuration."""
         path = self.path
-        way_out = f"give another --{'name' if 'name' in self.config else 'out'} or delete it"
+        advice = f"give another --{'name' if 'name' in self.config else 'out'} or delete it"
         stored = state["config"] if isinstance(state["config"], dict) else {}
         for key, value in self.config.items():
             old, flag = stored.get(key, "missing"), f"--{key.replace('_', '-')}"
             if old == value:
                 continue
             if key == "began":
-                raise UserError(f"{path} began from other weights: {way_out}.")
-            require(key in MAY_CHANGE, f"{flag} is {value}, in {path} {old}: {way_out}.")
+                raise UserError(f"{path} began from other weights: {advice}.")
+            require(key in MAY_CHANGE, f"{flag} is {value}, in {path} {old}: {advice}.")
             if self.rt.is_main:
                 print(f"{path}: from now on {flag} {value} ({old} before)")
-        wrong = f"{path} is no checkpoint of this training: {way_out}."
+        wrong = f"{path} is no checkpoint of this training: {advice}."
         require({"step", "steps", "net", "ema", "opt"} <= state.keys(), wrong)
         step, steps = state["step"], state["steps"]
-        sound = type(step) is int and type(steps) is int and 0 <= step <= steps
-        require(sound, f"{path}: its step is {step} of {steps}: {way_out}.")
+        valid = type(step) is int and type(steps) is int and 0 <= step <= steps
+        require(valid, f"{path}: its step is {step} of {steps}: {advice}.")
         for weights in (state["net"], state["ema"]):
             check_weights(weights, self.net, str(path))
         try:
@@ -956,7 +957,7 @@ class Run:
         average_gradients(self.trained, rt.world_size)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         left = (self.steps - self.step) / max(1, cfg.cooldown * self.steps)
-        for group, rate in zip(self.opt.param_groups, self.rates, strict=True):
+        for group, rate in zip(self.opt.param_groups, self.learning_rates, strict=True):
             group["lr"] = rate * min(1, left)  # falls to 0 over the last cfg.cooldown of the steps
         self.opt.step()
         self.opt.zero_grad(set_to_none=True)
@@ -990,8 +991,8 @@ class Run:
             speed["images/s"] = images / (time.time() - self.clock)
         if self.rt.device.type == "cuda":
             speed["GiB"] = torch.cuda.max_memory_allocated(self.rt.device) / 2**30
-        seen = self.preview() if saving else {}
-        shown |= {key: value.item() for key, value in seen.items()} | speed
+        preview = self.preview() if saving else {}
+        shown |= {key: value.item() for key, value in preview.items()} | speed
         text = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
         name = f"{self.path.parent.name}/{self.path.stem}"
         print(f"{name} {self.step}/{self.steps}  {text}", flush=True)

@@ -77,13 +77,16 @@ def names(folder: Path) -> set[str]:
 # ---- photos, decoded once ---------------------------------------------------------------------
 
 
-def test_photos_are_decoded_once_and_left_on_the_disk(photos, files, tmp_path, capsys):
+def test_photos_are_decoded_once_and_left_on_the_disk(photos, files, tmp_path, monkeypatch, capsys):
+    """By the first process of a node, LOCAL_RANK 0 (two real ones: test_common.py)."""
+
     def no_read(file: Path) -> np.ndarray:
         raise AssertionError(f"{file} is decoded a second time")
 
     bad = photos / "bad.png"
     bad.write_text("not an image")
-    for read in (pack.read_photo, no_read):
+    for read, local_rank in ((pack.read_photo, 0), (no_read, 0), (no_read, 1)):
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
         decoded = Photos([bad, *files], tmp_path / "decoded", CPU, read)
         assert_equal_photos(decoded, files)
         assert all(isinstance(pixels, np.memmap) for pixels in decoded.maps)
@@ -184,36 +187,6 @@ def test_a_killed_decode_leaves_nothing_that_is_taken_for_whole(photos, files, t
     left = names(tmp_path / "decoded")
     assert left and all(name.startswith(".") and name.endswith(".tmp") for name in left)
     assert_equal_photos(Photos(files, tmp_path / "decoded", CPU), files)
-
-
-READERS = """
-import sys, common
-from pathlib import Path
-from data import pack
-
-def read(file):
-    print("decoding", flush=True)
-    return pack.read_photo(file)
-
-with common.runtime("cpu") as rt:
-    decoded = pack.Photos(sorted(Path(sys.argv[1]).iterdir()), Path(sys.argv[2]), rt, read)
-    crops = pack.Crops(decoded, 16, 4, 0)
-    Path(f"batch{rt.rank}").write_bytes(crops.batch(7, 4).numpy().tobytes())
-"""
-
-
-def test_two_processes_get_equal_bytes_and_one_of_them_decodes(photos, tmp_path):
-    (photos / "bad.png").write_text("not an image")
-    (tmp_path / "readers.py").write_text(READERS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, tmp_path / "readers.py", photos, tmp_path / "decoded"],
-        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("decoding") == 4 and done.stdout.count("skipped 1 of 4") == 1
-    assert (tmp_path / "batch0").read_bytes() == (tmp_path / "batch1").read_bytes()
 
 
 # ---- random crops of them ---------------------------------------------------------------------
