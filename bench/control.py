@@ -23,7 +23,7 @@ from tqdm import tqdm
 import common
 import generate
 from bench.downstream import check_training, folder_of, spread_text, steps_of, tested, train_network
-from bench.generated import best_blurs, realdgen, syntheses, without_diffusion
+from bench.generated import best_blurs, realdgen, syntheses
 from bench.inputs import Inputs, Measure, middle
 from bench.metrics import rgb_to_y
 from bench.pairs import (
@@ -83,13 +83,14 @@ def reduced_by(kernel: Tensor, hr: Tensor) -> Tensor:
 
 
 def transfer_function(kernel: Tensor, frequencies: Tensor) -> Tensor:
-    """Amplitude of a kernel (TAPS, TAPS) at frequencies in cycles per LR pixel.
-
-    The mean of the horizontal and the vertical direction.
-    """
+    """Amplitude of a kernel at frequencies in cycles per LR pixel, the mean over all angles."""
     place = (torch.arange(TAPS) - BEFORE - (SCALE - 1) / 2) / SCALE  # LR pixels
-    waves = torch.exp(-2j * torch.pi * frequencies[:, None].double() * place)  # (n, TAPS)
-    return torch.stack([(waves @ kernel.sum(dim).to(waves.dtype)).abs() for dim in (0, 1)]).mean(0)
+    angle = torch.arange(24) * torch.pi / 24
+    f = frequencies.double()[:, None, None]
+    rows, columns = (torch.exp(-2j * torch.pi * f * part[:, None] * place)  # (n, 24, TAPS)
+                     for part in (angle.sin(), angle.cos()))  # fmt: skip
+    waves = torch.einsum("nar,rc,nac->na", rows, kernel.to(rows.dtype), columns)
+    return waves.abs().mean(1)
 
 
 # ---- control ------------------------------------------------------------------------------------
@@ -264,9 +265,6 @@ def measure_mtf(pairs: Sequence[Pair], inputs: Inputs) -> dict[str, Any]:
         for t in cfg.t_starts
         if t > 0
     }
-    methods["RealDGen T=0 without grain"] = realdgen(
-        inputs.net, replace(without_diffusion(inputs.sampler), grain=False)
-    )
     equations: dict[str, list[tuple[Tensor, Tensor]]] = {}
     spectra: dict[str, list[Tensor]] = {}
     for pair in tqdm(pairs, unit="pair", leave=False):
