@@ -29,8 +29,8 @@ def compare(real: Image.Image, made: Image.Image) -> list[float]:
     return [psnr(*rgb), psnr(*y), ssim(*rgb, channel_axis=2), ssim(*y)]
 
 
-def rows(folder: Path) -> dict[str, np.ndarray]:
-    """Means over the pairs of a folder (HR/ and LR/ of the same names), (4,) each."""
+def rows(folder: Path, step: int = 1) -> dict[str, np.ndarray]:
+    """Means over every step-th pair of a folder (HR/ and LR/ of the same names), (4,) each."""
     found: dict[str, list[list[float]]] = {"bicubic": [], "bicubic enlargement": []}
     larger = {file.stem: file for file in (folder / "HR").iterdir()}
 
@@ -40,7 +40,7 @@ def rows(folder: Path) -> dict[str, np.ndarray]:
         return compare(lr, small), compare(hr, large)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for reduced, enlarged in pool.map(of, sorted((folder / "LR").iterdir())):
+        for reduced, enlarged in pool.map(of, sorted((folder / "LR").iterdir())[::step]):
             found["bicubic"].append(reduced)
             found["bicubic enlargement"].append(enlarged)
     return {name: np.mean(values, axis=0) for name, values in found.items()}

@@ -1,0 +1,46 @@
+"""Drawn photos and folders of pairs for the tests of bench/."""
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import ndimage
+
+import common
+
+
+def write(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def photo(number, height, width=None):
+    """A smooth image, uint8 (height, width, 3)."""
+    sides = np.arange(height), np.arange(width or height), np.arange(3)
+    y, x, c = np.meshgrid(*sides, indexing="ij")
+    waves = np.sin(x / (9 + number) + c), np.cos(y / (7 + number))
+    return (127 + 60 * waves[0] + 60 * waves[1]).astype(np.uint8)
+
+
+def scenes(batch=3, size=192):
+    """Photos (B, 3, size, size): shapes with edges at all scales, and a little grain."""
+    images = []
+    for number in range(batch):
+        gen = common.generator(number)
+        noise = [torch.randn(3, size, size, generator=gen).numpy() for _ in range(4)]
+        shapes = [
+            ndimage.gaussian_filter(x, (0, s, s)) > 0
+            for x, s in zip(noise, (2, 4, 8, 24), strict=True)
+        ]
+        image = 0.25 + 0.12 * np.sum(shapes, axis=0) + 0.01 * noise[0]
+        images.append(torch.from_numpy(image).float())
+    return torch.stack(images).clamp(0, 1)
+
+
+def write_pairs(folder, names=("Canon_1", "Canon_2", "Nikon_1", "Nikon_2", "Sony_1")):
+    """Pairs of smooth images and their box average; returns the folder."""
+    for number, name in enumerate(names):
+        hr = photo(number, 192)
+        write(folder / "HR" / f"{name}.png", hr)
+        lr = Image.fromarray(hr).resize((48, 48), Image.Resampling.BOX)
+        write(folder / "LR" / f"{name}.png", np.asarray(lr))
+    return folder
