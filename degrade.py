@@ -11,6 +11,7 @@ rounds for Real-ESRGAN (arXiv:2107.10833), a shuffled sequence for BSRGAN (arXiv
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -144,20 +145,23 @@ def on_canvas(hr: Tensor, theta: Degradation, generator: torch.Generator) -> Ten
     # The host knows all numbers in advance. They go to the device together; none comes back.
     table = [(s.row, s.column, *s.size, s.value) for _, steps in turns for s in steps]
     numbers = torch.tensor(table, dtype=torch.float64).to(device, non_blocking=True)
+    row, column, size = (part.squeeze(1) for part in numbers[:, :4].long().split([1, 1, 2], dim=1))
+    kernel = blur_kernels(theta, device)[row, column]
+    index = mirrored(size, max(fast_length(max(step.size)) for _, steps in turns for step in steps))
+    mix = theta.colour_mix.to(device, non_blocking=True)[row]
     counts = [len(steps) for _, steps in turns]
-    integers, values = numbers[:, :4].long().split(counts), numbers[:, 4].float().split(counts)
-    kernels, mix = blur_kernels(theta, device), theta.colour_mix.to(device, non_blocking=True)
+    columns = (row, size, numbers[:, 4].float(), kernel, index, mix)
+    parts = zip(*(column.split(counts) for column in columns), strict=True)  # for each turn
     weights = resize_weights([steps for kind, steps in turns if kind == "resize"], device)
     gray_noise = theta.gray_noise.tolist()
     x = hr.clone()
-    for (kind, steps), integer, value in zip(turns, integers, values, strict=True):
-        row, column, size = integer[:, 0], integer[:, 1], integer[:, 2:]
+    for (kind, steps), (row, size, value, kernel, index, mix) in zip(turns, parts, strict=True):
         first, last = steps[0].row, steps[-1].row
         rows = slice(first, last + 1) if last - first < len(steps) else row  # a slice is faster
         h, w = largest([step.size for step in steps])
         y = x[rows, :, :h, :w]
         if kind == "blur":
-            y = blur(y, kernels[row, column], size)
+            y = blur(y, kernel, index)
         elif kind == "resize":
             y = resize(y, *next(weights))
         elif kind == "jpeg":
@@ -165,7 +169,7 @@ def on_canvas(hr: Tensor, theta: Degradation, generator: torch.Generator) -> Ten
         else:
             gray = [gray_noise[step.row][step.column] for step in steps]
             if kind == "gaussian":
-                y = gaussian(y, value, gray, mix[row], generator)
+                y = gaussian(y, value, gray, mix, generator)
             else:
                 y = poisson(y, value, gray, size, generator)
         h, w = y.shape[2:]
@@ -607,18 +611,22 @@ def mirrored(size: Tensor, length: int) -> Tensor:
     return torch.minimum(i, period - i)
 
 
-def blur(x: Tensor, kernel: Tensor, size: Tensor | None = None) -> Tensor:
+@functools.cache
+def fast_length(n: int) -> int:
+    """The shortest length for a fast FFT, of prime factors up to 7, of n pixels and margins."""
+    n += KERNEL_SIZE - 1
+    return next(m for m in range(n, 2 * n) if 210**16 % m == 0)
+
+
+def blur(x: Tensor, kernel: Tensor, index: Tensor | None = None) -> Tensor:
     """Correlate images (B, 3, H, W) with kernels (B, 25, 25), edges mirrored.
 
-    `size` (B, 2) are the sizes of images on a canvas; without it each fills the canvas.
+    `index` is mirrored() of the sizes of images on a canvas; without it each fills the canvas.
     """
     H, W = x.shape[2:]
-    # The shortest lengths with room for the margins whose FFT is fast: no prime factor above 7.
-    least = (H + KERNEL_SIZE - 1, W + KERNEL_SIZE - 1)
-    lengths = [next(m for m in range(n, 2 * n) if 210**16 % m == 0) for n in least]
-    if size is None:
-        size = torch.tensor([[H, W]], device=x.device).expand(len(x), 2)
-    index = mirrored(size, max(lengths))
+    lengths = fast_length(H), fast_length(W)
+    if index is None:
+        index = mirrored(torch.tensor([[H, W]], device=x.device).expand(len(x), 2), max(lengths))
     x = pick(x, index[:, 0, : lengths[0]], index[:, 1, : lengths[1]])
     spectrum = torch.fft.rfft2(x) * torch.fft.rfft2(kernel, lengths).conj()[:, None]
     return torch.fft.irfft2(spectrum, lengths)[:, :, :H, :W]

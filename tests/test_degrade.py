@@ -694,7 +694,7 @@ def test_no_operation_leaves_the_gpu_and_launches_do_not_grow_with_the_batch():
             lr = degrade.degrade(hr, theta, torch.Generator())
         assert lr.device == hr.device and lr.shape == (len(theta), 3, 64, 64)
         launches[batch] = launched.total()
-    assert launches[48] <= 1.2 * launches[8] and launches[48] <= 800
+    assert launches[48] <= 1.2 * launches[8] and launches[48] <= 700
 
 
 def test_theta_jpeg_and_blur_of_gpu_images_stay_on_the_gpu():
