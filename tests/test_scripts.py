@@ -156,7 +156,6 @@ def test_missing_stage_1_names_the_command_that_makes_it(tmp_path):
         "diffusion.py --without foo",
         "diffusion.py --save-every 0",
         "diffusion.py --crop 31",
-        "generate.py --t-start 501",
     ],
 )
 def test_wrong_flags_are_refused_before_any_work(trained, tmp_path, command):
