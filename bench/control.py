@@ -57,15 +57,15 @@ def bicubic_kernel() -> Tensor:
 
 
 def normal_equations(hr: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:
-    """A'A (576, 576) and A'y (576) of the LR pixels y = A k, per pixel, all colours together.
+    """A'A (576, 576) and A'y (K, 576) of the LR pixels y = A k, per pixel, all colours together.
 
-    hr (3, 4h, 4w), lr (3, h, w) in [0, 1]; three LR pixels at each edge are left out.
+    hr (3, 4h, 4w), lr (K, 3, h, w) in [0, 1]; three LR pixels at each edge are left out.
     """
     start = 3 * SCALE - BEFORE
-    A = F.unfold(hr[:, None, start:, start:], TAPS, stride=SCALE).double()  # (3, 576, n)
-    y = lr[:, 3:-3, 3:-3].flatten(1).double()  # (3, n)
-    n = y.numel()
-    return torch.einsum("cin,cjn->ij", A, A) / n, torch.einsum("cin,cn->i", A, y) / n
+    A = F.unfold(hr[:, None, start:, start:], TAPS, stride=SCALE)  # (3, 576, n)
+    A = A.transpose(0, 1).flatten(1)  # (576, 3n)
+    y = lr[:, :, 3:-3, 3:-3].flatten(1)  # (K, 3n)
+    return (A @ A.T / len(A.T)).double(), (y @ A.T / len(A.T)).double()
 
 
 def fitted_kernel(equations: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -105,8 +105,8 @@ def answers_of_control(sets: dict[str, list[Pair]], inputs: Inputs) -> Answers:
     every = [(folder, pair) for folder, pairs in sets.items() for pair in pairs]
     equations: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
     for folder, pair in tqdm(every, desc="kernels", unit="pair", leave=False):
-        lr = load_lr(pair.lr, pair.full)
-        equations[folder, pair.index] = normal_equations(load_hr(pair), lr)
+        AA, Ay = normal_equations(load_hr(pair), load_lr(pair.lr, pair.full)[None])
+        equations[folder, pair.index] = AA, Ay[0]
 
     @functools.cache
     def kernel(folder: str, camera: str, index: int | None) -> Tensor:
@@ -274,11 +274,11 @@ def measure_mtf(pairs: Sequence[Pair], inputs: Inputs) -> dict[str, Any]:
         for name, method in methods.items():
             lr = method(hr[None].to(inputs.device), lr_ref, seeds)[0].cpu()
             images[name] = common.to_uint8(lr) / 255
-        for name, lr in images.items():
-            equation = normal_equations(hr, lr)
-            equations.setdefault(name, []).append(equation)
+        AA, Ay = normal_equations(hr, torch.stack([*images.values()]))
+        for (name, lr), y in zip(images.items(), Ay, strict=True):
+            equations.setdefault(name, []).append((AA, y))
             if name == "real LR":
-                equations.setdefault(f"real LR, {camera}", []).append(equation)
+                equations.setdefault(f"real LR, {camera}", []).append((AA, y))
             side = min(cfg.crop, *pair.size)
             spectra.setdefault(name, []).append(log_spectrum(middle(lr, side)))
     curves = {

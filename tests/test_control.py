@@ -39,7 +39,8 @@ def test_the_bicubic_kernel_is_pillows():
 @pytest.mark.parametrize("sigma", [1.5, 3.0])
 def test_a_kernel_is_found_again_from_its_images(sigma):
     hr, kernel = scenes(3), gaussian_kernel(sigma)
-    equations = [control.normal_equations(x, control.reduced_by(kernel, x)) for x in hr]
+    equations = [control.normal_equations(x, control.reduced_by(kernel, x)[None]) for x in hr]
+    equations = [(AA, Ay[0]) for AA, Ay in equations]
     found = control.fitted_kernel(equations)
     f = torch.linspace(0, 0.5, 6)
     expected = (-2 * (np.pi * f.double() * sigma / 4) ** 2).exp()  # of a Gaussian, in closed form
