@@ -1,7 +1,6 @@
 """Run the command line of a stage in a process that has imported torch, which takes seconds."""
 
 import contextlib
-import importlib
 import io
 import multiprocessing
 import os
@@ -15,15 +14,18 @@ import pytest
 import torch
 
 import common
+import diffusion
+import extractors
+import generate
 
+STAGES = {"extractors.py": extractors, "diffusion.py": diffusion, "generate.py": generate}
 FORKSERVER = multiprocessing.get_context("forkserver")  # its processes have torch from the start
 FORKSERVER.set_forkserver_preload(["generate"])
 
 
 def run(script: str, *args: object, cwd: Path) -> subprocess.CompletedProcess:
     """`python script args` in this process."""
-    stage = importlib.import_module(Path(script).stem)
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    stage, out, err, code = STAGES[script], io.StringIO(), io.StringIO(), 0
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(out),
