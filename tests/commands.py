@@ -1,6 +1,7 @@
 """Run the command line of a stage in a process that has imported torch, which takes seconds."""
 
 import contextlib
+import importlib
 import io
 import multiprocessing
 import os
@@ -14,18 +15,15 @@ import pytest
 import torch
 
 import common
-import diffusion
-import extractors
-import generate
 
-STAGES = {"extractors.py": extractors, "diffusion.py": diffusion, "generate.py": generate}
 FORKSERVER = multiprocessing.get_context("forkserver")  # its processes have torch from the start
 FORKSERVER.set_forkserver_preload(["generate"])
 
 
 def run(script: str, *args: object, cwd: Path) -> subprocess.CompletedProcess:
-    """`python script args` in this process."""
-    stage, out, err, code = STAGES[script], io.StringIO(), io.StringIO(), 0
+    """`python script args` in this process; for `python -m a.b` the script is a.b."""
+    stage = importlib.import_module(script.removesuffix(".py"))
+    out, err, code = io.StringIO(), io.StringIO(), 0
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(out),
@@ -35,7 +33,7 @@ def run(script: str, *args: object, cwd: Path) -> subprocess.CompletedProcess:
         patch.setattr(sys, "argv", [script, *map(str, args)])
         try:
             main = stage.main if hasattr(stage, "main") else stage.train
-            common.launch(main, stage.Config, stage.PRESETS, "")
+            common.launch(main, stage.Config, getattr(stage, "PRESETS", {}), "")
         except SystemExit as stopped:
             code = int(stopped.code or 0)
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())

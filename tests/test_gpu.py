@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,14 @@ def test_a_batch_on_a_gpu_is_what_each_image_is_alone_but_for_rounding():
 def test_a_folder_is_degraded(trained):
     run("degrade --out degraded", trained)
     assert list((trained / "degraded/lr").iterdir())
+
+
+def test_the_benchmark_runs_on_sample_photos_in_about_a_minute(trained):
+    began = time.time()
+    printed = run("benchmark --checkpoint runs/diffusion/last.pt", trained)
+    print(f"\nbenchmark.py: {time.time() - began:.0f} s")
+    assert "testing on sample photos" in printed and "Table 1" in printed
+    tables = "control mtf factors extractors transfer leakage figure1 6"
+    small = "--images 2 --crop 64 --sr-steps 2 --t-starts 5"
+    run(f"benchmark --table {tables} {small} --checkpoint runs/diffusion/last.pt", trained)
+    assert len(list((trained / "out/benchmark").glob("*.md"))) == 10
