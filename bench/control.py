@@ -9,6 +9,7 @@ function of real and of generated LR, by least squares, and as it can be estimat
 """
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -179,16 +180,15 @@ def table_control(name: str, inputs: Inputs) -> Measure:
         out, network = folder_of(inputs), cfg.sr[-1]
         rows: dict[str, list[dict[str, Any]]] = {}
         answers = answers_of_control(sets, inputs)
-        for number, (label, answer) in enumerate(answers.items()):
-            folder = out / "control" / f"{number:02d}"
+        for label, answer in answers.items():
+            folder = out / "control" / re.sub(r"[^\w.=]+", "-", label)
             if inputs.rt.is_main:
                 write_training_set(folder, sets, answer)
             common.wait_for_all(inputs.rt)
-            source = {"pairs": str(folder)}
-            rows[label] = []
+            source, rows[label] = {"pairs": str(folder)}, []
             for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-                trained = train_network(network, source, f"control{number:02d}", seed, out, inputs)
-                rows[label].append(tested(trained[0], inputs, inputs.metrics))
+                net, _ = train_network(network, source, folder.name, seed, out, inputs)
+                rows[label].append(tested(net, inputs, inputs.metrics))
         count = {folder: len(pairs) for folder, pairs in sets.items()}
         result = {"network": network, "trained": count, "rows": rows}
         return result, text_of_control(result, inputs) if inputs.rt.is_main else ""
