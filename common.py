@@ -1,4 +1,4 @@
-"""Plumbing of all stages: command line, processes, image files, pairs, checkpoints, training runs.
+"""Plumbing of all stages: command line, processes, image files, checkpoints, training runs.
 
 It holds nothing of the method: a reader who skips this file misses no idea of the paper.
 """
@@ -16,17 +16,15 @@ import math
 import os
 import pickle
 import re
-import shutil
 import signal
 import sys
-import threading
 import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -205,14 +203,6 @@ def generator(*numbers: int | str, device: torch.device | str = "cpu") -> torch.
     return torch.Generator(device).manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
 
 
-def generator_on(device: torch.device, source: torch.Generator) -> torch.Generator:
-    """The given generator if it is on this device, else one on the device that it seeds."""
-    if source.device.type == device.type:
-        return source
-    seed = torch.randint(2**62, (), generator=source, device=source.device)
-    return torch.Generator(device).manual_seed(int(seed))
-
-
 # ---- which files are photos -------------------------------------------------------------------
 
 
@@ -340,22 +330,18 @@ def pixels_of(file: ImageFile.ImageFile) -> Tensor:
     if file.width * file.height > MAX_PIXELS:
         raise ValueError(f"{file.width} x {file.height} pixels are more than {MAX_PIXELS}")
     mode, tile, tags = file.mode, str(file.tile[:1]), getattr(file, "tag_v2", {})  # tags of TIFF
-    inverted = tags.get(262) == 0 and mode in ("I;16", "F")  # Pillow inverts those of 8 bits itself
     bits, signed, planar = tags.get(258, (8,)), 2 in tags.get(339, ()), tags.get(284) == 2
+    deep = mode.startswith("I")  # gray of 16 bits, which Pillow's convert() would clip
     if (
-        (signed or mode == "I" and file.format not in ("PNG", "PPM"))  # of 32 bits
-        or (mode == "F" and (inverted or "libtiff" in tile and "BF" in tile))  # Pillow: wrong bytes
+        (mode == "F" or mode == "I" and file.format not in ("PNG", "PPM"))  # of 32 bits
+        or (signed or deep and tags.get(262) == 0)  # white is 0
         or (planar and "raw" in tile and bits[0] > 8)  # Pillow reads them as 8 bits
     ):
         raise ValueError("numbers of a rare kind: convert it to RGB of 8 or 16 bits")
     file.load()
     image: Image.Image = file
-    if mode.startswith(("I", "F")):  # gray, which Pillow's convert() would clip
-        white = 1 if mode == "F" else 4095 if "I;12" in tile else 65535
-        gray = torch.from_numpy(np.asarray(image).astype(np.float32)).div_(white)
-        if not (gray.min() >= 0 and gray.max() <= 1):  # also true of NaN
-            raise ValueError("numbers outside of 0 to 1: scale them, or convert it to 16 bits")
-        x = gray.expand(3, -1, -1)
+    if deep:
+        x = torch.from_numpy(np.asarray(image).astype(np.float32)).div_(65535).expand(3, -1, -1)
     else:
         if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
@@ -367,9 +353,9 @@ def pixels_of(file: ImageFile.ImageFile) -> Tensor:
     x = x.contiguous()
     if x.dtype == torch.uint8:
         x = x.float().div_(255)  # in place: photos may be large
-    if re.search(r"(I|LA|RGBA?);16", tile) and x.max() < 1 / 16:
+    if re.search(r"(I|LA|RGBA?);1[26]", tile) and x.max() < 1 / 16:
         raise ValueError("numbers of 16 bits that use only 12 of them: scale them up")
-    return 1 - x if inverted else x
+    return x
 
 
 def load_image(path: str | Path) -> Tensor:
@@ -421,15 +407,6 @@ def save_image(path: str | Path, x: Tensor) -> None:
         image.save(temporary, format="PNG", compress_level=1)
 
 
-def copy_file(source: str | Path, target: str | Path) -> None:
-    """Give a file a second name: a hard link, or a copy if the file system has no links."""
-    with replacing(target) as temporary:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a text, whole or not at all; a file with the same text is not touched."""
     data = text.encode(errors="surrogateescape")  # file names need not be valid Unicode
@@ -457,156 +434,6 @@ def save_sheet(path: str | Path, titles: Sequence[str], rows: Sequence[Sequence[
         ImageDraw.Draw(head).text((6 + i * body.shape[2] // len(titles), 3), title, fill="black")
     pixels = torch.frombuffer(bytearray(head.tobytes()), dtype=torch.uint8).float() / 255
     save_image(path, torch.cat([pixels.view(18, -1, 3).permute(2, 0, 1), body], dim=1))
-
-
-class PairFolder:
-    """A folder of pairs hr/NAME.png and lr/NAME.png, and a table of them, pairs.jsonl.
-
-    For each pair call row(), then earlier(), which finds a pair that is already made, or begin()
-    before its images are written; then add(). In the end call finish() and unlock(). Until then
-    each process writes a table of its own, so that a killed run can go on.
-
-    UserError if another run writes to the folder, if rows lack `field` or have other `settings`,
-    or if there are images without a row.
-    """
-
-    def __init__(
-        self,
-        out: Path,
-        names: Sequence[str],
-        field: str,
-        rt: Runtime,
-        settings: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.out, self.names, self.rt = out, names, rt
-        self.table, self.part = out / "pairs.jsonl", out / f"pairs.{rt.rank}.jsonl"
-        self.lock_file: TextIO | None = None
-        self.mutex = threading.Lock()
-        if out.is_dir():
-            self.lock()
-        try:
-            self.before = self.read("pairs*.jsonl")
-            self.check(field, settings or {})
-        except UserError:
-            self.unlock()
-            raise
-        wait_for_all(rt)  # no process writes before all have read
-        if rt.is_main and list(out.glob("pairs.*.jsonl")):  # of a killed run
-            self.write(list(self.before.values()))
-        wait_for_all(rt)
-
-    def check(self, field: str, settings: Mapping[str, Any]) -> None:
-        """UserError unless the folder holds pairs of this command and these settings alone."""
-        for row in self.before.values():
-            foreign = f"--out {self.out} holds pairs of another command: give another --out."
-            require(field in row, foreign)
-            different = [key for key, value in settings.items() if row.get(key) != value]
-            other = f"{self.table} has pairs of other settings ({', '.join(different)})"
-            require(not different, f"{other}: give another --out.")
-        for file in self.images():
-            stray = f"{file} is of no pair in {self.table}: move it or give another --out."
-            require(file.stem in self.before or file.stem in self.names, stray)
-
-    def images(self) -> list[Path]:
-        """All files of the folders hr and lr but temporary ones."""
-        return sorted(f for side in ("hr", "lr") for f in (self.out / side).glob("[!.]*"))
-
-    def lock(self) -> None:
-        """Make the folder and lock it, if the system can; UserError if another run has done so."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        with self.mutex, contextlib.suppress(ImportError):
-            import fcntl
-
-            if not self.rt.is_main or self.lock_file is not None:
-                return
-            file = open(self.out / ".lock", "w")  # noqa: SIM115
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                file.close()
-                busy = "another run is writing there: wait for it, or give another --out."
-                raise UserError(f"--out {self.out}: {busy}") from None
-            except OSError:  # a file system without locks
-                pass
-            self.lock_file = file
-
-    def unlock(self) -> None:
-        """Let other runs use the folder."""
-        if self.lock_file is not None:
-            (self.out / ".lock").unlink(missing_ok=True)
-            self.lock_file.close()
-            self.lock_file = None
-
-    def begin(self) -> None:
-        """Prepare the folder; to be called before images are written."""
-        self.lock()
-        (self.out / "preview.png").unlink(missing_ok=True)  # it may show pairs that change now
-
-    def read(self, tables: str) -> dict[str, dict]:
-        """Rows of all tables of this pattern, by name of the pair."""
-        rows = {}
-        for table in sorted(self.out.glob(tables), key=lambda file: file != self.table):
-            for line in table.read_bytes().splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:  # a killed run may leave half a line
-                    continue
-                ours = isinstance(row, dict) and str(row.get("hr")).startswith("hr/")
-                ours = ours and row.get("lr") == "lr" + row["hr"][2:]
-                require(ours, f"{table} is of another program: give another --out.")
-                rows[Path(row["lr"]).stem] = row
-        return rows
-
-    def write(self, rows: list[dict]) -> None:
-        """Write the table of all pairs, and remove the tables of the processes."""
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        if not self.table.is_file() or self.table.read_bytes() != text.encode():
-            (self.out / "preview.png").unlink(missing_ok=True)
-            write_text(self.table, text)
-        for part in self.out.glob("pairs.*.jsonl"):
-            part.unlink()
-
-    def row(self, name: str, **facts: Any) -> dict[str, Any]:
-        """A row of the table."""
-        return {"hr": f"hr/{name}.png", "lr": f"lr/{name}.png", **facts}
-
-    def earlier(self, row: dict, made_of: Sequence[Path]) -> dict | None:
-        """The equal row of an earlier run, if its images are newer than the files `made_of`."""
-        found = self.before.get(Path(row["lr"]).stem)
-        if found is None or found | json.loads(json.dumps(row)) != found:
-            return None
-        files = [] if found.get("dropped") else [self.out / row[side] for side in ("hr", "lr")]
-        changed = max(file.stat().st_mtime for file in made_of)
-        return found if all(f.is_file() and f.stat().st_mtime >= changed for f in files) else None
-
-    def add(self, rows: list[dict]) -> None:
-        """Append the rows of pairs whose images are written."""
-        if rows:
-            self.lock()
-            with open(self.part, "a", encoding="utf-8") as file:
-                file.write("".join("\n" + json.dumps(row) + "\n" for row in rows))
-
-    def finish(self) -> list[dict]:
-        """Write the table and return its rows; move images of other pairs to the folder `removed`.
-
-        UserError if there are no rows.
-        """
-        made = self.read("pairs.*.jsonl")
-        rows = [made[name] for name in self.names if name in made]
-        require(bool(rows), "none of the HR images could be used; see the files named above.")
-        kept = {Path(row["lr"]).stem for row in rows if not row.get("dropped")}
-        others = [f for f in self.images() if f.suffix == ".png" and f.stem not in kept]
-        for file in others:
-            target = self.out / "removed" / file.relative_to(self.out)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
-        if others:
-            count = len({file.stem for file in others})
-            print(f"moved {count} pairs of earlier runs to {self.out / 'removed'}")
-        for temporary in self.out.rglob(".*.tmp"):  # of a killed run
-            temporary.unlink()
-        self.write(rows)
-        return rows
 
 
 # ---- weights and configurations ---------------------------------------------------------------
@@ -691,11 +518,6 @@ def load_weights(net: nn.Module, path: str, flag: str) -> None:
     put_weights(net, load_checkpoint(path), f"{flag} {path}")
 
 
-def step_of(path: Path) -> int:
-    """The step of a checkpoint of a run, without reading its weights; 0 if there is none."""
-    return torch.load(path, mmap=True, weights_only=True)["step"] if path.is_file() else 0
-
-
 def count_parameters(net: nn.Module) -> str:
     """Number of parameters in millions, for people."""
     return f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters"
@@ -725,7 +547,7 @@ def from_dict(config: type[C], values: Any, name: str) -> C:
         require(type(value) in kinds, wrong)
         if isinstance(default, tuple):
             kind = type(default[0]) if default else str
-            require(len(value) <= 16 and all(type(v) is kind for v in value), wrong)
+            require(all(type(v) is kind for v in value), wrong)
     return config(**values)
 
 
@@ -747,12 +569,6 @@ TRAINING_RANGES = {"accumulate": (0, 2**16), "log_every": (1, 2**31), "save_ever
 # their files may move: the fact `began` tells them apart.
 MAY_CHANGE = ("out", "checkpoint", "start_from", "vqvae", "steps", "batch_size", "accumulate",
               "log_every", "save_every", "cooldown", "compile", "bf16", "device")  # fmt: skip
-
-
-def broadcast(x: Tensor) -> None:
-    """Copy the values of the first process to all others."""
-    if dist.is_initialized():
-        dist.broadcast(x, 0)
 
 
 def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
@@ -862,9 +678,8 @@ class Run:
         """Go on from a checkpoint; UserError unless it is of a run with the same configuration."""
         path = self.path
         advice = f"give another --{'name' if 'name' in self.config else 'out'} or delete it"
-        stored = state["config"] if isinstance(state["config"], dict) else {}
         for key, value in self.config.items():
-            old, flag = stored.get(key, "missing"), f"--{key.replace('_', '-')}"
+            old, flag = state["config"].get(key, "missing"), f"--{key.replace('_', '-')}"
             if old == value:
                 continue
             if key == "began":
@@ -873,23 +688,20 @@ class Run:
             if self.rt.is_main:
                 print(f"{path}: from now on {flag} {value} ({old} before)")
         wrong = f"{path} is no checkpoint of this training: {advice}."
-        require({"step", "steps", "net", "ema", "opt"} <= state.keys(), wrong)
-        step, steps = state["step"], state["steps"]
-        valid = type(step) is int and type(steps) is int and 0 <= step <= steps
-        require(valid, f"{path}: its step is {step} of {steps}: {advice}.")
+        require({"step", "net", "ema", "opt"} <= state.keys(), wrong)
         for weights in (state["net"], state["ema"]):
             check_weights(weights, self.net, str(path))
         try:
             self.opt.load_state_dict(state["opt"])
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (KeyError, ValueError):
             raise UserError(wrong) from None
         self.net.load_state_dict(state["net"])
         self.ema = {key: value.to(self.rt.device) for key, value in state["ema"].items()}
-        self.step = step
-        if self.rt.is_main and step < self.steps:
-            print(f"resuming {path} at step {step}")
+        self.step = state["step"]
+        if self.rt.is_main and self.step < self.steps:
+            print(f"resuming {path} at step {self.step}")
         elif self.rt.is_main and self.steps > 0:
-            print(f"{path} is finished: it has {step} steps; more --steps go on from there")
+            print(f"{path} is finished: it has {self.step} steps; more --steps go on from there")
 
     def batches(self, *crops: Any, least: int = 1) -> Iterator[tuple[Any, ...]]:
         """Yield a batch of each of the crops, and a generator, until the last step is done.

@@ -14,6 +14,8 @@ import contextlib
 import functools
 import json
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
+from data.folder import PairFolder
 
 # ---- the recipes ------------------------------------------------------------------------------
 
@@ -128,10 +131,18 @@ def degrade(hr: Tensor, theta: Degradation, generator: torch.Generator | None = 
     check(in_range, "HR images must lie in [0, 1]: divide 8-bit values by 255")
     with plain_float32(hr.device):
         if generator is not None:
-            return on_canvas(hr, theta, common.generator_on(hr.device, generator))
+            return on_canvas(hr, theta, generator_on(hr.device, generator))
         draws = map(common.generator, theta.seed.tolist())
         rows = [on_canvas(hr[[b]], theta[b : b + 1], draw) for b, draw in enumerate(draws)]
         return torch.cat(rows)
+
+
+def generator_on(device: torch.device, source: torch.Generator) -> torch.Generator:
+    """The given generator if it is on this device, else one on the device that it seeds."""
+    if source.device.type == device.type:
+        return source
+    seed = torch.randint(2**62, (), generator=source, device=source.device)
+    return torch.Generator(device).manual_seed(int(seed))
 
 
 def on_canvas(hr: Tensor, theta: Degradation, generator: torch.Generator) -> Tensor:
@@ -901,6 +912,15 @@ class Config:
     device: str = "auto"  # cpu, cuda or auto
 
 
+def copy_file(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name: a hard link, or a copy if the file system has no links."""
+    with common.replacing(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
 def save_preview(path: Path, out: Path, rows: list[dict]) -> None:
     """Write a picture of these pairs: the middle of HR beside that of LR."""
     pictures = []
@@ -925,7 +945,7 @@ def main(cfg: Config, rt: common.Runtime) -> None:
     files = common.outside(common.find_photos(cfg.hr, "hr", "--hr"), out, "--hr")
     ends = [""] if cfg.per_image == 1 else [f"_{k}" for k in range(cfg.per_image)]
     photos = list(zip(files, common.photo_names(files, cfg.hr), strict=True))
-    folder = common.PairFolder(out, [name + end for _, name in photos for end in ends], "theta", rt)
+    folder = PairFolder(out, [name + end for _, name in photos for end in ends], "theta", rt)
 
     def work(photo: tuple[Path, str]) -> list[dict] | str:
         """Make the pairs of a photo; return their rows of the table, or why it was skipped."""
@@ -948,7 +968,7 @@ def main(cfg: Config, rt: common.Runtime) -> None:
         for row, theta in zip(rows, thetas, strict=True):
             common.save_image(out / row["lr"], degrade(hr[None].to(rt.device), theta)[0])
             if row is not rows[0]:
-                common.copy_file(out / rows[0]["hr"], out / row["hr"])
+                copy_file(out / rows[0]["hr"], out / row["hr"])
         return rows
 
     threads = torch.get_num_threads()

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -217,7 +218,8 @@ class VQVAE(nn.Module):
         flat = z.permute(0, 2, 3, 1).flatten(0, 2)
         chosen = torch.randint(len(flat), (len(weight),), generator=generator, device=z.device)
         weight.copy_(torch.where(unused[:, None], flat[chosen], weight))
-        common.broadcast(weight)
+        if dist.is_initialized():  # the same codes in all processes
+            dist.broadcast(weight, 0)
 
 
 TILE, OVERLAP = 144, 32  # LR pixels; attention over a tile costs the fourth power of its side
@@ -700,6 +702,11 @@ def load(state: dict, name: str) -> Extractors:
     return net
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint of a run, without reading its weights; 0 if there is none."""
+    return torch.load(path, mmap=True, weights_only=True)["step"] if path.is_file() else 0
+
+
 def checked(cfg: Config, rt: common.Runtime) -> Config:
     """The settings with the batch size of this device, and three numbers of steps, or UserError."""
     numbers = "--steps takes one number, or one for each of the three parts."
@@ -716,7 +723,7 @@ def checked(cfg: Config, rt: common.Runtime) -> Config:
     common.require(not unknown, f"--recipes {unknown}: no such recipe of degrade.py.")
     files = [Path(cfg.out) / f"{part}.pt" for part in ("vqvae", "content", "last")]
     for (i, earlier), (_, later) in itertools.combinations(enumerate(files), 2):
-        goes_on = common.step_of(earlier) < steps[i] and not (cfg.vqvae and i == 0)
+        goes_on = step_of(earlier) < steps[i] and not (cfg.vqvae and i == 0)
         began = f"{later} began from another {earlier.name} than this command would leave"
         way_out = "delete it to train that part again, or give another --out"
         common.require(not (goes_on and later.is_file()), f"{began}: {way_out}.")

@@ -28,6 +28,7 @@ import common
 import degrade
 import diffusion
 import extractors
+from data.folder import PairFolder
 from diffusion import DecoupledDDPM
 
 SCALE = 4  # HR size / LR size. It is the VQ-VAE's factor, so content and LR have the same grid.
@@ -355,7 +356,7 @@ class Maker:
         self.settings |= {"pairing": cfg.pairing, "max_error": limits, "seed": cfg.seed}
         self.settings |= {"weights": common.fingerprint(weights)}
         names = [job.name for job in self.jobs]
-        self.folder = common.PairFolder(self.out, names, "lr_ref", rt, self.settings)
+        self.folder = PairFolder(self.out, names, "lr_ref", rt, self.settings)
 
     def load(self, job: Job) -> Job | None:
         """The job with its HR image, or with the row of an earlier run; None if unusable."""

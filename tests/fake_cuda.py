@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
-import common
 import degrade
 import extractors
 
@@ -185,7 +184,7 @@ def draw_theta_really(patch: pytest.MonkeyPatch) -> None:
 def fake_cuda() -> Iterator[Launches]:
     """Tensors made inside are fake, and may be of cuda:0; generators stay on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "generator_on", lambda device, source: source)
+        patch.setattr(degrade, "generator_on", lambda device, source: source)
         # In C++ these ask for a device of that kind, even if the tensor is fake.
         stand_ins = {
             "__getitem__": getitem,

@@ -1,6 +1,5 @@
 """common.py: the command line, seeds, weights and configurations, and the run of a toy training."""
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 
 import common
 from data.pack import Crops, Photos
-from tests.fake_cuda import fake_cuda
 from tests.test_photos import drawn_pixels
 
 REPO = Path(__file__).resolve().parents[1]
@@ -37,14 +35,14 @@ class Flags:
     """A Config as the stages have."""
 
     steps: int = 100  # training steps, 50 % of them on crops
-    learning_rate: float = 1e-4  # of AdamW
-    out: str = "runs/x"  # folder
-    sizes: tuple[int, ...] = (1, 2)  # several numbers
-    photos: tuple[str, ...] = ()  # files
-    bf16: bool = True  # precision
+    learning_rate: float = 1e-4
+    out: str = "runs/x"
+    sizes: tuple[int, ...] = (1, 2)
+    photos: tuple[str, ...] = ()
+    bf16: bool = True
     skip: bool = False
-    seed: int = 0  # of all draws
-    device: str = "cpu"  # cpu or cuda
+    seed: int = 0
+    device: str = "cpu"
 
 
 PRESETS = {"paper": {}, "small": {"steps": 7, "sizes": (5,), "bf16": False}}
@@ -53,9 +51,6 @@ PRESETS = {"paper": {}, "small": {"steps": 7, "sizes": (5,), "bf16": False}}
 def test_a_flag_beats_the_preset_and_the_preset_beats_the_default(capsys):
     parse = common.parse_args
     assert parse(Flags, PRESETS, "", []) == Flags()  # the first preset
-    assert parse(Flags, {}, "", []) == Flags()
-    small = parse(Flags, PRESETS, "", ["--preset", "small"])
-    assert small == replace(Flags(), steps=7, sizes=(5,), bf16=False)
     argv = ["--preset", "small", "--steps", "9", "--bf16", "--learning-rate", "0.5", "--skip"]
     assert parse(Flags, PRESETS, "", argv) == Flags(9, 0.5, sizes=(5,), skip=True)
     argv = ["--sizes", "3", "4", "5", "--photos", "a", "b", "--no-bf16"]
@@ -64,9 +59,8 @@ def test_a_flag_beats_the_preset_and_the_preset_beats_the_default(capsys):
 
 
 def test_the_help_text_is_the_comment_of_the_field(capsys):
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit):
         common.parse_args(Flags, {}, "what it does", ["--help"])
-    assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "what it does" in text and "training steps, 50 % of them on crops" in text
 
@@ -114,15 +108,6 @@ def test_files_can_be_read_by_others_as_umask_says(tmp_path):
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o644
 
 
-def test_a_sheet_of_pictures_that_are_on_a_gpu_is_written(tmp_path, monkeypatch):
-    written = []
-    monkeypatch.setattr(common, "save_image", lambda path, x: written.append(x))
-    with fake_cuda():
-        picture = torch.zeros(3, 20, 20, device="cuda:0")
-        common.save_sheet(tmp_path / "sheet.png", ("HR", "LR"), [[picture, picture]] * 2)
-    assert written[0].device.type == "cpu" and written[0].shape == (3, 18 + 48, 48)
-
-
 # ---- weights and configurations ---------------------------------------------------------------
 
 
@@ -141,33 +126,23 @@ def test_weights_of_other_programs_are_found(tmp_path, name):
 
 
 WRONG = {
-    "list": [1], "number": 3, "tensor": torch.rand(2), "nothing": {}, "no dict": {"ema": [1]},
-    "other names": {"ema": {"a": 3}},
+    "list": [1], "no dict": {"ema": [1]}, "other names": {"ema": {"a": 3}},
     "other types": {key: value.to(torch.int8) for key, value in toy_net().state_dict().items()},
     "not finite": {key: value / 0 for key, value in toy_net().state_dict().items()},
+    "empty": b"", "text": b"not a checkpoint", "zeros": bytes(1000), "cut": None,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_weights_that_do_not_fit_are_one_sentence(tmp_path, wrong):
-    torch.save(WRONG[wrong], tmp_path / "x.pt")
-    with pytest.raises(common.UserError, match="x.pt: ") as error:
-        common.load_weights(toy_net(), str(tmp_path / "x.pt"), "--start-from")
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_weights_that_are_damaged_or_do_not_fit_are_one_sentence(tmp_path, wrong, suffix):
+    path, content = tmp_path / f"x.{suffix}", WRONG[wrong]
+    torch.save(content or toy_net().state_dict(), path)
+    if isinstance(content, bytes | None):
+        path.write_bytes(path.read_bytes()[:2000] if content is None else content)
+    with pytest.raises(common.UserError, match=f"x.{suffix}: ") as error:
+        common.load_weights(toy_net(), str(path), "--start-from")
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_a_damaged_checkpoint_is_one_sentence(tmp_path, suffix):
-    torch.save({"net": torch.rand(1000)}, tmp_path / "whole.pt")
-    whole = (tmp_path / "whole.pt").read_bytes()
-    path = tmp_path / f"x{suffix}"
-    for data in (b"", b"not a checkpoint", whole[: len(whole) // 2], bytes(1000)):
-        path.write_bytes(data)
-        with pytest.raises(common.UserError, match=path.name) as error:
-            common.load_checkpoint(path)
-        assert "\n" not in str(error.value)
-    with pytest.raises(common.UserError, match="missing"):
-        common.load_checkpoint(tmp_path / f"missing{suffix}")
 
 
 class Trap:
@@ -200,14 +175,6 @@ def test_shipped_weights_keep_their_config_but_no_path_of_the_machine(tmp_path, 
     assert torch.equal(read["ema"]["a"], state["ema"]["a"].half().float())
 
 
-def test_a_fingerprint_tells_weights_from_others():
-    a, b = toy_net(), toy_net()
-    assert common.fingerprint(a) == common.fingerprint(b)
-    with torch.no_grad():
-        b[0].weight[0, 0, 0, 0] += 1e-6
-    assert common.fingerprint(a) != common.fingerprint(b)
-
-
 @dataclass(frozen=True)
 class Shape:
     """A Config of which a network is built."""
@@ -217,35 +184,28 @@ class Shape:
     wide: bool = False
     name: str = "x"
     widths: tuple[int, ...] = (1, 2)
-    folders: tuple[str, ...] = ()
 
 
-def test_a_stored_configuration_comes_back():
-    stored = {"width": 3, "rate": 1, "wide": True, "name": "y", "widths": [4], "folders": ["z"]}
-    expected = Shape(3, 1, True, "y", (4,), ("z",))
-    assert common.from_dict(Shape, stored, "x.pt") == expected
+def test_a_stored_configuration_comes_back_if_its_fields_and_types_are_right():
+    stored = {"width": 3, "rate": 1, "wide": True, "name": "y", "widths": [4]}
+    assert common.from_dict(Shape, stored, "x.pt") == Shape(3, 1, True, "y", (4,))
     assert common.from_dict(Shape, {"width": 3}, "x.pt") == Shape(3)
-
-
-@pytest.mark.parametrize(
-    "stored",
-    [None, 7, [], {"width": "a"}, {"width": 2.5}, {"width": None}, {"width": True}, {"wide": 1},
-     {"rate": "a"}, {"rate": [1]}, {"widths": 3}, {"widths": ["a"]}, {"widths": [1.5]},
-     {"widths": [1] * 17}, {"name": 3}, {"folders": [1]}, {"height": 3}],
-    ids=str,
-)  # fmt: skip
-def test_a_stored_configuration_is_not_believed(stored):
-    with pytest.raises(common.UserError, match="x.pt: .*configuration"):
-        common.from_dict(Shape, stored, "x.pt")
+    wrong = {"width": ("a", 2.5, None, True), "wide": (1,), "rate": ("a", [1]), "name": (3,),
+             "widths": (3, ["a"], [1.5]), "height": (3,)}  # fmt: skip
+    for stored in (None, [], *({key: value} for key in wrong for value in wrong[key])):
+        with pytest.raises(common.UserError, match="x.pt: .*configuration"):
+            common.from_dict(Shape, stored, "x.pt")
 
 
 def test_a_number_out_of_its_range_names_the_flag_and_the_file():
     common.check_ranges(Shape(), {"width": (8, 8), "widths": (1, 2)})
-    for ranges, word in (({"width": (1, 7)}, "--width 8"), ({"widths": (1, 1)}, "--widths 2")):
-        with pytest.raises(common.UserError, match=f"^x.pt: {word}: must be in 1"):
-            common.check_ranges(Shape(), ranges, "x.pt: ")
-    with pytest.raises(common.UserError, match="--rate nan"):
-        common.check_ranges(Shape(rate=float("nan")), {"rate": (0, 1)})
+    cfg, ranges = (
+        Shape(rate=float("nan")),
+        {"width 8": (1, 7), "widths 2": (1, 1), "rate nan": (1, 2)},
+    )
+    for flag, limits in ranges.items():
+        with pytest.raises(common.UserError, match=f"^x.pt: --{flag}: must be in 1"):
+            common.check_ranges(cfg, {flag.split()[0]: limits}, "x.pt: ")
 
 
 # ---- the run of a training --------------------------------------------------------------------
@@ -331,10 +291,6 @@ def read(path: Path) -> dict:
     return torch.load(path, weights_only=True)
 
 
-def log_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder, capsys):
     whole = toy_run(folder, 10, name="whole.pt")
     toy_run(folder, 6, name="parts.pt")
@@ -346,7 +302,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder, capsys):
     assert same(*checkpoints)
     # A finished run does nothing more and says so, and another seed is another run.
     capsys.readouterr()
-    assert same(toy_run(folder, 10, name="parts.pt").state_dict(), parts.state_dict())
+    toy_run(folder, 10, name="parts.pt")
     assert "parts.pt is finished" in capsys.readouterr().out
     other = toy_run(folder, 10, name="other.pt", seed=1)
     assert not same(other.state_dict(), parts.state_dict())
@@ -356,60 +312,39 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder, capsys):
 def test_the_learning_rate_falls_to_0_over_the_cooldown(folder, cooldown, steps_worth):
     # Adam moves a weight with a constant gradient by the learning rate: 10 steps show their sum.
     # With a cooldown of half of them: six whole ones, then .8, .6, .4 and .2.
-    path = folder / "last.pt"
-
     def slope(net: nn.Module, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         return {"loss": sum(p.sum() for p in net.parameters()) / 1000}
 
-    def interrupted(*given) -> dict[str, Tensor]:
-        if path.is_file():  # written after step 4
-            raise InterruptedError
-        return slope(*given)
-
-    for loss in (interrupted, slope):
-        with contextlib.suppress(InterruptedError):
-            toy_run(folder, 10, loss=loss, cooldown=cooldown, learning_rate=1e-2)
-    assert read(path)["step"] == 10
-    moved = toy_net()[0].weight - read(path)["net"]["0.weight"]
+    toy_run(folder, 10, loss=slope, cooldown=cooldown, learning_rate=1e-2)
+    moved = toy_net()[0].weight - read(folder / "last.pt")["net"]["0.weight"]
     torch.testing.assert_close(moved, torch.full_like(moved, 1e-2 * steps_worth), rtol=1e-3, atol=0)
 
 
 def test_the_loss_falls_and_the_result_is_the_average_of_the_weights(folder):
-    net = toy_run(folder, 60, preview=lambda: {"seen": torch.tensor(7.0)}, save_every=50)
-    log = log_of(folder)
+    """Only parameters of the groups move: those of the last layer."""
+    preview = lambda: {"seen": torch.tensor(7.0)}  # noqa: E731
+    net = toy_run(folder, 60, trained=slice(2, 3), preview=preview, save_every=50)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == list(range(1, 61))
     assert [row["step"] for row in log if "seen" in row] == [50, 60]
     losses = [row["loss"] for row in log]
-    assert np.mean(losses[-5:]) < 0.3 * np.mean(losses[:5])
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
     state = read(folder / "last.pt")
     assert same(dict(net.state_dict()), dict(state["ema"]))
-    assert not same(dict(state["ema"]), dict(state["net"]))
+    assert not same(state["ema"]["2.weight"], state["net"]["2.weight"])
+    assert same(state["net"]["0.weight"], toy_net()[0].weight)
     assert not net.training and not any(p.requires_grad for p in net.parameters())
 
 
-def test_parameters_outside_of_the_groups_stay_as_they_are(folder):
-    net, before = toy_net(), toy_net()
-    toy_run(folder, 3, net, trained=slice(2, 3))
-    assert same(dict(net[0].state_dict()), dict(before[0].state_dict()))
-    assert not same(dict(net[2].state_dict()), dict(before[2].state_dict()))
-
-
-@pytest.mark.parametrize("log_every", [1, 100])
 @pytest.mark.parametrize("of", ["loss", "gradient"])
-def test_what_is_not_a_number_stops_the_run_and_the_good_checkpoint_stays(folder, of, log_every):
+def test_what_is_not_a_number_stops_the_run_and_the_good_checkpoint_stays(folder, of):
     # The loss is finite and its gradient is not: the square root at zero.
     worse = {"loss": lambda x: x * float("nan"), "gradient": lambda x: x + (x - x).sqrt()}
     with pytest.raises(common.UserError, match="nan"):
-        toy_run(folder, 20, loss=at_call(6, worse[of]), log_every=log_every)
+        toy_run(folder, 20, loss=at_call(6, worse[of]), log_every=100)
     state = read(folder / "last.pt")
     assert state["step"] == 4
     assert all(value.isfinite().all() for part in ("net", "ema") for value in state[part].values())
-
-
-def test_nothing_to_train_is_one_sentence(folder):
-    with pytest.raises(common.UserError, match="all learning rates are 0"):
-        toy_run(folder, 1, learning_rate=0.0)
-    assert not (folder / "last.pt").exists()
 
 
 # ---- what a run goes on from
@@ -419,11 +354,10 @@ def test_nothing_to_train_is_one_sentence(folder):
     ("change", "message"),
     [
         ({"seed": 1}, "--seed is 1, in .*last.pt 0: give another --out"),
-        ({"learning_rate": 1e-3}, "--learning-rate is .* in .*last.pt"),
+        ({"learning_rate": 0.0}, "all learning rates are 0"),
         ({"began": "4567"}, "began from other weights"),
         ({"trained": slice(2, 3)}, "no checkpoint of this training"),
         ({"net": nn.Sequential(*toy_net(), nn.Conv2d(3, 3, 1))}, "another configuration"),
-        ({"net": nn.Sequential(nn.Conv2d(3, 3, 3, padding=1))}, "another configuration"),
     ],
 )
 def test_another_run_in_the_same_folder_is_refused_and_nothing_is_lost(folder, change, message):
@@ -442,20 +376,6 @@ def test_steps_batch_and_logging_may_change_and_are_named(folder, capsys):
     for change in ("--batch-size 2 (4 before)", "--save-every 1 (4 before)", "--cooldown 0.5"):
         assert f"from now on {change}" in printed
     assert read(folder / "last.pt")["step"] == 3
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("step", -1), ("step", 2.5), ("step", "2"), ("step", 3), ("steps", None), ("opt", {}),
-     ("opt", [1]), ("net", {}), ("ema", "weights"), ("config", 7),
-     ("ema", {key: value / 0 for key, value in toy_net().state_dict().items()})],
-)  # fmt: skip
-def test_a_checkpoint_that_was_tampered_with_is_one_sentence(folder, key, value):
-    toy_run(folder, 2)
-    torch.save(read(folder / "last.pt") | {key: value}, folder / "last.pt")
-    with pytest.raises(common.UserError, match="last.pt") as error:
-        toy_run(folder, 4)
-    assert "\n" not in str(error.value)
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(folder, capsys):
@@ -479,26 +399,14 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(folder, capsys):
 # ---- signals, processes, memory
 
 
-def stop_self(sent: signal.Signals):
-    """A loss that sends this process a signal in its 6th step."""
-    return at_call(6, lambda loss: os.kill(os.getpid(), sent) or loss)
-
-
-def test_sigterm_stops_a_run_behind_a_checkpoint_and_the_handler_is_put_back(folder):
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit, match="stopped at step 6"):
-        toy_run(folder, 9, loss=stop_self(signal.SIGTERM))
-    assert read(folder / "last.pt")["step"] == 6 and signal.getsignal(signal.SIGTERM) is before
-    assert same(toy_run(folder, 9).state_dict(), toy_run(folder, 9, name="x.pt").state_dict())
-
-
-def test_kill_9_loses_no_more_than_the_steps_since_the_last_checkpoint(folder):
-    loss = stop_self(signal.SIGKILL)
+@pytest.mark.parametrize(("sent", "step"), [(signal.SIGTERM, 6), (signal.SIGKILL, 4)])
+def test_a_stopped_run_loses_at_most_the_steps_since_the_last_checkpoint(folder, sent, step):
+    loss = at_call(6, lambda loss: os.kill(os.getpid(), sent) or loss)
     fork = multiprocessing.get_context("fork")
     process = fork.Process(target=toy_run, args=(folder, 9), kwargs={"loss": loss})
     process.start()
     process.join(60)
-    assert process.exitcode == -signal.SIGKILL and read(folder / "last.pt")["step"] == 4
+    assert process.exitcode != 0 and read(folder / "last.pt")["step"] == step
     assert same(toy_run(folder, 9).state_dict(), toy_run(folder, 9, name="x.pt").state_dict())
 
 
@@ -535,8 +443,6 @@ def test_one_process_with_two_parts_does_what_two_processes_do(folder):
     one = toy_run(folder, 6, name="one.pt", batch_size=8, accumulate=2)
     for key, value in one.state_dict().items():
         torch.testing.assert_close(two["ema"][key], value, rtol=1e-5, atol=1e-7)
-    other = toy_run(folder, 6, name="other.pt")
-    assert not torch.equal(other.state_dict()["0.weight"], one.state_dict()["0.weight"])
 
 
 @pytest.mark.parametrize(("batch", "accumulate", "sources"), [(8, 4, 1), (8, 0, 2), (8, 2, 2)])
@@ -578,24 +484,6 @@ def test_a_trial_that_no_step_follows_chooses_the_parts(folder, monkeypatch):
     assert all(p.grad is None for p in net.parameters())
 
 
-def test_the_speed_is_that_of_the_steps_since_the_last_line(folder, monkeypatch):
-    """Neither the first step, in which networks are compiled, nor a picture counts."""
-    now, seconds = [1.0], iter([50, 0.5, 0.5, 0.5, 1, 1, 1, 1])
-    monkeypatch.setattr(common.time, "time", lambda: now[0])
-
-    def pausing(net: nn.Module, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        now[0] += next(seconds)
-        return toy_loss(net, x, generator)
-
-    def picture() -> dict[str, Tensor]:
-        now[0] += 50
-        return {}
-
-    toy_run(folder, 8, loss=pausing, preview=picture, log_every=2)
-    speeds = {line["step"]: line["images/s"] for line in log_of(folder)}
-    assert speeds == {2: 8, 4: 8, 6: 4, 8: 4}
-
-
 @pytest.mark.slow
 def test_a_compiled_network_learns_the_same(folder):
     plain = toy_run(folder, 3, name="plain.pt")
@@ -615,39 +503,3 @@ def test_without_a_compiler_training_goes_on_and_says_so(monkeypatch, capsys):
     common.compile_networks([net], CPU)
     assert "torch.compile does not work here" in capsys.readouterr().out
     assert net(torch.zeros(1, 3, 8, 8)).shape == (1, 3, 8, 8)
-
-
-def test_a_step_of_a_run_mixes_no_devices(tmp_path, monkeypatch):
-    """All but the backward pass, of which the wheel for CPUs is not capable on fake tensors."""
-
-    class Drawn:
-        batch_size = 4
-
-        def batches(self, numbers, count: int, device: torch.device):
-            for _ in numbers:
-                yield torch.zeros(count, 3, 16, 16, device=device)
-
-    def backward(loss: Tensor) -> None:
-        assert loss.device.type == "cuda"
-        for p in run.trained:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad + 1
-
-    seen = []
-    monkeypatch.setattr(common, "generator", lambda *key, device: torch.Generator())
-    monkeypatch.setattr(Tensor, "backward", backward)
-    monkeypatch.setattr(nn.Module, "to", lambda net, *place, **options: net)  # it is there
-    monkeypatch.setattr(common.Run, "report", lambda run, losses, norm, saving: seen.append(norm))
-    monkeypatch.setattr(torch, "save", lambda state, path: seen.append(state))
-    with fake_cuda(), torch.no_grad():
-        rt = common.Runtime(torch.device("cuda:0"))
-        with rt.device:
-            net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 3, 3))
-        groups = [{"params": list(net.parameters()), "lr": 1e-3}]
-        cfg = Toy(accumulate=2, save_every=1)
-        run = common.Run(cfg, rt, net, groups, tmp_path / "last.pt", 2)
-        for x, _ in run.batches(Drawn()):
-            run.update({"loss": net(x).mean()})
-    assert run.step == 2 and len(seen) == 4
-    state = seen[-1]
-    tensors = [*state["net"].values(), *state["ema"].values(), seen[0]]
-    assert {x.device.type for x in tensors} == {"cuda"}

@@ -10,7 +10,8 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 STAGES = ["degrade", "extractors", "diffusion", "generate", "benchmark"]
 # Each imports those to its left only, so there is no circle.
-ORDER = ["common", "data.pack", "data.shards", *STAGES[:4], "data.report", "bench.speed",
+ORDER = ["common", "data.pack", "data.folder", "data.shards", *STAGES[:4], "data.report",
+         "bench.speed",
          *(f"bench.{room}" for room in ("metrics", "pairs", "sr", "inputs", "factors", "generated",
                                         "downstream", "control", "transfer", "figure1")),
          "benchmark"]  # fmt: skip
