@@ -432,8 +432,8 @@ def save_sheet(path: str | Path, titles: Sequence[str], rows: Sequence[Sequence[
     head = Image.new("RGB", (body.shape[2], 18), "white")
     for i, title in enumerate(titles):
         ImageDraw.Draw(head).text((6 + i * body.shape[2] // len(titles), 3), title, fill="black")
-    pixels = torch.frombuffer(bytearray(head.tobytes()), dtype=torch.uint8).float() / 255
-    save_image(path, torch.cat([pixels.view(18, -1, 3).permute(2, 0, 1), body], dim=1))
+    pixels = torch.from_numpy(np.array(head)).permute(2, 0, 1) / 255
+    save_image(path, torch.cat([pixels, body], dim=1))
 
 
 # ---- weights and configurations ---------------------------------------------------------------

@@ -107,13 +107,12 @@ def save_report(path: Path, out: Path, records: list[dict], settings: dict) -> N
     domains: dict[str, list[int]] = {}
     for i, record in enumerate(records):
         domains.setdefault(Path(record["lr_ref"]).parent.name or "(no folder)", []).append(i)
-    largest = sorted(domains.items(), key=lambda item: (-len(item[1]), item[0]))[:100]
+    by_size = sorted(domains.items(), key=lambda item: (-len(item[1]), item[0]))
     kinds = [f"{name}: {kind}" for name in names for kind in ("kept", "all candidates")]
     rows: list[list[object]] = [["domain", "pairs", *kinds]]
-    for domain, index in [*largest, ("all", list(range(len(records))))]:
+    for domain, index in [*by_size, ("all", list(range(len(records))))]:
         errors = (mean(values[name][index]) for name in names for values in (kept, drawn))
         rows.append([domain, len(index), *errors])
-    note = f"<p>The largest 100 of {len(domains)}.</p>" if len(domains) > 100 else ""
 
     total = sum((kept[n] / max(mean(kept[n]), 1e-12) for n in names), np.zeros(len(records)))
     order = np.argsort(total, kind="stable").tolist()  # not a number counts as the worst
@@ -140,7 +139,7 @@ def save_report(path: Path, out: Path, records: list[dict], settings: dict) -> N
         f"Domains: {len(domains)}.",
         settings=table([("setting", "value"), *((key, str(v)) for key, v in settings.items())]),
         histograms="".join(histogram(kept[name], name) for name in names),
-        domains=table(rows) + note,
+        domains=table(rows),
         pairs=pairs,
     )
     with common.replacing(path) as temporary:  # a file name need not be valid Unicode

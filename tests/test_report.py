@@ -3,15 +3,13 @@
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import re
-import resource
 import signal
-import subprocess
-import sys
 import tarfile
-from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -21,8 +19,8 @@ import common
 import generate
 from data import report
 from data import shards as tars
+from tests.commands import assert_refused, run
 
-REPO = Path(__file__).resolve().parents[1]
 KINDS = ("content", "degradation")
 
 
@@ -42,22 +40,8 @@ def make_records(out: Path, count: int) -> list[dict]:
 
 
 def page_of(out: Path, records: list[dict], settings: dict | None = None) -> str:
-    """The text of the page; fails if tags are not closed in order."""
     report.save_report(out / "report.html", out, records, settings or {})
-    text = (out / "report.html").read_text(encoding="utf-8")
-    opened: list[str] = []
-
-    class Checker(HTMLParser):
-        def handle_starttag(self, tag, attrs):
-            if tag not in ("meta", "img", "br"):
-                opened.append(tag)
-
-        def handle_endtag(self, tag):
-            assert opened.pop() == tag
-
-    Checker().feed(text)
-    assert not opened
-    return text
+    return (out / "report.html").read_text(encoding="utf-8")
 
 
 def shown_pairs(text: str) -> list[str]:
@@ -89,23 +73,19 @@ def test_report_averages_the_folders_of_the_references(tmp_path):
     assert f"<td>camera1</td><td>2</td>{cells}" in page_of(tmp_path, records)
 
 
+@pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize("missing", [KINDS[:1], KINDS])
-def test_report_works_without_errors(tmp_path, missing):
+def test_report_works_without_errors(tmp_path, missing, count):
     """A run of one candidate computes none: pairs, settings and domains are shown."""
-    records = make_records(tmp_path, 5)
+    records = make_records(tmp_path, count)
     for record in records:
         for name in missing:
             del record[f"{name}_errors"]
     text = page_of(tmp_path, records, {"t_start": 15})
-    assert text.count('<img alt="') == 2 - len(missing) + 5 * 3 and "nan" not in text
-    assert "<td>camera1</td><td>2</td>" in text and "<td>t_start</td><td>15</td>" in text
+    assert text.count('<img alt="') == 2 - len(missing) + count * 3 and "nan" not in text
+    assert len(set(shown_pairs(text))) == count  # none is shown twice
+    assert f"<td>all</td><td>{count}</td>" in text and "<td>t_start</td><td>15</td>" in text
     assert not any(f"{name} error" in text or f"{name}: kept" in text for name in missing)
-
-
-@pytest.mark.parametrize("count", [1, 5])
-def test_no_pair_is_shown_twice(tmp_path, count):
-    pairs = shown_pairs(page_of(tmp_path, make_records(tmp_path, count)))
-    assert len(pairs) == len(set(pairs)) == count
 
 
 def test_report_survives_missing_files_and_errors_that_are_no_numbers(tmp_path):
@@ -134,9 +114,28 @@ def test_report_escapes_names(tmp_path):
 NAMES = ["a.b", "sub/photo", "100%", "ünï code", "x" * 200, "\udcff"]
 
 
-def launch(monkeypatch, module, *argv: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, argv)])
-    common.launch(module.main, module.Config, {}, module.__doc__)
+@pytest.fixture
+def source(tmp_path) -> tuple[Path, dict[str, dict]]:
+    """A folder of images, and rows of pairs by name, whose names need not be those of files."""
+    records = make_records(tmp_path / "pairs", len(NAMES))
+    return tmp_path / "pairs", dict(zip(NAMES, records, strict=True))
+
+
+def test_webdataset_reads_the_shards_which_hold_nothing_of_the_machine(source, tmp_path):
+    wds = pytest.importorskip("webdataset")
+    (folder, rows), shard = source, tmp_path / "x" / "0000-000000.tar"
+    tars.write_shard(shard, folder, rows.items())
+    assert tars.read_shards(tmp_path / "x") == rows
+    samples = list(wds.WebDataset([str(shard)], shardshuffle=False).decode("torchrgb"))
+    for sample, row in zip(samples, rows.values(), strict=True):
+        assert "." not in sample["__key__"] and "/" not in sample["__key__"]
+        assert sample["json"] == row
+        for side in ("hr", "lr"):
+            torch.testing.assert_close(sample[f"{side}.png"], common.load_image(folder / row[side]))
+    with tarfile.open(shard) as tar:
+        assert tar.getnames()[:3] == ["a%2Eb.hr.png", "a%2Eb.lr.png", "a%2Eb.json"]
+        facts = {(m.mtime, m.uid, m.gid, m.mode, m.uname, m.gname) for m in tar}
+    assert facts == {(0, 0, 0, 0o644, "", "")}
 
 
 @pytest.fixture
@@ -147,84 +146,34 @@ def finished(tmp_path) -> Path:
     for i, record in enumerate(records):
         record |= {field.name: 0 for field in dataclasses.fields(generate.Sampler)}
         record |= {"dropped": i == 4}
-    (out / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_table(out, records)
     return out
 
 
-@pytest.fixture
-def source(tmp_path) -> tuple[Path, dict[str, dict]]:
-    """A folder of images, and rows of pairs by name, whose names need not be those of files."""
-    records = make_records(tmp_path / "pairs", len(NAMES))
-    return tmp_path / "pairs", dict(zip(NAMES, records, strict=True))
-
-
-def test_webdataset_reads_the_shards(source, tmp_path):
-    wds = pytest.importorskip("webdataset")
-    folder, rows = source
-    tars.write_shard(tmp_path / "x" / "0000-000000.tar", folder, rows.items())
-    assert tars.read_shards(tmp_path / "x") == rows
-    files = [str(tmp_path / "x" / "0000-000000.tar")]
-    samples = list(wds.WebDataset(files, shardshuffle=False).decode("torchrgb"))
-    assert len(samples) == len(NAMES)
-    for sample, row in zip(samples, rows.values(), strict=True):
-        assert "." not in sample["__key__"] and "/" not in sample["__key__"]
-        assert sample["json"] == row
-        for side in ("hr", "lr"):
-            torch.testing.assert_close(sample[f"{side}.png"], common.load_image(folder / row[side]))
-
-
-def test_shards_hold_nothing_of_the_machine_and_are_readable_by_hand(source, tmp_path):
-    tars.write_shard(tmp_path / "x.tar", source[0], [("a.b", source[1]["a.b"])])
-    with tarfile.open(tmp_path / "x.tar") as tar:
-        assert tar.getnames() == ["a%2Eb.hr.png", "a%2Eb.lr.png", "a%2Eb.json"]
-        facts = {(m.mtime, m.uid, m.gid, m.mode, m.uname, m.gname) for m in tar}
-    assert facts == {(0, 0, 0, 0o644, "", "")}
-
-
-KILLED = """
-import sys, time
-from pathlib import Path
-from data import shards
-
-def rows():
-    for i in range(4):
-        yield str(i), {"hr": f"hr/{i}.png", "lr": f"lr/{i}.png"}
-    print("ready", flush=True)
-    time.sleep(60)
-
-shards.write_shard(Path(sys.argv[2]) / "0000-000001.tar", Path(sys.argv[1]), rows())
-"""
+def write_table(out: Path, rows: list[dict]) -> None:
+    (out / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_a_killed_process_leaves_whole_shards_and_the_same_command_goes_on(
-    finished, tmp_path, monkeypatch, capsys
+    finished, tmp_path, monkeypatch
 ):
+    def killing(name: str, **flags) -> str:
+        if name == "3":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return quote(name, **flags)
+
     out = tmp_path / "shards"
-    argv = ("--pairs", finished, "--out", out, "--per-shard", 3)
-    launch(monkeypatch, tars, *argv)
-    (out / "0000-000001.tar").unlink()
-    env = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KILLED, finished, out]
-    with subprocess.Popen(command, env=env, stdout=-1, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGKILL)
+    argv = ("data.shards", "--pairs", finished, "--out", out, "--per-shard", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(tars, "quote", killing)
+        fork = multiprocessing.get_context("fork")
+        process = fork.Process(target=run, args=argv, kwargs={"cwd": tmp_path})
+        process.start()
+        process.join(60)
     assert len(list(out.glob(".*.tmp"))) == 1 and list(tars.read_shards(out)) == ["0", "1", "2"]
-    launch(monkeypatch, tars, *argv)
-    assert "3 of them were there" in capsys.readouterr().out
+    assert "3 of them were there" in run(*argv, cwd=tmp_path).stdout
     assert sorted(p.name for p in out.iterdir()) == ["0000-000000.tar", "0000-000001.tar"]
     assert list(tars.read_shards(out)) == ["0", "1", "2", "3"]  # not the pair that was dropped
-
-
-def test_a_full_disk_leaves_no_half_of_a_shard(source, tmp_path):
-    folder, rows = source
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
-    try:
-        with pytest.raises(OSError):
-            tars.write_shard(tmp_path / "x" / "0000-000000.tar", folder, rows.items())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not list((tmp_path / "x").iterdir())
 
 
 def test_a_damaged_shard_is_named(source, tmp_path):
@@ -239,17 +188,8 @@ def test_a_damaged_shard_is_named(source, tmp_path):
 # ---- the commands -----------------------------------------------------------------------------
 
 
-def refused(monkeypatch, capsys, module, *argv: object) -> str:
-    """The one sentence with which a command ends."""
-    with pytest.raises(SystemExit) as stopped:
-        launch(monkeypatch, module, *argv)
-    message = capsys.readouterr().err.strip()
-    assert stopped.value.code == 2 and message.startswith("error: ") and "\n" not in message
-    return message
-
-
-def test_the_report_has_the_settings_and_the_pairs_that_were_not_dropped(finished, monkeypatch):
-    launch(monkeypatch, report, "--pairs", finished)
+def test_the_report_has_the_settings_and_the_pairs_that_were_not_dropped(finished, tmp_path):
+    assert run("data.report", "--pairs", finished, cwd=tmp_path).returncode == 0
     page = (finished / "report.html").read_text()
     assert "lr/3.png" in page and "lr/4.png" not in page
     settings = page[page.index("<h2>Settings</h2>") : page.index("<h2>Errors")]
@@ -257,28 +197,18 @@ def test_the_report_has_the_settings_and_the_pairs_that_were_not_dropped(finishe
     assert names == {field.name for field in dataclasses.fields(generate.Sampler)}
 
 
-def test_shards_of_pairs_that_were_made_anew_need_another_folder(
-    finished, tmp_path, monkeypatch, capsys
-):
-    argv = ("--pairs", finished, "--out", tmp_path / "shards")
-    launch(monkeypatch, tars, *argv)
-    capsys.readouterr()
-    path = finished / "pairs.jsonl"
-    records = [json.loads(line) | {"seed": 1} for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert "holds other pairs" in refused(monkeypatch, capsys, tars, *argv)
-
-
-def test_pairs_of_degrade_have_shards_and_no_report(finished, tmp_path, monkeypatch, capsys):
+def test_shards_of_pairs_that_were_made_anew_need_another_folder(finished, tmp_path):
+    """Pairs of degrade.py have shards, too, but no report."""
     rows = [{"hr": f"hr/{i}.png", "lr": f"lr/{i}.png", "blur": 1} for i in range(3)]
-    (finished / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    launch(monkeypatch, tars, "--pairs", finished, "--out", tmp_path / "shards")
-    assert len(tars.read_shards(tmp_path / "shards")) == 3
-    capsys.readouterr()
-    assert "not of generate.py" in refused(monkeypatch, capsys, report, "--pairs", finished)
+    write_table(finished, rows)
+    argv = ("--pairs", finished, "--out", tmp_path / "shards")
+    assert run("data.shards", *argv, cwd=tmp_path).returncode == 0
+    assert list(tars.read_shards(tmp_path / "shards").values()) == rows
+    write_table(finished, [row | {"blur": 2} for row in rows])
+    assert_refused(run("data.shards", *argv, cwd=tmp_path), "holds other pairs")
+    assert_refused(run("data.report", "--pairs", finished, cwd=tmp_path), "not of generate.py")
 
 
-@pytest.mark.parametrize("module", [report, tars])
-def test_a_folder_without_pairs_is_one_sentence(module, tmp_path, monkeypatch, capsys):
-    message = refused(monkeypatch, capsys, module, "--pairs", tmp_path)
-    assert "python generate.py" in message
+@pytest.mark.parametrize("command", ["data.report", "data.shards"])
+def test_a_folder_without_pairs_is_one_sentence(command, tmp_path):
+    assert_refused(run(command, "--pairs", tmp_path, cwd=tmp_path), "python generate.py")
