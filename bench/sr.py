@@ -294,7 +294,7 @@ def resolved(cfg: Config) -> Config:
 
 
 def save_network(path: Path, net: nn.Module, cfg: Config) -> None:
-    """Write the weights, with the names of their layers by which spandrel knows the network."""
+    """Write the settings, and the weights under the names that spandrel expects."""
     weights = {key: value.contiguous().cpu() for key, value in net.state_dict().items()}
     with common.replacing(path) as temporary:
         save_file(weights, temporary, {"config": json.dumps(asdict(cfg))})
@@ -325,8 +325,8 @@ def train(cfg: Config, rt: common.Runtime) -> Path:
         print(f"{cfg.name}: {common.count_parameters(net)}, {images}")
     if cfg.compile:
         common.compile_networks([net], rt)
-    # Deviation: a constant learning rate, as in all stages, and averaged weights. BasicSR halves
-    # the rate four times.
+    # Deviation: a constant learning rate and averaged weights, as in all stages. BasicSR halves the
+    # rate four times.
     groups = [{"params": [*net.parameters()], "lr": cfg.learning_rate, "betas": cfg.betas}]
     began = common.fingerprint(net) if cfg.start_from else ""
     run = common.Run(cfg, rt, net, groups, path, cfg.steps, began=began)
