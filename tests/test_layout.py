@@ -58,13 +58,6 @@ def test_a_file_imports_files_to_its_left_only(name):
     assert imported(name) & set(ORDER) <= set(ORDER[: ORDER.index(name)])
 
 
-@pytest.mark.parametrize(
-    "path", sorted([*REPO.glob("*.py"), *REPO.glob("*/*.py")]), ids=lambda p: p.name
-)
-def test_no_file_imports_random(path):
-    assert "random" not in imported(path.relative_to(REPO).with_suffix("").as_posix())
-
-
 @pytest.mark.parametrize("name", [*STAGES, "bench.sr", "bench.speed"])
 def test_a_stage_ends_with_a_short_main_block(name):
     last = tree(name).body[-1]

@@ -171,10 +171,8 @@ def test_gray_is_repeated_and_what_is_transparent_is_laid_over_white(tmp_path, m
         color, share = color[..., :-1], color[..., -1:]
     elif transparent:
         share = 1.0 - (pixels == pixels[2, 3]).all(-1, keepdims=True)
-    image.save(
-        tmp_path / "x.png",
-        **({"transparency": flags[mode]} if transparent and mode in flags else {}),
-    )
+    extra = {"transparency": flags[mode]} if transparent and mode in flags else {}
+    image.save(tmp_path / "x.png", **extra)
     expected = np.broadcast_to(color * share + (1 - share), (20, 31, 3))
     np.testing.assert_allclose(loaded(tmp_path / "x.png"), expected, atol=1.01 / 255, rtol=0)
 

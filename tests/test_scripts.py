@@ -133,7 +133,8 @@ def test_a_crop_that_no_photo_has_names_the_largest_that_works(trained, tmp_path
 
 def test_missing_stage_1_names_the_command_that_makes_it(tmp_path):
     """The scripts are copied to a folder without data/pretrained."""
-    for name in ("common.py", "degrade.py", "extractors.py", "diffusion.py", "data/pack.py"):
+    for name in ("common.py", "degrade.py", "extractors.py", "diffusion.py", "data/pack.py",
+                 "data/folder.py"):  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPO / name, tmp_path / name)
     (tmp_path / "empty").mkdir()
