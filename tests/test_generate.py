@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy import stats
 from torch import Tensor
 
 import common
@@ -80,63 +81,45 @@ def checkpoint(net, tmp_path_factory):
 
 def test_any_size_gives_a_quarter_of_it(net):
     hr, lr_ref = uniform(1, 3, 36, 52), [uniform(3, 17, 20)]
-    sampler = Sampler(t_start=10, num_steps=2, candidates=3)
-    lr, scores = generate.generate(net, hr, lr_ref, sampler, [0])
-    assert lr.shape == (1, 3, 3, 9, 13)
-    assert 0 <= lr.min() and lr.max() <= 1
+    lr, scores = generate.generate(net, hr, lr_ref, Sampler(num_steps=2, candidates=3), [0])
+    assert lr.shape == (1, 3, 3, 9, 13) and 0 <= lr.min() and lr.max() <= 1
     assert scores["content"].shape == scores["degradation"].shape == (1, 3)
-    assert 0 <= scores["kept"][0] < 3
     for scored in (False, True):  # of one candidate
         _, scores = generate.generate(net, hr, lr_ref, Sampler(), [0], scored)
         assert set(scores) == {"kept"} | ({"content", "degradation"} if scored else set())
 
 
-def test_no_noise_steps_give_rec_lr_s_answer(net):
-    hr, lr_ref = uniform(1, 3, 40, 48), uniform(3, 16, 20)
-    code = net.extractors.e_deg(lr_ref[None])
-    expected = net.extractors.reconstruct(code, hr, net.extractors.content(hr)).clamp(0, 1)
-    lr, _ = generate.generate(net, hr, [lr_ref], replace(PLAIN, candidates=2), [0])
-    torch.testing.assert_close(lr, expected[:, None].expand(-1, 2, -1, -1, -1))
-
-
-@pytest.mark.parametrize("start", ["realesrgan", "light"])
-def test_a_degraded_start_is_d_of_the_hr_image(net, start):
-    hr, lr_ref = uniform(1, 3, 64, 64), [uniform(3, 16, 16)]
-    lr, _ = generate.generate(net, hr, lr_ref, replace(PLAIN, start=start), [3])
-    theta = degrade.sample_degradation(1, start, generator=common.generator(3))
-    torch.testing.assert_close(lr[0], degrade.degrade(hr, theta), atol=1e-6, rtol=0)
+@pytest.mark.parametrize("start", generate.STARTS)
+def test_without_noise_steps_lr_is_the_start_image_rec_lr_s_answer_or_d_of_hr(net, start):
+    hr, lr_ref = uniform(1, 3, 64, 64), uniform(3, 16, 16)
+    lr, _ = generate.generate(net, hr, [lr_ref], replace(PLAIN, start=start), [3])
+    if start == "reconstruct":
+        code, content = net.extractors.e_deg(lr_ref[None]), net.extractors.content(hr)
+        expected = net.extractors.reconstruct(code, hr, content).clamp(0, 1)
+    else:
+        theta = degrade.sample_degradation(1, start, generator=common.generator(3))
+        expected = degrade.degrade(hr, theta)
+    torch.testing.assert_close(lr[0], expected, atol=1e-6, rtol=0)
 
 
 def test_t_is_fixed_behind_rec_lr_and_drawn_for_each_image_behind_d(net, monkeypatch):
     """The paper draws T from 0 to T. All candidates of an image have the same."""
     chains: list[list[int]] = []
-
-    def sample(eps, start, c, t_start, *_):
-        chains.append(t_start)
-        return start
-
-    def chains_of(sampler: Sampler) -> list[list[int]]:
-        chains.clear()
-        hr, lr_ref = uniform(1, 3, 32, 32).expand(24, -1, -1, -1), [uniform(3, 16, 16)] * 24
-        generate.generate(net, hr, lr_ref, sampler, range(24))
-        return list(chains)
-
-    monkeypatch.setattr(diffusion, "sample", sample)
-    assert chains_of(Sampler(t_start=7, candidates=2)) == [[7, 7]] * 24
+    monkeypatch.setattr(diffusion, "sample", lambda eps, x, c, t, *_: chains.append(t) or x)
+    hr, lr_ref = uniform(1, 3, 32, 32).expand(24, -1, -1, -1), [uniform(3, 16, 16)] * 24
+    generate.generate(net, hr, lr_ref, Sampler(t_start=7, candidates=2), range(24))
+    assert chains == [[7, 7]] * 24
+    chains.clear()
     paper = replace(generate.Config(**generate.PRESETS["paper"]), candidates=2)
-    drawn = chains_of(paper)
-    assert all(first == second for first, second in drawn)
-    t = [first for first, _ in drawn]
-    assert len(set(t)) > 12 and 0 <= min(t) < 75 and 225 < max(t) <= paper.t_start
-    assert {first for first, _ in chains_of(replace(paper, t_start=2))} == {0, 1, 2}
+    generate.generate(net, hr, lr_ref, paper, range(24))
+    t = [first for first, second in chains if first == second]
+    assert len(t) == 24 and len(set(t)) > 12 and 0 <= min(t) < 75 and 225 < max(t) <= 300
 
 
 def test_reference_image_start_and_seed_matter(net):
     hr, lr_ref = uniform(1, 3, 32, 32), uniform(3, 16, 16)
     sampler = Sampler(t_start=20, num_steps=2, candidates=2)
     lr = generate.generate(net, hr, [lr_ref], sampler, [5])[0]
-    code = net.extractors.e_deg(lr_ref[None])[0]  # which stands for the reference
-    assert torch.equal(lr, generate.generate(net, hr, [code], sampler, [5])[0])
     assert not torch.equal(lr[:, 0], lr[:, 1])  # candidates differ
     for other, _ in (
         generate.generate(net, hr, [1 - lr_ref / 2], sampler, [5]),
@@ -169,13 +152,13 @@ def test_weights_as_printed_generate_but_read_no_grain(tmp_path):
     stage_1, stage_2 = (replace(cfg, as_printed=True) for cfg in (STAGE_1, STAGE_2))
     printed = diffusion.DecoupledDDPM(extractors.Extractors(stage_1), stage_1, stage_2)
     config = asdict(stage_2) | {"extractors": asdict(stage_1)}
-    torch.save({"ema": printed.state_dict(), "config": config}, tmp_path / "last.pt")
-    net = generate.load_generator(str(tmp_path / "last.pt"), torch.device("cpu"))
-    sampler = Sampler(t_start=10, num_steps=2, candidates=2, grain=False)
-    lr, _ = generate.generate(net, uniform(1, 3, 32, 32), [uniform(3, 16, 16)], sampler, [0])
-    assert lr.shape == (1, 2, 3, 8, 8) and lr.isfinite().all()
+    path = str(tmp_path / "last.pt")
+    torch.save({"ema": printed.state_dict(), "config": config}, path)
+    net = generate.load_generator(path, torch.device("cpu"))
+    lr, _ = generate.generate(net, uniform(1, 3, 32, 32), [uniform(3, 16, 16)], PLAIN, [0])
+    assert lr.shape == (1, 1, 3, 8, 8) and lr.isfinite().all()
     with pytest.raises(common.UserError, match="--no-grain"):
-        generate.load_generator(str(tmp_path / "last.pt"), torch.device("cpu"), grain=True)
+        generate.load_generator(path, torch.device("cpu"), grain=True)
 
 
 # ---- grain ------------------------------------------------------------------------------------
@@ -211,16 +194,15 @@ def test_grain_adds_the_noise_that_a_candidate_lacks(net, head, wanted, found, a
     assert torch.equal(lr[0], lr[1]) == (added == 0)  # each candidate has its own noise
 
 
-@pytest.mark.parametrize("t_start", [0, 20])
-def test_grain_ends_with_the_compression_that_the_head_reads(net, head, t_start):
+def test_grain_ends_with_the_compression_that_the_head_reads(net, head):
     hr, lr_ref = uniform(1, 3, 128, 128), [uniform(3, 40, 40)]
-    sampler = Sampler(t_start=t_start, num_steps=2, candidates=2)
+    sampler = Sampler(t_start=20, num_steps=2, candidates=2)
     plain = generate.generate(net, hr, lr_ref, replace(sampler, grain=False), [0])[0][0]
-    head((0, 40))
-    lr = generate.generate(net, hr, lr_ref, sampler, [0])[0][0]
-    assert torch.equal(lr, degrade.jpeg(plain, torch.tensor([40, 40])))
-    head((0, 100))
-    assert torch.equal(generate.generate(net, hr, lr_ref, sampler, [0])[0][0], plain)
+    for quality in (40, 100):
+        head((0, quality))
+        lr = generate.generate(net, hr, lr_ref, sampler, [0])[0][0]
+        compressed = degrade.jpeg(plain, torch.tensor([40, 40]))
+        assert torch.equal(lr, compressed if quality == 40 else plain)
 
 
 def test_noise_that_compression_looks_like_is_not_added(net, head):
@@ -235,7 +217,7 @@ def test_noise_that_compression_looks_like_is_not_added(net, head):
 # ---- tiles ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(16, 16), (17, 40), (64, 33), (25, 20), (41, 71), (43, 45)])
+@pytest.mark.parametrize("size", [(16, 16), (17, 40), (41, 71)])
 def test_tiles_of_a_local_function_are_the_whole_without_seams(monkeypatch, size):
     """The function darkens edges, but those of a tile have next to no weight."""
     monkeypatch.setattr(extractors, "TILE", 24)
@@ -280,26 +262,21 @@ def test_errors_are_zero_only_for_the_same_content_and_degradation(net):
     assert generate.errors(net, lr, code - 1, content)[1].item() == pytest.approx(16**0.5)
 
 
-@pytest.mark.parametrize("good", [0, 2])
-def test_the_filter_keeps_the_good_candidate(net, monkeypatch, good):
+def test_the_filter_keeps_the_good_candidate(net, monkeypatch):
     """The others are noise. The good one is the reduction of hr, and the reference too."""
     planted = uniform(4, 3, 9, 12)
     monkeypatch.setattr(diffusion, "sample", lambda *_: planted)
-    hr = extractors.resized(planted[good : good + 1], 36, 48).clamp(0, 1)
+    hr = extractors.resized(planted[2:3], 36, 48).clamp(0, 1)
     sampler = Sampler(candidates=4, grain=False)
-    lr, scores = generate.generate(net, hr, [planted[good]], sampler, [0])
-    assert scores["kept"].tolist() == [good] and torch.equal(lr[0], planted)
-    assert torch.equal(generate.chosen(lr, scores), planted[good : good + 1])
+    lr, scores = generate.generate(net, hr, [planted[2]], sampler, [0])
+    assert scores["kept"].tolist() == [2] and torch.equal(lr[0], planted)
+    assert torch.equal(generate.chosen(lr, scores), planted[2:3])
 
 
-@pytest.mark.parametrize(
-    ("content", "degradation"),
-    [([0.5, 0.8, 1.7], [170.0, 80.0, 50.0]), ([0.0, 0.0, 0.0], [3.0, 1.0, 2.0])],
-)
-def test_the_filter_weighs_both_errors_equally(net, monkeypatch, content, degradation):
-    """Relative to their means the first case has (0.5, 0.8, 1.7) and (1.7, 0.8, 0.5)."""
-    table = (torch.tensor(content), torch.tensor(degradation))
-    monkeypatch.setattr(generate, "errors", lambda *_: table)
+def test_the_filter_weighs_both_errors_equally(net, monkeypatch):
+    """Relative to their means they are (0.5, 0.8, 1.7) and (1.7, 0.8, 0.5)."""
+    errors = torch.tensor([0.5, 0.8, 1.7]), torch.tensor([170.0, 80.0, 50.0])
+    monkeypatch.setattr(generate, "errors", lambda *_: errors)
     hr, lr_ref = uniform(1, 3, 32, 32), [uniform(3, 16, 16)]
     _, scores = generate.generate(net, hr, lr_ref, Sampler(candidates=3), [0])
     assert scores["kept"].tolist() == [1]
@@ -316,34 +293,14 @@ def drawn(names: list[str]) -> list[str]:
     return [names[references.draw(seed)] for seed in seeds]
 
 
-@pytest.mark.parametrize("count", [4, 49])
-def test_references_are_drawn_evenly_and_a_new_one_changes_only_its_own_draws(count):
-    names = [f"data/lr/phone/IMG_{i:04d}.jpg" for i in range(count)]
-    before, expected = drawn(names), 4000 / count
-    found = Counter(before)
-    chi_square = sum((found[name] - expected) ** 2 / expected for name in names)
-    assert chi_square < count + 4 * (2 * count) ** 0.5
-    place = count // 2
-    after = drawn([*names[:place], "data/lr/new.jpg", *names[place:]])
+def test_references_are_drawn_evenly_and_a_new_one_changes_only_its_own_draws():
+    names = [f"data/lr/phone/IMG_{i:04d}.jpg" for i in range(49)]
+    before = drawn(names)
+    assert stats.chisquare([before.count(name) for name in names]).pvalue > 1e-4
+    after = drawn([*names[:20], "data/lr/new.jpg", *names[20:]])
     changed = [new for old, new in zip(before, after, strict=True) if old != new]
     assert set(changed) == {"data/lr/new.jpg"}
-    share = 1 / (count + 1)
-    assert abs(len(changed) / 4000 - share) < 4 * (share * (1 - share) / 4000) ** 0.5
-
-
-def test_an_unreadable_reference_is_reported_once_and_never_drawn(net, tmp_path, capsys):
-    files = [tmp_path / f"{i}.png" for i in range(4)]
-    for i, file in enumerate(files):
-        common.save_image(file, uniform(3, 20, 20, seed=i))
-    files[1].write_text("not an image")
-    common.save_image(files[2], uniform(3, 15, 40))
-    references = generate.References(files, [file.name for file in files], net, 1)
-    assert {references.draw(seed) for seed in range(60)} == {0, 3}
-    printed = capsys.readouterr().out
-    assert printed.count("skipped: ") == 2 and "16 x 16" in printed
-    assert all(f"skipped: {file}: " in printed for file in files[1:3])
-    with pytest.raises(common.UserError, match="--lr-ref"):
-        generate.References(files[1:3], ["1", "2"], net, 1).draw(0)
+    assert len(changed) == pytest.approx(4000 / 50, abs=36)  # 4 standard deviations
 
 
 def test_the_codes_of_a_folder_are_averaged_from_the_reference_on(net, tmp_path):
@@ -391,23 +348,20 @@ def test_pairings_plan_every_pair_and_its_seed_depends_on_its_names_alone(pairin
 
 def test_images_of_equal_size_go_together_and_few_wait():
     """Even if no two sizes are equal, the memory does not fill with waiting images."""
-    counts: list[int] = []
+    loaded: list[str] = []
 
     def jobs(sizes):
         for i, size in enumerate(sizes):
-            counts.append(i)
+            loaded.append(str(i))
             yield generate.Job(str(i), Path("x"), i, hr=torch.zeros(3, 8, size))
 
-    batches = list(generate.batches(jobs([8, 16, 24] * 16), 4 * 8 * 16))
-    assert sorted(int(job.name) for batch in batches for job in batch) == list(range(48))
-    assert all(len({job.hr.shape for job in batch}) == 1 for batch in batches)
-    assert Counter(map(len, batches)) == {8: 2, 4: 4, 3: 5, 1: 1}
-    counts.clear()
-    given = 0
-    for batch in generate.batches(jobs(range(8, 600)), 10**9):
-        assert len(counts) - given < 300
-        given += len(batch)
-    assert given == 592
+    made = list(generate.batches(jobs([8, 16, 24] * 16), 4 * 8 * 16))
+    assert sorted(job.name for batch in made for job in batch) == sorted(loaded)
+    assert all(len({job.hr.shape for job in batch}) == 1 for batch in made)
+    assert Counter(map(len, made)) == {8: 2, 4: 4, 3: 5, 1: 1}
+    loaded.clear()
+    for given, _ in enumerate(generate.batches(jobs(range(8, 600)), 10**9)):
+        assert len(loaded) - given < 300
 
 
 # ---- the command line -------------------------------------------------------------------------
@@ -541,14 +495,6 @@ def test_other_settings_or_weights_need_another_folder(copied, checkpoint):
         assert files_of(copied / "out") == before
 
 
-def test_a_folder_of_another_command_is_refused_and_kept(inputs, checkpoint):
-    (inputs / "out").mkdir()
-    (inputs / "out" / "pairs.jsonl").write_text('{"hr": "hr/a.png", "lr": "lr/a.png", "theta": {}}')
-    before = files_of(inputs)
-    assert_refused(run(*command(checkpoint), cwd=inputs), "another command", "--out")
-    assert files_of(inputs) == before
-
-
 def test_unreadable_images_are_skipped_and_counted(inputs, checkpoint):
     (inputs / "hr" / "b.png").write_text("This is not an image.")
     save_waves(inputs / "hr" / "e.png", 20, 64)
@@ -563,20 +509,20 @@ def test_unreadable_images_are_skipped_and_counted(inputs, checkpoint):
 
 
 @pytest.mark.parametrize(
-    "more",
+    ("flags", "word"),
     [
-        "--start foo", "--t-start -1", "--t-start 501", "--candidates 0", "--average 0", "--eta 2",
-        "--pairing foo", "--max-error 1", "--hr missing", "--hr empty", "--lr-ref empty",
-        "--checkpoint missing.pt", "--checkpoint torn.pt", "--checkpoint stage_1.pt",
+        ("--start foo", "--start"), ("--t-start 501", "--t-start"), ("--candidates 0", "--cand"),
+        ("--max-error 1", "--max-error"), ("--lr-ref empty", "--lr-ref"),
+        ("--lr-ref bad.png", "--lr-ref"), ("--hr bad.png", "none of the HR images"),
+        ("--checkpoint missing.pt", "missing.pt"), ("--checkpoint stage_1.pt", "stage_1.pt"),
     ],
 )  # fmt: skip
-def test_senseless_input_is_refused_and_nothing_written(inputs, checkpoint, more):
+def test_senseless_input_is_refused_and_nothing_written(inputs, checkpoint, flags, word):
     (inputs / "empty").mkdir()
-    (inputs / "torn.pt").write_bytes(checkpoint.read_bytes()[:1000])
+    (inputs / "bad.png").write_text("This is not an image.")
     torch.save({"ema": {}, "config": asdict(STAGE_1)}, inputs / "stage_1.pt")
     before = files_of(inputs)
-    done = run(*command(checkpoint, *more.split()), cwd=inputs)
-    assert_refused(done, more.split()[1] if more.endswith(".pt") else more.split()[0])
+    assert_refused(run(*command(checkpoint, *flags.split()), cwd=inputs), word)
     assert files_of(inputs) == before and not (inputs / "out").exists()
 
 
@@ -584,14 +530,6 @@ def test_missing_weights_name_the_command_that_makes_them(inputs, monkeypatch):
     monkeypatch.setattr(common, "__file__", str(inputs / "common.py"))  # no data/pretrained there
     done = run(*"generate.py --hr hr --lr-ref refs --out out".split(), cwd=inputs)
     assert_refused(done, "python diffusion.py")
-    assert not (inputs / "out").exists()
-
-
-@pytest.mark.parametrize(("kind", "words"), [("refs", "--lr-ref"), ("hr", "none of the HR images")])
-def test_no_usable_image_at_all_is_an_error(inputs, checkpoint, kind, words):
-    for file in (inputs / kind).iterdir():
-        file.write_text("This is not an image.")
-    assert_refused(run(*command(checkpoint), cwd=inputs), words)
     assert not (inputs / "out").exists()
 
 
@@ -654,15 +592,9 @@ def test_photos_that_come_and_go_cost_only_themselves(copied, checkpoint):
     assert files_of(out) == files_of(copied / "new")
 
 
-def test_a_photo_that_is_replaced_or_comes_from_another_folder_is_made_anew(inputs, checkpoint):
+def test_the_same_names_in_another_folder_are_other_photos(inputs, checkpoint):
     out, args = inputs / "out", command(checkpoint, "--candidates", 1)
     assert_made(run(*args, cwd=inputs), 4)
-    before = files_of(out)
-    pixels = save_waves(inputs / "hr" / "c.png", 64, 48, 8)
-    assert_made(run(*args, cwd=inputs), 4)
-    np.testing.assert_array_equal(pixels_of(out / "hr" / "c.png"), pixels)
-    changed = {name for name, data in files_of(out).items() if data != before[name]}
-    assert changed == {"hr/c.png", "lr/c.png", "preview.png"}
     shutil.copytree(inputs / "hr", inputs / "other")
     pixels = save_waves(inputs / "other" / "c.png", 64, 48, 9)
     assert_made(run(*args, "--hr", "other", cwd=inputs), 4)
