@@ -678,26 +678,27 @@ class Run:
         """Go on from a checkpoint; UserError unless it is of a run with the same configuration."""
         path = self.path
         advice = f"give another --{'name' if 'name' in self.config else 'out'} or delete it"
-        for key, value in self.config.items():
-            old, flag = state["config"].get(key, "missing"), f"--{key.replace('_', '-')}"
-            if old == value:
-                continue
-            if key == "began":
-                raise UserError(f"{path} began from other weights: {advice}.")
-            require(key in MAY_CHANGE, f"{flag} is {value}, in {path} {old}: {advice}.")
-            if self.rt.is_main:
-                print(f"{path}: from now on {flag} {value} ({old} before)")
         wrong = f"{path} is no checkpoint of this training: {advice}."
         require({"step", "net", "ema", "opt"} <= state.keys(), wrong)
+        step, stored = state["step"], state["config"]
+        require(isinstance(stored, dict) and type(step) is int and step >= 0, wrong)
+        changed = {k: v for k, v in self.config.items() if stored.get(k, "missing") != v}
+        for key, value in changed.items():
+            require(key != "began", f"{path} began from other weights: {advice}.")
+            flag, old = f"--{key.replace('_', '-')}", stored.get(key, "missing")
+            require(key in MAY_CHANGE, f"{flag} is {value}, in {path} {old}: {advice}.")
+        for key, value in changed.items() if self.rt.is_main else ():
+            flag = f"--{key.replace('_', '-')}"
+            print(f"{path}: from now on {flag} {value} ({stored.get(key)} before)")
         for weights in (state["net"], state["ema"]):
             check_weights(weights, self.net, str(path))
         try:
             self.opt.load_state_dict(state["opt"])
-        except (KeyError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(wrong) from None
         self.net.load_state_dict(state["net"])
         self.ema = {key: value.to(self.rt.device) for key, value in state["ema"].items()}
-        self.step = state["step"]
+        self.step = step
         if self.rt.is_main and self.step < self.steps:
             print(f"resuming {path} at step {self.step}")
         elif self.rt.is_main and self.steps > 0:

@@ -369,6 +369,14 @@ def test_another_run_in_the_same_folder_is_refused_and_nothing_is_lost(folder, c
     assert (folder / "last.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize("change", [{"config": None}, {"config": 3}, {"step": None}, {"opt": []}])
+def test_a_foreign_file_in_place_of_the_checkpoint_is_one_sentence(folder, change):
+    toy_run(folder, 2)
+    torch.save(read(folder / "last.pt") | change, folder / "last.pt")
+    with pytest.raises(common.UserError, match="last.pt is no checkpoint of this training"):
+        toy_run(folder, 4)
+
+
 def test_steps_batch_and_logging_may_change_and_are_named(folder, capsys):
     toy_run(folder, 2)
     toy_run(folder, 3, batch_size=2, accumulate=2, save_every=1, log_every=5, cooldown=0.5)
