@@ -180,21 +180,6 @@ def test_bsrgan_halves_first_then_shuffles_and_compresses_last(bsrgan):
     assert (place(bsrgan, "resize 2") == place(bsrgan, "blur 3") + 1)[shifted].all()
 
 
-def test_bsrgan_blur_and_resize_are_drawn_as_published(bsrgan):
-    halved, shifted = performed(bsrgan, "resize 1"), performed(bsrgan, "blur 3")
-    s = 4 / (1 + halved.float())  # the scale that is left
-    for i in (0, 1):
-        width, height = bsrgan.blur_sigma[:, i].unbind(1)
-        isotropic = width == height
-        assert_probability(isotropic, 0.5)
-        assert_uniform((width / (2 + 0.2 * s))[isotropic], 0, 1)
-        assert_uniform((height.square() / (4 + s))[~isotropic], 0, 1)
-        assert_uniform(bsrgan.blur_angle[~isotropic, i], 0, math.pi)
-    factor = s / 4 / bsrgan.resize[:, 1]
-    torch.testing.assert_close(factor[shifted], s[shifted])
-    assert_uniform(((factor - 1) / (2 * s - 1))[~shifted], 0, 1)
-
-
 def test_bsrgan_noise_is_drawn_as_published(bsrgan):
     mixed = (bsrgan.colour_mix != torch.eye(3)).flatten(1).any(1)
     assert_shares(bsrgan.gray_noise[:, 0] + 2 * mixed, (0, 1, 2), (0.4, 0.4, 0.2))
@@ -221,7 +206,7 @@ def test_downsampling_behind_a_shifted_gaussian_is_what_bsrgan_publishes():
     theta = only(1, "blur 3", "resize 2", scale=4)
     theta.blur_sigma[:, 2], theta.blur_size[:, 2] = sigma, 25
     theta.resize[:, 1], theta.resize_mode[:, 1] = 1 / s, degrade.MODES.index("bilinear")
-    kernel = slow_kernel("gaussian", 25, (sigma, sigma), 0.0, 1.0, 0.0)
+    kernel = slow_kernel(25, [sigma, sigma], angle=0, shape=1)
     shifted = ndimage.shift(kernel, -(s - 1) / 2, order=1, mode="constant")
     shifted /= shifted.sum()
     planes = [ndimage.convolve(plane, shifted, mode="mirror")[::s, ::s] for plane in hr.numpy()]
@@ -243,7 +228,7 @@ def test_what_one_image_draws_is_independent(theta):
 
 
 def slow_kernel(
-    kind: str, size: int, sigma: tuple, angle: float, shape: float, cutoff: float
+    size: int, sigma: list, angle: float, shape: float, plateau: bool = False, cutoff: float = 0
 ) -> np.ndarray:
     """A kernel (size, size) by the formulas of arXiv:2107.10833, one pixel after the other."""
     kernel, half = np.zeros((size, size)), size // 2
@@ -252,36 +237,32 @@ def slow_kernel(
     for i, j in np.ndindex(size, size):
         v = np.array([j - half, i - half], float)
         r, q = np.hypot(*v), v @ np.linalg.solve(covariance, v)
-        if kind == "sinc":
-            kernel[i, j] = cutoff**2 / (4 * math.pi)
-            if r > 0:
-                kernel[i, j] = cutoff * special.j1(cutoff * r) / (2 * math.pi * r)
-        elif kind == "plateau":
-            kernel[i, j] = 1 / (1 + q**shape)
+        if cutoff:
+            limit = cutoff**2 / (4 * math.pi)
+            kernel[i, j] = cutoff * special.j1(cutoff * r) / (2 * math.pi * r) if r else limit
         else:
-            kernel[i, j] = math.exp(-0.5 * q**shape)
+            kernel[i, j] = 1 / (1 + q**shape) if plateau else math.exp(-0.5 * q**shape)
     return kernel / kernel.sum()
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "generalized", "plateau", "sinc"])
+@pytest.mark.parametrize(("plateau", "cutoff"), [(False, 0), (True, 0), (False, 1.1)])
 @pytest.mark.parametrize(
-    ("size", "sigma", "angle", "shape", "cutoff"),
+    ("size", "sigma", "angle", "shape"),
     [
-        (7, (0.2, 0.7), 0.3, 0.5, 1.1),
-        (13, (2.9, 0.3), -2.9, 1.7, 3.1),
-        (21, (1.4, 1.4), 0.0, 4.0, 0.7),
-        (1, (1.0, 1.0), 0.0, 1.0, 2.0),
+        (7, [0.2, 0.7], 0.3, 0.5),
+        (13, [2.9, 0.3], -2.9, 1.0),
+        (21, [1.4, 1.4], 0.0, 4.0),
+        (1, [1.0, 1.0], 0.0, 1.0),
     ],
 )
-def test_kernel_equals_its_formula(kind, size, sigma, angle, shape, cutoff):
-    shape = 1.0 if kind == "gaussian" else shape
+def test_kernel_equals_its_formula(size, sigma, angle, shape, plateau, cutoff):
     expected = np.zeros((25, 25))
     inside = slice(12 - size // 2, 13 + size // 2)
-    expected[inside, inside] = slow_kernel(kind, size, sigma, angle, shape, cutoff)
+    expected[inside, inside] = slow_kernel(size, sigma, angle, shape, plateau, cutoff)
     theta = degrade.bicubic(1, 4)
     theta.blur_sigma[:], theta.blur_angle[:] = torch.tensor(sigma), angle
-    theta.blur_shape[:], theta.blur_plateau[:] = shape, kind == "plateau"
-    theta.blur_size[:], theta.sinc_cutoff[:] = size, cutoff if kind == "sinc" else 0.0
+    theta.blur_shape[:], theta.blur_plateau[:] = shape, plateau
+    theta.blur_size[:], theta.sinc_cutoff[:] = size, cutoff
     np.testing.assert_allclose(degrade.blur_kernels(theta)[0, 0], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -439,10 +420,9 @@ def slow_degrade(hr: Tensor, theta: Degradation) -> Tensor:
     row = {key: value[0] for key, value in vars(theta).items()}
 
     def blurred(x: Tensor, i: int) -> Tensor:
-        size, cutoff = int(row["blur_size"][i]), float(row["sinc_cutoff"][i])
-        kind = "sinc" if cutoff else "plateau" if row["blur_plateau"][i] else "generalized"
-        sigma, angle = row["blur_sigma"][i].tolist(), float(row["blur_angle"][i])
-        kernel = slow_kernel(kind, size, sigma, angle, float(row["blur_shape"][i]), cutoff)
+        columns = ("size", "sigma", "angle", "shape", "plateau")
+        facts = [row[f"blur_{column}"][i].tolist() for column in columns]
+        kernel = slow_kernel(*facts, cutoff=float(row["sinc_cutoff"][i]))
         planes = [ndimage.correlate(plane, kernel, mode="mirror") for plane in x.numpy()]
         smooth = torch.from_numpy(np.stack(planes)).float()
         amount = float(row["sharpen"][i])
@@ -557,21 +537,17 @@ def test_no_operation_leaves_the_gpu_and_launches_do_not_grow_with_the_batch():
 
 
 @pytest.mark.gpu
-def test_gpu_jpeg_equals_the_cpu_and_theta_may_live_on_either():
-    x = drawn_batch(4, 50, 70)
-    quality = torch.tensor([5, 40, 75, 100])
-    assert torch.equal(degrade.jpeg(x.cuda(), quality.cuda()).cpu(), degrade.jpeg(x, quality))
+def test_on_a_gpu_jpeg_equals_the_cpu_s_and_noise_is_drawn_by_the_generator():
+    hr, quality = drawn_batch(4, 64, 64), torch.tensor([5, 40, 75, 100])
+    gpu = hr.cuda()
+    assert torch.equal(degrade.jpeg(gpu, quality.cuda()).cpu(), degrade.jpeg(hr, quality))
     theta = degrade.sample_degradation(4, generator=common.generator(0))
-    hr = drawn_batch(4, 64, 64).cuda()
-    lr = degrade.degrade(hr, theta)
-    assert lr.is_cuda and torch.equal(lr, degrade.degrade(hr, theta.to("cuda")))
-    torch.testing.assert_close(theta.to("cuda").physical().cpu(), theta.physical())
-    fresh = [degrade.degrade(hr, theta, common.generator(s)) for s in (1, 1, 2)]
-    assert torch.equal(fresh[0], fresh[1]) and not torch.equal(fresh[0], fresh[2])
-    clean = [
-        degrade.degrade(x, without_noise(theta), common.generator(0)).cpu() for x in (hr, hr.cpu())
-    ]
-    assert ((clean[0] - clean[1]).abs() > 1e-3).float().mean() < 0.01
+    assert torch.equal(degrade.degrade(gpu, theta), degrade.degrade(gpu, theta.to("cuda")))
+    lr = [degrade.degrade(gpu, theta, common.generator(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(lr[0], lr[1]) and not torch.equal(lr[0], lr[2])
+    clean = without_noise(theta)
+    difference = degrade.degrade(gpu, clean).cpu() - degrade.degrade(hr, clean)
+    assert (difference.abs() > 1e-3).float().mean() < 0.01
 
 
 # ---- what theta means -------------------------------------------------------------------------
@@ -596,8 +572,8 @@ def test_physical_quantities_follow_blur_noise_and_compression():
     theta.order[:] = only(steps, scale=4).order
     assert (theta.physical() == degrade.bicubic(1, 4).physical()).all()
     drawn = of_all_recipes(100, seed=14).physical()
-    assert drawn[:, :3].isfinite().all()
-    assert drawn.nan_to_num().min() > -0.5 and drawn.nan_to_num().max() < 2
+    assert drawn[:, :3].isfinite().all() and -0.5 < drawn.nan_to_num().min()
+    assert drawn.nan_to_num().max() < 2
 
 
 @pytest.mark.parametrize(
@@ -605,9 +581,7 @@ def test_physical_quantities_follow_blur_noise_and_compression():
     [
         (("gaussian 1", "jpeg 1", "resize 3"), True, True),
         (("resize 3", "gaussian 1", "jpeg 1"), False, False),
-        (("jpeg 1", "resize 3", "gaussian 1"), False, True),
-        (("gaussian 1", "resize 3", "poisson 2", "jpeg 1"), False, False),
-        (("resize 3",), False, False),
+        (("jpeg 1", "gaussian 1", "resize 3", "poisson 2"), False, True),
     ],
 )
 def test_noise_and_jpeg_that_a_resize_hides_are_not_named(operations, noise_is_nan, jpeg_is_nan):
@@ -689,16 +663,6 @@ def test_the_command_writes_pairs_that_replay_and_a_second_run_changes_nothing(p
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.png")} == times
 
 
-def test_several_pairs_of_each_photo(photos, tmp_path):
-    assert "6 pairs" in degraded(tmp_path, "--recipe", "bsrgan", "--per-image", 3)
-    out, rows = tmp_path / "out", table(tmp_path / "out")
-    assert len({row["lr"] for row in rows}) == len({row["theta"]["seed"] for row in rows}) == 6
-    found = files_of(out)
-    for i, row in enumerate(rows):
-        assert found[row["hr"]] == found[rows[i // 3 * 3]["hr"]]
-        assert_replays(out, row)
-
-
 def test_the_folder_holds_what_the_last_command_asked_for(tmp_path):
     """Photos that are added or taken away, another recipe, other numbers of pairs."""
     photos, out = tmp_path / "photos", tmp_path / "out"
@@ -713,7 +677,10 @@ def test_the_folder_holds_what_the_last_command_asked_for(tmp_path):
     assert files_of(out / "lr").items() > before.items()  # a place in the list changes nothing
     degraded(tmp_path, "--recipe", "wide", "--per-image", 2)
     eight = {f"{name}_{k}" for name in ("a", "b", "c", "d_b") for k in (0, 1)}
-    assert names(out) == eight
+    assert names(out) == eight and len(set(files_of(out / "lr").values())) == 8
+    assert files_of(out / "hr")["a_0.png"] == files_of(out / "hr")["a_1.png"]
+    for row in table(out):
+        assert_replays(out, row)
     (photos / "a.png").write_text("not an image any more")
     (photos / "c.png").unlink()
     assert "8 pairs of" in degraded(tmp_path, "--recipe", "wide")

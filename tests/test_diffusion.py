@@ -120,7 +120,7 @@ def test_ddim_step_with_eta_0_moves_along_the_same_noise():
 
 @pytest.mark.parametrize(
     ("t_start", "num_steps", "eta"),
-    [(300, 300, 1.0), (30, 10, 0.0), (7, 3, 0.5), (1, 1, 0.0), (500, 7, 0.0), (1000, 20, 0.0)],
+    [(300, 300, 1.0), (7, 3, 0.5), (1, 1, 0.0), (1000, 20, 0.0)],
 )
 def test_sampling_with_the_true_noise_finds_the_image(t_start, num_steps, eta):
     target, calls = uniform(2, 3, 4, 4), []
@@ -173,8 +173,7 @@ def test_timestep_embedding_separates_all_steps():
     assert distance.min() > 1e-3
 
 
-@pytest.mark.parametrize("widths", [(8,), (8, 16, 16), (48, 96), (8, 20, 12)])
-@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize(("widths", "blocks"), [((8,), 1), ((8, 20, 12), 2)])
 def test_unet_keeps_the_size_and_starts_at_zero(widths, blocks):
     net = diffusion.UNet(5, widths, blocks, (len(widths) - 1,))
     out = net(normal(2, 3, 8, 12), torch.tensor([1, 500]), normal(2, 5, 8, 12))
@@ -274,19 +273,6 @@ def test_loss_falls_on_one_batch():
     assert values[-1] < 0.8 * values[0]
 
 
-def test_without_content_nothing_is_asked_of_e_cont(monkeypatch):
-    """It would be most of the time of SynDiff's training."""
-    net, ablated = built(), built(without=("content",))
-    lr, hr = uniform(2, 3, 16, 24), uniform(2, 3, 64, 96)
-    for x in (ablated, net):
-        monkeypatch.setattr(x.extractors.vqvae.encoder, "forward", None)
-    for share in (lr, None), (lr, hr):
-        loss = diffusion.decoupled_loss(ablated, *share, TINY, common.generator(0))["loss"]
-        assert loss.isfinite()
-        with pytest.raises(TypeError):
-            diffusion.decoupled_loss(net, *share, TINY, common.generator(0))
-
-
 @pytest.fixture
 def cfg(tmp_path):
     """Settings of a training on three small photos of each kind, with weights of stage 1."""
@@ -312,13 +298,13 @@ def train(cfg: Config, **changes: object) -> dict:
 def test_training_goes_on_from_given_weights_with_the_extractors_of_stage_1(tmp_path, cfg):
     """As somebody does who tunes the shipped weights to a camera, or has new extractors."""
     frozen = {"steps": 1, "learning_rate": 1e-12, "finetune_learning_rate": 0.0}
-    before = train(cfg, **frozen)
-    changed = {k: v + 0.1 for k, v in before["ema"].items()}
-    torch.save(before | {"ema": changed}, tmp_path / "a.pt")
+    before = train(cfg, **frozen)["ema"]
+    changed = {k: v + 0.1 for k, v in before.items()}
+    config = asdict(cfg) | {"extractors": asdict(STAGE_1)}
+    torch.save({"ema": changed, "config": config}, tmp_path / "a.pt")
     given = frozen | {"start_from": str(tmp_path / "a.pt"), "out": str(tmp_path / "b")}
-    after = train(cfg, **given)["net"]
-    for key, value in after.items():
-        expected = before["ema"] if key.startswith("extractors.") else changed
+    for key, value in train(cfg, **given)["net"].items():
+        expected = before if key.startswith("extractors.") else changed
         torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-9)
     with pytest.raises(common.UserError, match="--start-from .*another configuration"):
         train(cfg, **given | {"out": str(tmp_path / "c")}, mod_channels=12)
@@ -350,22 +336,15 @@ def test_training_resumes_exactly_and_its_checkpoint_rebuilds_the_model(tmp_path
     assert net.without == ("degradation",)
 
 
-STORED = asdict(TINY) | {"extractors": asdict(STAGE_1)}
-
-
 @pytest.mark.parametrize(
     "change",
-    [
-        {"widths": []}, {"widths": [-1]}, {"widths": ["a"]}, {"widths": None}, {"blocks": 2.5},
-        {"blocks": 10**6}, {"t_max": 10**9}, {"t_max": "500"}, {"crop": 15}, {"extractors": []},
-        {"extractors": None}, {"extractors": asdict(STAGE_1) | {"deg_dim": "16"}},
-        {"without": ["x"]}, {"cond_channels": 4096}, {"of_another_version": 1},
-    ],
+    [{"widths": [-1]}, {"t_max": "500"}, {"without": ["x"]}, {"extractors": None}, {"new": 1}],
     ids=str,
-)  # fmt: skip
+)
 def test_a_checkpoint_s_configuration_is_not_believed(change):
+    stored = asdict(TINY) | {"extractors": asdict(STAGE_1)}
     with pytest.raises(common.UserError, match="x.pt: "):
-        diffusion.load({"ema": built().state_dict(), "config": STORED | change}, "x.pt")
+        diffusion.load({"ema": built().state_dict(), "config": stored | change}, "x.pt")
 
 
 def test_a_run_is_not_continued_with_other_stage_1_weights(tmp_path, cfg):
@@ -386,21 +365,6 @@ def test_hr_photos_that_would_not_be_used_are_refused(cfg, changes):
     with pytest.raises(common.UserError, match="--hr: training"):
         train(cfg, steps=1, **changes)
     train(cfg, steps=1, hr=(), **changes)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"widths": ()}, {"widths": (0, 8)}, {"accumulate": 3}, {"t_max": 1001}, {"crop": 15},
-        {"batch_size": 1}, {"without": ("foo",)}, {"checkpoint": "missing.pt"},
-        {"lr": ("missing",)},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_senseless_settings_end_in_one_sentence(tmp_path, cfg, changes):
-    with pytest.raises(common.UserError, match="--"):
-        train(cfg, **changes)
-    assert not (tmp_path / "out").exists()
 
 
 # ---- devices and memory -------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from scipy import ndimage
 from scipy.fft import dctn
 from torch import Tensor, nn
@@ -82,28 +81,23 @@ def test_attention_matches_a_softmax_written_out(heads):
     torch.testing.assert_close(net(x), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
-def test_group_norm_is_torch_s_and_keeps_the_type(dtype, tolerance):
-    norm = extractors.GroupNorm(24)
-    assert norm.num_groups == 6  # of four channels each
+def test_group_norm_is_torch_s_in_float32_and_keeps_bf16():
+    norm, x = extractors.GroupNorm(24), torch.randn(2, 24, 5, 7, generator=common.generator(0))
     nn.init.normal_(norm.weight)
-    x = torch.randn(2, 24, 5, 7, generator=common.generator(0))
-    expected = nn.functional.group_norm(x, 6, norm.weight, norm.bias, 1e-6)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        found = norm(x.to(dtype))
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
+    expected = nn.functional.group_norm(x, 6, norm.weight, norm.bias, 1e-6)  # four channels each
+    torch.testing.assert_close(norm(x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(x.bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("height", "width"), [(48, 200), (152, 136)])
-def test_large_content_is_read_in_tiles_with_the_same_gradient(height, width, monkeypatch):
+def test_large_content_is_read_in_tiles_with_the_same_gradient(monkeypatch):
     """Also where the backward pass computes each tile again."""
     monkeypatch.setattr(extractors, "TILE", 33)
-    net, hr, seen = built(), drawn_batch(2, height, width), []
+    net, hr, seen = built(), drawn_batch(2, 152, 136), []
     encode, first = net.vqvae.encode, net.vqvae.encoder.conv_in.weight
     monkeypatch.setattr(net.vqvae, "encode", lambda x: seen.append(x.shape) or encode(x))
     content = net.content(hr)
-    assert content.shape == (2, 3, height // 4, width // 4)
+    assert content.shape == (2, 3, 38, 34)
     assert all(shape[0] == 1 and max(shape[2:]) <= 88 for shape in seen)
     with torch.no_grad():
         assert torch.equal(content, net.content(hr))
@@ -164,17 +158,14 @@ def test_restart_moves_only_unused_codes_and_onto_latents():
 # ---- degradation extractor, modulation, Rec_lr --------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(1, 1), (5, 9), (32, 17)])
-def test_degradation_extractor_takes_any_size(size):
-    assert built().e_deg(drawn_batch(2, *size)).shape == (2, 16)
-
-
-def test_degradation_extractor_of_the_paper_gives_2048_numbers():
+def test_degradation_extractor_has_the_layers_of_the_paper_and_takes_any_size():
     cfg = Config()
     net = extractors.DegradationExtractor(cfg.deg_channels, cfg.deg_blocks, cfg.deg_dim, False)
     assert len(net.body) == 16
     assert sum(isinstance(layer, nn.Conv2d) for layer in net.mapping) == 4
-    assert net(drawn_batch(2, 12, 12)).shape == (2, 2048)
+    for size in ((1, 1), (5, 9)):
+        assert net(drawn_batch(2, *size)).shape == (2, 2048)
+        assert built().e_deg(drawn_batch(2, *size)).shape == (2, 16)
 
 
 def test_dct_statistics_agree_with_scipy():
@@ -212,7 +203,7 @@ def test_modulation_sees_the_position_in_a_block_of_jpeg():
     assert net(torch.randn(2, 16), flat)[..., 5:-5, 5:-5].std((2, 3)).min() > 1e-4
 
 
-@pytest.mark.parametrize(("height", "width"), [(9, 12), (148, 200), (37, 50)])
+@pytest.mark.parametrize(("height", "width"), [(9, 12), (148, 200)])
 def test_resized_matches_pillow(height, width):
     image = drawn_batch(1, 37, 50)
     ours = extractors.resized(image, height, width)[0]
@@ -268,13 +259,12 @@ def test_contrastive_loss_matches_a_case_by_hand():
     assert loss.item() == pytest.approx((5.0 + 0.5) / 2, abs=1e-5)
 
 
-@pytest.mark.parametrize(("distance", "expected"), [(0, 0.03), (10, 0)])
-def test_contrastive_loss_has_a_gradient_where_codes_are_equal(distance, expected):
+def test_contrastive_loss_has_a_gradient_where_codes_are_equal():
     anchor = torch.randn(4, 8, generator=common.generator(0)).requires_grad_(True)
     same = anchor.expand(3, 4, 8)
-    loss = extractors.contrastive_loss(anchor, same, same + distance, 0.01)
+    loss = extractors.contrastive_loss(anchor, same, same, 0.01)
     loss.backward()
-    assert loss.item() == pytest.approx(expected) and anchor.grad.isfinite().all()
+    assert loss.item() == pytest.approx(0.03) and anchor.grad.isfinite().all()
 
 
 def test_degradation_loss_pairs_codes_as_equation_4_says(monkeypatch):
@@ -412,52 +402,27 @@ def test_training_goes_on_from_given_weights(tmp_path, cfg):
     assert moved and moved <= named(Extractors(cfg), *PARTS_OF_E_DEG)
     drift = (before["e_deg.first.weight"] - after["e_deg.first.weight"]).abs().max()
     assert drift <= 1.01 * cfg.degradation_learning_rate  # one step of Adam, not another start
-    nothing = replace(cfg, **given, degradation_learning_rate=0.0, out=str(tmp_path / "d"))
-    with pytest.raises(common.UserError, match="nothing to train"):
-        extractors.train(nothing, CPU)
-    for change in ({"start_from": str(tmp_path / "none.pt")}, {"deg_dim": 8}):
-        with pytest.raises(common.UserError, match="--start-from"):
-            extractors.train(replace(cfg, **given | change, out=str(tmp_path / "c")), CPU)
+    for change, sentence in (
+        ({"degradation_learning_rate": 0.0}, "nothing to train"),
+        ({"deg_dim": 8}, "--start-from"),
+        ({"steps": (1, 2)}, "--steps"),
+    ):
+        with pytest.raises(common.UserError, match=sentence):
+            extractors.train(replace(cfg, **given | change, out=str(tmp_path / "b")), CPU)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"steps": (1, 2)}, {"crop": 40}, {"vq_crop": 0}, {"num_samples": 4}, {"hr": ("missing",)},
-        {"recipes": ("nonsense",)}, {"hr_blur": -1.0}, {"cooldown": 1.5}, {"vq_channels": 10**6},
-        {"deg_blocks": -1}, {"accumulate": -1},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_senseless_settings_end_in_one_sentence(tmp_path, changes):
-    with pytest.raises(common.UserError, match="--"):
-        extractors.train(replace(TINY, out=str(tmp_path / "out"), **changes), CPU)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("form", ["safetensors", "plain", "wrapped"])
-def test_vqvae_weights_can_be_given_instead_of_training_them(tmp_path, cfg, form):
-    """In any plain file; other weights in it are ignored, as those of a discriminator."""
-    given = built().vqvae.state_dict()
-    state = given | {"loss.discriminator": torch.ones(3)}
-    path = tmp_path / ("weights.safetensors" if form == "safetensors" else "weights.ckpt")
-    if form == "safetensors":
-        save_file({k: v.contiguous() for k, v in state.items()}, path)
-    else:
-        torch.save({"state_dict": state} if form == "wrapped" else state, path)
-    extractors.train(replace(cfg, vqvae=str(path), steps=(5, 0, 1)), CPU)
+def test_vqvae_weights_can_be_given_instead_of_training_them(tmp_path, cfg):
+    """Other weights in the file are ignored, as those of a discriminator."""
+    given, path = built().vqvae.state_dict(), str(tmp_path / "vqvae.ckpt")
+    torch.save({"state_dict": given | {"loss.discriminator": torch.ones(3)}}, path)
+    extractors.train(replace(cfg, vqvae=path, steps=(5, 0, 1)), CPU)
     assert not (tmp_path / "out/vqvae.pt").exists()
     trained = common.load_checkpoint(tmp_path / "out/last.pt")["net"]
     assert all(torch.equal(trained[f"vqvae.{key}"], value) for key, value in given.items())
-
-
-@pytest.mark.parametrize("codes", [{}, {"quantize.embedding.weight": torch.zeros(7, 3)}], ids=len)
-def test_vqvae_weights_that_are_missing_or_of_another_size_are_refused(tmp_path, codes):
-    state = built().vqvae.state_dict()
-    del state["quantize.embedding.weight"]
-    torch.save(state | codes, tmp_path / "weights.pt")
-    with pytest.raises(common.UserError, match=r"--vqvae .*weights.pt: weights of another"):
-        extractors.load_vqvae(built().vqvae, str(tmp_path / "weights.pt"))
+    del given["quantize.embedding.weight"]
+    torch.save(given, path)
+    with pytest.raises(common.UserError, match="--vqvae .*vqvae.ckpt: weights of another"):
+        extractors.load_vqvae(built().vqvae, path)
 
 
 def test_reports_tell_the_truth_and_draw_a_picture(tmp_path):
@@ -468,9 +433,6 @@ def test_reports_tell_the_truth_and_draw_a_picture(tmp_path):
     assert values["without codebook"].item() == pytest.approx(expected, abs=1e-3)
     assert 1 <= values["codes used"] <= TINY.vq_codes
     assert Image.open(tmp_path / "a.png").size == (3 * 36, 18 + 4 * 36)
-    values = extractors.swap_grid(net, hr, TINY, tmp_path / "b.png")
-    assert values["shown psnr"].isfinite()
-    assert Image.open(tmp_path / "b.png").size == (5 * 20, 18 + 4 * 20)
 
 
 def test_every_50th_photo_is_held_out(tmp_path, capsys):
