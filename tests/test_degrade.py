@@ -679,6 +679,9 @@ def test_the_folder_holds_what_the_last_command_asked_for(tmp_path):
     eight = {f"{name}_{k}" for name in ("a", "b", "c", "d_b") for k in (0, 1)}
     assert names(out) == eight and len(set(files_of(out / "lr").values())) == 8
     assert files_of(out / "hr")["a_0.png"] == files_of(out / "hr")["a_1.png"]
+    (out / "lr" / "a_1.png").unlink()
+    degraded(tmp_path, "--recipe", "wide", "--per-image", 2)
+    assert names(out) == eight
     for row in table(out):
         assert_replays(out, row)
     (photos / "a.png").write_text("not an image any more")
@@ -688,8 +691,6 @@ def test_the_folder_holds_what_the_last_command_asked_for(tmp_path):
     removed = {f"{side}/{name}.png" for side in ("hr", "lr") for name in eight}
     assert set(files_of(out / "removed")) >= removed  # they are set aside, not deleted
     shutil.rmtree(out / "removed")
-    (out / "lr" / "b.png").unlink()
-    degraded(tmp_path, "--recipe", "wide")
     degraded(tmp_path, "--recipe", "wide", "--out", "new")  # a run into a new folder makes the same
     assert files_of(out) == files_of(tmp_path / "new")
 

@@ -580,6 +580,7 @@ def test_the_same_names_in_another_folder_are_other_photos(inputs, checkpoint):
     assert_made(run(*args, cwd=inputs), 4)
     shutil.copytree(inputs / "hr", inputs / "other")
     pixels = save_waves(inputs / "other" / "c.png", 64, 48, 9)
+    os.utime(inputs / "other" / "c.png", (0, 0))  # older than the pairs
     assert_made(run(*args, "--hr", "other", cwd=inputs), 4)
     np.testing.assert_array_equal(pixels_of(out / "hr" / "c.png"), pixels)
     assert not (out / "removed").exists()
