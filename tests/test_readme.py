@@ -78,3 +78,15 @@ def test_the_commands_of_the_readme_run(tmp_path):
         done = commands.run(name, *shlex.split(flags), *small, cwd=tmp_path)
         assert done.returncode == 0, f"{name} {flags}: {done.stderr[-500:]}"
     assert len(list(tmp_path.glob("runs/sr/swinir-l-pairs/*.png"))) == 4
+
+
+def test_every_name_in_the_map_from_paper_to_code_exists():
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("| paper | here |") : text.index("## Your pairs")]
+    names = re.findall(r"`([a-z]\w*)((?:\.\w+)+)`", table)
+    assert len(names) > 10
+    for module, path in names:
+        thing = importlib.import_module(module)
+        for part in path[1:].split("."):
+            assert hasattr(thing, part), f"{module}{path}"
+            thing = getattr(thing, part)
