@@ -237,7 +237,8 @@ def draw_panel_b(figure: Any, result: dict[str, Any]) -> None:
         f"{axis}label": f"component {i + 1} ({share:.0%} of the variance)"
         for i, (axis, share) in enumerate(zip("xy", result["shares"], strict=True))
     })  # fmt: skip
-    axes.legend(fontsize="small", title="distance to the nearest real one (among real ones: 1)")
+    title = "number: distance to the nearest real one (among real ones: 1)"
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small", title=title)
     figure.suptitle("(b) E_deg's codes, principal components")
 
 
