@@ -83,8 +83,8 @@ def rows_of(table: str, cfg: Config, sets: Sequence[str]) -> list[Row]:
         noised = {"t_start": max(cfg.t_start, 300), "num_steps": max(cfg.num_steps, 10)}
         plain = {"start": "realesrgan", "grain": False} | noised
         rows = [
-            Row(f"without E_{part[:4]}", network, "realdgen", plain | {"checkpoint": str(path)})
-            for part, path in ABLATIONS.items()
+            Row(f"without {name}", network, "realdgen", plain | {"checkpoint": str(path)})
+            for name, path in zip(("E_deg", "E_cont"), ABLATIONS.values(), strict=True)
         ]
         return [*rows, Row("RealDGen", network, "realdgen", plain)]
     if table == "5":
