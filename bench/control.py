@@ -277,8 +277,8 @@ def measure_mtf(pairs: Sequence[Pair], inputs: Inputs) -> dict[str, Any]:
             side = min(cfg.crop, *pair.size)
             spectra.setdefault(name, []).append(log_spectrum(middle(lr, side)))
     curves = {
-        name: transfer_function(fitted_kernel(found), FREQUENCIES).tolist()
-        for name, found in equations.items()
+        name: transfer_function(fitted_kernel(equations[name]), FREQUENCIES).tolist()
+        for name in sorted(equations, key=lambda name: not name.startswith("real"))
     }
     ratios = {
         f"{name}, same scenes": amplitude_ratio(found, spectra["bicubic"]).tolist()
