@@ -1,7 +1,6 @@
 """common.py: the command line, seeds, weights and configurations, and the run of a toy training."""
 
 import json
-import multiprocessing
 import os
 import pickle
 import runpy
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 import common
 from data.pack import Crops, Photos
+from tests.commands import FORKSERVER
 from tests.test_photos import drawn_pixels
 
 REPO = Path(__file__).resolve().parents[1]
@@ -407,11 +407,15 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(folder, capsys):
 # ---- signals, processes, memory
 
 
+def stop_in_step_6(folder: Path, sent: signal.Signals) -> None:
+    """A run of 9 steps that gets a signal in the sixth."""
+    toy_run(folder, 9, loss=at_call(6, lambda loss: os.kill(os.getpid(), sent) or loss))
+
+
 @pytest.mark.parametrize(("sent", "step"), [(signal.SIGTERM, 6), (signal.SIGKILL, 4)])
 def test_a_stopped_run_loses_at_most_the_steps_since_the_last_checkpoint(folder, sent, step):
-    loss = at_call(6, lambda loss: os.kill(os.getpid(), sent) or loss)
-    fork = multiprocessing.get_context("fork")
-    process = fork.Process(target=toy_run, args=(folder, 9), kwargs={"loss": loss})
+    # Not a fork of this process: torch's threads do not survive one.
+    process = FORKSERVER.Process(target=stop_in_step_6, args=(folder, sent))
     process.start()
     process.join(60)
     assert process.exitcode != 0 and read(folder / "last.pt")["step"] == step

@@ -1,6 +1,5 @@
 """data/pack.py: photos decoded once, the random crops that training reads, the packed file."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,7 +14,7 @@ from torch import Tensor
 import common
 from data import pack
 from data.pack import Crops, Photos
-from tests.commands import assert_refused, run
+from tests.commands import FORKSERVER, assert_refused, run
 
 CPU = common.Runtime(torch.device("cpu"))
 
@@ -122,8 +121,9 @@ def test_bad_photos_are_skipped_and_small_ones_left_out_of_the_crops(files, tmp_
     assert names(tmp_path / "none") == set()
 
 
-@pytest.mark.parametrize("when", ["reading", "renaming"])
-def test_a_killed_decode_leaves_nothing_that_is_taken_for_whole(files, tmp_path, monkeypatch, when):
+def decode_and_die(files: list[Path], folder: Path, when: str) -> None:
+    """Decode photos in a process that is killed while it reads or renames the last file."""
+
     def read(file: Path) -> np.ndarray:
         if when == "reading" and file == files[-1]:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -134,13 +134,17 @@ def test_a_killed_decode_leaves_nothing_that_is_taken_for_whole(files, tmp_path,
             os.kill(os.getpid(), signal.SIGKILL)
         source.rename(target)
 
+    common.os.replace = replace
+    Photos(files, folder, CPU, read)
+
+
+@pytest.mark.parametrize("when", ["reading", "renaming"])
+def test_a_killed_decode_leaves_nothing_that_is_taken_for_whole(files, tmp_path, when):
     folder = tmp_path / "decoded"
-    with monkeypatch.context() as patch:
-        patch.setattr(common.os, "replace", replace)
-        fork = multiprocessing.get_context("fork")
-        process = fork.Process(target=Photos, args=(files, folder, CPU, read))
-        process.start()
-        process.join(60)
+    # Not a fork of this process: torch's threads do not survive one.
+    process = FORKSERVER.Process(target=decode_and_die, args=(files, folder, when))
+    process.start()
+    process.join(60)
     assert process.exitcode == -signal.SIGKILL and list(folder.glob(".*.tmp"))
     assert_equal_photos(Photos(files, folder, CPU), files)
     assert len(names(folder)) == 2
