@@ -408,7 +408,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(folder, capsys):
 
 
 def stop_in_step_6(folder: Path, sent: signal.Signals) -> None:
-    """A run of 9 steps that gets a signal in the sixth."""
+    """A run of 9 steps that gets a signal in the sixth; one thread, as in conftest.py."""
+    torch.set_num_threads(1)
     toy_run(folder, 9, loss=at_call(6, lambda loss: os.kill(os.getpid(), sent) or loss))
 
 
