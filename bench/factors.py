@@ -218,7 +218,8 @@ def text_of_factors(result: dict[str, Any]) -> str:
     return f"""## Does generated LR follow its reference? {result["images"]} contents
 
 {table_text(heads, lines, words=2)}
-References are other scenes, degraded with one factor at {LEVELS} levels: {", ".join(ranges)}
+References are other scenes, degraded with one factor at {LEVELS} levels:
+{", ".join(ranges)}
 (LR pixels; levels of 255; amount; 100 - quality). Rank correlation (Spearman's) of the level and
 the value measured in the LR, for each content and noise: mean and lowest; mean measured values
 (JPEG: blockiness, 1 is none). Fine detail: median |Laplacian| relative to the true D(X, theta).
