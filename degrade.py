@@ -48,10 +48,8 @@ class Round:
     gaussian: tuple[float, float] = (1.0, 30.0)  # std in levels of 255
     poisson: tuple[float, float] = (0.05, 3.0)
     gray_prob: float = 0.4
-    jpeg: tuple[int, int] = (30, 95)  # 0 is no JPEG
-    jpeg_prob: float = 1.0
+    jpeg: tuple[int, int] = (30, 95)
     final_sinc_prob: float = 0.8  # in round 2: of a sinc filter after the resize to LR
-    sharpen_prob: float = 0.0  # in round 2: of unsharp masking there, without a sinc filter
 
 
 # fmt: off
@@ -71,29 +69,46 @@ ROUNDS = {
               gaussian=(1.0, 12.0), poisson=(0.05, 1.0), jpeg=(60, 100),
               final_sinc_prob=0.0),
     ),
-    # Not in the paper: one lens blur, then little noise, sharpening and little compression, as in
-    # modern cameras. The recipes above hardly ever make an LR this clean and never sharpen, and
-    # E_deg cannot recognise what it was not trained on.
-    "camera": (
-        Round(blur_sigma=(0.3, 4.0), sinc_prob=0.0, resize_prob=(0.0, 0.0, 1.0),
-              gaussian_prob=1.0, gaussian=(0.0, 0.0), jpeg=(0, 0)),
-        Round(blur_prob=0.0, resize_prob=(0.0, 0.0, 1.0), gaussian=(0.0, 8.0), poisson=(0.0, 0.8),
-              jpeg=(70, 100), final_sinc_prob=0.0, sharpen_prob=0.5),
-    ),
-    # Not in the paper: like `camera`, but each factor reaches what a bad camera does and is often
-    # absent. In the other recipes a wide blur always comes with noise, and the last resize and
-    # JPEG hide most noise, so that E_deg confuses the factors.
-    "wide": (
-        Round(blur_prob=0.8, blur_sigma=(0.3, 7.5), sinc_prob=0.0, sizes=(25,),
-              resize_prob=(0.0, 0.0, 1.0), gaussian_prob=1.0, gaussian=(0.0, 0.0), jpeg=(0, 0)),
-        Round(blur_prob=0.0, resize_prob=(0.0, 0.0, 1.0),
-              modes=("area", "bilinear", "bicubic", "antialiased"), gaussian=(0.0, 25.0),
-              poisson=(0.0, 0.0), jpeg=(25, 95), jpeg_prob=0.5, final_sinc_prob=0.0,
-              sharpen_prob=0.5),
-    ),
 }
 # fmt: on
-RECIPES = (*ROUNDS, "bsrgan", "bicubic")
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Not in the paper: reduction, lens, noise, sharpening, noise, JPEG, as in a camera.
+
+    The recipes above hardly ever make an LR as clean as a modern camera's, and never sharpen; E_deg
+    cannot recognise what it was not trained on. A pair is the range of a uniform draw.
+    """
+
+    lens_prob: float = 1.0
+    cutoff: tuple[float, float] = (
+        0.12,
+        0.42,
+    )  # lens: half the amplitude there, cycles per LR pixel
+    steepness: tuple[float, float] = (1.0, 2.0)  # 1 falls like a Gaussian, 2 as exp(-f^4)
+    shift: float = 0.125  # of the lens along each axis, LR pixels
+    noise_prob: float = 0.7
+    noise: tuple[float, float] = (0.0, 6.0)  # before sharpening: std in levels of 255, Gaussian
+    poisson: tuple[float, float] = (0.0, 0.6)  # or of Poisson noise
+    sharpen_prob: float = 0.8
+    radius: tuple[float, float] = (0.5, 3.0)  # of the unsharp mask, LR pixels
+    amount: tuple[float, float] = (0.0, 2.0)  # small ones are drawn more often
+    late_noise_prob: float = 0.5
+    late_noise: tuple[float, float] = (0.0, 3.0)  # after sharpening
+    jpeg_prob: float = 0.8
+    jpeg: tuple[int, int] = (70, 100)
+
+
+CAMERAS = {
+    "camera": Camera(),
+    # What a bad camera does, each factor often absent. In Real-ESRGAN's recipe a wide blur always
+    # comes with noise, and the last resize and JPEG hide most noise: E_deg confuses the factors.
+    "wide": Camera(lens_prob=0.7, cutoff=(0.08, 0.5), noise_prob=0.5, noise=(0.0, 20.0),
+                   poisson=(0.0, 2.0), sharpen_prob=0.5, late_noise_prob=0.3,
+                   late_noise=(0.0, 20.0), jpeg_prob=0.5, jpeg=(25, 95)),
+}  # fmt: skip
+RECIPES = (*ROUNDS, *CAMERAS, "bsrgan", "bicubic")
 KERNEL_SIZE = 25  # of all kernels; smaller ones are padded with zeros
 # Ways to resize: torch's area, bilinear, bicubic; Pillow's bicubic; OpenCV's INTER_AREA.
 MODES = ("area", "bilinear", "bicubic", "antialiased", "coverage")
@@ -292,6 +307,8 @@ class Degradation:
     blur_angle: Tensor  # (B, 3) radians
     blur_shape: Tensor  # (B, 3) exponent beta; 1 is a Gaussian
     blur_plateau: Tensor  # (B, 3) bool: 1 / (1 + q^beta) instead of exp(-q^beta / 2)
+    blur_spectral: Tensor  # (B, 3) bool: shape and width are those of the transfer function
+    blur_shift: Tensor  # (B, 3, 2) of a spectral kernel, pixels
     blur_size: Tensor  # (B, 3) kernel size, odd
     sinc_cutoff: Tensor  # (B, 3) radians per pixel; 0 is no sinc
     sharpen: Tensor  # (B, 3) amount: adds that times what the blur removes; 0 is a blur
@@ -344,49 +361,94 @@ class Degradation:
         return (column >= 0) & (column < n), values.gather(1, column.clamp(0, n - 1))
 
     def physical(self) -> Tensor:
-        """What theta means for the LR image: (B, 5), each about in [0, 1].
+        """What theta means for the LR image: (B, 9).
 
-        Blur width (log LR pixels), resolution lost by resizing (log), ringing, noise, JPEG loss.
-        Noise and JPEG are NaN where a later resize hides all of it.
+        The amplitude of the transfer function from HR to LR at FREQUENCIES; noise in BANDS, as
+        log(1 + std in levels of white noise of this power) / 3; 1 - quality / 100 of the JPEG, NaN
+        where a later resize hides it. Amplitudes are means over angles; aliasing, and what JPEG
+        does to noise, are left out.
         """
         scale = self.scale.float()[:, None]
         factors = torch.cat([self.resize * scale, torch.ones_like(scale)], dim=1)
         resized, factor = self.steps("resize", factors)
         last = torch.arange(STEPS, device=scale.device).where(resized, -1).cummax(1).values
-        grid = factor.gather(1, last.clamp(min=0)).where(last >= 0, scale)  # pixels per LR pixel
-        on_lr = grid == 1
-        # Measured from the kernels, because a small kernel cuts a wide Gaussian off.
-        offset = torch.arange(KERNEL_SIZE, device=scale.device) - KERNEL_SIZE // 2
-        squares = offset.square() + offset[:, None].square()
-        variance = (blur_kernels(self) * squares).sum((2, 3)) / 2  # (B, 3)
-        smooth = (self.sinc_cutoff == 0) & (self.sharpen == 0)
-        blurred, variance = self.steps("blur", variance.where(smooth, 0.0))
-        blur_variance = (variance / grid.square()).where(blurred, 0.0).sum(1)
-        edges = (1 - self.sinc_cutoff / math.pi).where(self.sinc_cutoff > 0, self.sharpen)
-        ringing = self.steps("blur", edges)[1].where(blurred, 0.0).amax(1)
+        after = factor.gather(1, last.clamp(min=0)).where(last >= 0, scale)  # pixels per LR pixel
+        before = torch.cat([scale, after[:, :-1]], dim=1)
+        mode = self.steps("resize", self.resize_mode)[1]
+        gain = torch.ones(*self.order.shape, ANGLES, len(RINGS), device=scale.device)  # of steps
+        gain = resize_gain(mode, before, after).where((before != after)[..., None, None], gain)
+        kernels = blur_kernels(self)
+        for i in range(3):
+            step = self.order == OPERATIONS.index(f"blur {i + 1}")  # at most one of an image
+            grid = (before * step).sum(1).where(step.any(1), 1.0)
+            gain = kernel_gain(kernels[:, i], grid)[:, None].where(step[..., None, None], gain)
+        to_lr = gain.flip(1).cumprod(1).flip(1)  # (B, 10, ANGLES, RINGS), of a step and all later
         gaussian, std = self.steps("gaussian", self.gaussian_std)
         poisson, mid_gray_std = self.steps("poisson", self.poisson_scale * 0.04)
-        noisy = gaussian | poisson
-        std = std.where(gaussian, mid_gray_std)
-        noise_variance = std.square().where(noisy & on_lr, 0.0).sum(1)
+        std = std.where(gaussian, mid_gray_std * poisson) / before  # of as much noise per LR pixel
+        noise = (std[..., None, None] * to_lr).square().sum(1).mean(1)  # (B, RINGS)
+        area = RINGS.to(noise)  # of a ring
+        bands = [(noise * area)[:, band].sum(1) / area[band].sum() for band in BANDS]
+        levels = (255 * torch.stack(bands, 1).sqrt() + 1).log() / 3
         compressed, quality = self.steps("jpeg", self.jpeg_quality)
-        quality = quality.where(compressed & on_lr, 100).amin(1).float()
-        noise_hidden = (noisy & ~on_lr).any(1) & (noise_variance == 0)
-        jpeg_hidden = (compressed & ~on_lr).any(1) & (quality == 100)
-        meaning = [
-            (blur_variance + 0.01).log() / 4.6 + 1,
-            -torch.minimum(grid.amin(1), scale[:, 0]).clamp(max=1).log(),
-            ringing,
-            ((noise_variance.sqrt() * 255 + 1).log() / 3.5).where(~noise_hidden, math.nan),
-            (1 - quality / 100).where(~jpeg_hidden, math.nan),
-        ]
-        return torch.stack(meaning, dim=1)
+        on_lr = compressed & (after == 1)
+        hidden = compressed.any(1) & ~on_lr.any(1)
+        lost = 1 - quality.where(on_lr, 100).amin(1) / 100
+        transfer = to_lr[:, 0].mean(1)[:, 1::2]
+        return torch.cat([transfer, levels, lost.where(~hidden, math.nan)[:, None]], dim=1).float()
 
 
-def noise_and_quality(physical: Tensor) -> tuple[Tensor, Tensor]:
-    """Noise std on [0, 1] and JPEG quality 1..100, (B,) each, of Degradation.physical's (B, 5)."""
-    noise = (3.5 * physical[:, 3]).exp().sub(1).div(255).clamp(min=0)
-    return noise, (100 * (1 - physical[:, 4])).round().clamp(1, 100).long()
+RINGS = torch.linspace(0.05, 0.5, 10)  # frequencies, cycles per LR pixel
+FREQUENCIES = RINGS[1::2]  # at which physical() gives the transfer function
+BANDS = (slice(0, 3), slice(3, 6), slice(6, 10))  # of RINGS, in which it gives noise
+ANGLES = 8
+
+
+def waves(grid: Tensor) -> Tensor:
+    """Frequencies along x and y, cycles per pixel, of RINGS at 8 angles: (..., 2, ANGLES, RINGS).
+
+    grid (...): pixels per LR pixel.
+    """
+    angle = torch.arange(ANGLES, device=grid.device)[:, None] * (math.pi / ANGLES)
+    both = torch.stack([angle.cos(), angle.sin()]) * RINGS.to(grid.device, non_blocking=True)
+    return both / grid[..., None, None, None]
+
+
+def kernel_gain(kernel: Tensor, grid: Tensor) -> Tensor:
+    """Amplitude (B, ANGLES, RINGS) of kernels (B, 25, 25) on grids (B,) of pixels per LR pixel."""
+    place = torch.arange(KERNEL_SIZE, device=grid.device) - KERNEL_SIZE // 2
+    phase = -2j * math.pi * waves(grid)[..., None] * place  # (B, 2, ANGLES, RINGS, 25)
+    across, down = phase.exp().unbind(1)
+    return torch.einsum("byx,barx,bary->bar", kernel.to(across.dtype), across, down).abs()
+
+
+def resize_gain(mode: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Amplitude (B, n, ANGLES, RINGS) of resizes of these MODES between these grids (B, n)."""
+    # bilinear and bicubic do not widen their kernel when they reduce
+    narrow = (mode == MODES.index("bilinear")) | (mode == MODES.index("bicubic"))
+    # area takes all pixels that it touches: one more where the new size does not divide the old
+    touched = 1 / (1 / before + 1 / after)
+    wide = touched.where((mode == MODES.index("area")) & (before % after > 1e-3), after)
+    f = waves(before.where(narrow, torch.minimum(before, wide)))  # cycles per pixel of the kernel
+    gain, mode = torch.sinc(f), mode[..., None, None, None]
+    distance = torch.linspace(-2, 2, 65, device=f.device)
+    for name, a in (("bicubic", -0.75), ("antialiased", -0.5)):
+        weight = cubic(distance.abs(), a) / 16
+        wave = ((2 * math.pi * f)[..., None] * distance).cos() @ weight
+        gain = wave.where(mode == MODES.index(name), gain)
+    gain = gain.square().where(mode == MODES.index("bilinear"), gain)
+    return gain.prod(2).abs()
+
+
+def named(physical: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the numbers of physical() (B, 9) say, within its range.
+
+    Amplitude of the transfer function at FREQUENCIES (B, 5); noise std on [0, 1] in BANDS (B, 3);
+    JPEG quality 1..100 (B,).
+    """
+    noise = (3 * physical[:, 5:8]).exp().sub(1).div(255).clamp(min=0)
+    quality = (100 * (1 - physical[:, 8])).round().clamp(1, 100).long()
+    return physical[:, :5].clamp(min=0), noise, quality
 
 
 # ---- drawing theta ----------------------------------------------------------------------------
@@ -437,11 +499,11 @@ def bicubic(batch: int, scale: int) -> Degradation:
 
     theta = Degradation(
         order=full(0, STEPS), blur_sigma=full(1.0, 3, 2), blur_angle=full(0.0, 3),
-        blur_shape=full(1.0, 3), blur_plateau=full(False, 3), blur_size=full(1, 3),
-        sinc_cutoff=full(0.0, 3), sharpen=full(0.0, 3), resize=full(1.0, 2),
+        blur_shape=full(1.0, 3), blur_plateau=full(False, 3), blur_spectral=full(False, 3),
+        blur_shift=full(0.0, 3, 2), blur_size=full(1, 3), sinc_cutoff=full(0.0, 3),
+        sharpen=full(0.0, 3), resize=full(1.0, 2),
         resize_mode=full(MODES.index("antialiased"), 3), gaussian_std=full(0.0, 2),
-        poisson_scale=full(0.0, 2), gray_noise=full(False, 2),
-        colour_mix=torch.eye(3).repeat(batch, 1, 1), jpeg_quality=full(100, 2),
+        poisson_scale=full(0.0, 2), gray_noise=full(False, 2), colour_mix=torch.eye(3).repeat(batch, 1, 1), jpeg_quality=full(100, 2),
         scale=full(scale), seed=full(0),
     )  # fmt: skip
     theta.order[:, 0] = OPERATIONS.index("resize 3")
@@ -485,24 +547,19 @@ def draw_rounds(theta: Degradation, draw: Draw, first: Round, second: Round) -> 
         theta.gray_noise[:, i] = draw.chance(options.gray_prob)
         low, high = options.jpeg
         theta.jpeg_quality[:, i] = draw.one_of(range(low, high + 1))
-        compressed = theta.jpeg_quality[:, i] > 0
-        if options.jpeg_prob < 1:
-            compressed &= draw.chance(options.jpeg_prob)
         steps += [
             coded(f"blur {i + 1}", draw.chance(options.blur_prob)),
             coded(f"resize {i + 1}", (direction < 2) | (i > 0)),
             coded(f"gaussian {i + 1}", theta.gaussian_std[:, i] > 0)
             + coded(f"poisson {i + 1}", theta.poisson_scale[:, i] > 0),
-            coded(f"jpeg {i + 1}", compressed),
+            coded(f"jpeg {i + 1}", torch.full_like(direction, True)),
         ]
     theta.resize_mode[:, 2] = draw.mode(Round.modes)
     theta.blur_size[:, 2] = draw.one_of(Round.sizes)
     sinc, cutoff = draw.chance(second.final_sinc_prob), draw.uniform(math.pi / 3, math.pi)
-    sharpen = ~sinc & draw.chance(second.sharpen_prob)
     theta.sinc_cutoff[:, 2] = torch.where(sinc, cutoff, 0.0)
-    theta.sharpen[:, 2] = torch.where(sharpen, draw.uniform(0.0, 1.5), 0.0)
     # The last JPEG comes before or after the resize to LR and its filter.
-    jpeg, filtered = steps.pop(), coded("blur 3", sinc | sharpen)
+    jpeg, filtered = steps.pop(), coded("blur 3", sinc)
     to_lr = torch.full_like(jpeg, OPERATIONS.index("resize 3"))
     jpeg_last = draw.chance(0.5)
     steps += [
@@ -511,6 +568,39 @@ def draw_rounds(theta: Degradation, draw: Draw, first: Round, second: Round) -> 
         torch.where(jpeg_last, jpeg, filtered),
     ]
     theta.order[:] = torch.stack(steps, 1)
+
+
+def draw_camera(theta: Degradation, draw: Draw, options: Camera) -> None:
+    """A camera, written into theta. All but the reduction happens on the LR grid."""
+    theta.resize_mode[:, 2] = draw.mode(("area", "antialiased"))
+    # The lens: amplitude exp(-(2 pi width f)^(2 beta) / 2), half of it at the cut-off.
+    beta, cutoff = draw.uniform(*options.steepness), draw.uniform(*options.cutoff)
+    width = (2 * math.log(2)) ** (1 / (2 * beta)) / (2 * math.pi * cutoff)
+    theta.blur_spectral[:, 1] = True
+    theta.blur_shape[:, 1] = beta
+    theta.blur_sigma[:, 1] = torch.stack([width, width * draw.around_one(0.6, 1.0)], 1)
+    theta.blur_angle[:, 1] = draw.uniform(0, math.pi)
+    shift = [draw.uniform(-options.shift, options.shift) for _ in range(2)]
+    theta.blur_shift[:, 1] = torch.stack(shift, 1)
+    theta.blur_sigma[:, 2] = draw.uniform(*options.radius)[:, None]
+    low, high = options.amount
+    theta.sharpen[:, 2] = low + (high - low) * draw.uniform() ** 2
+    theta.blur_size[:] = KERNEL_SIZE
+    theta.gaussian_std[:, 0] = draw.uniform(*options.noise) / 255
+    theta.gaussian_std[:, 1] = draw.uniform(*options.late_noise) / 255
+    theta.poisson_scale[:, 0] = draw.uniform(*options.poisson)
+    theta.gray_noise[:] = torch.stack([draw.chance(0.4) for _ in range(2)], 1)
+    theta.jpeg_quality[:, 1] = draw.one_of(range(options.jpeg[0], options.jpeg[1] + 1))
+    noisy, gaussian = draw.chance(options.noise_prob), draw.chance(0.5)
+    steps = [
+        coded("resize 3", torch.full_like(noisy, True)),
+        coded("blur 2", draw.chance(options.lens_prob)),
+        coded("gaussian 1", noisy & gaussian) + coded("poisson 1", noisy & ~gaussian),
+        coded("blur 3", draw.chance(options.sharpen_prob)),
+        coded("gaussian 2", draw.chance(options.late_noise_prob)),
+        coded("jpeg 2", draw.chance(options.jpeg_prob)),
+    ]
+    theta.order[:, : len(steps)] = torch.stack(steps, 1)
 
 
 def draw_bsrgan(theta: Degradation, draw: Draw) -> None:
@@ -576,8 +666,10 @@ def sample_degradation(
     theta, draw = bicubic(batch, scale), Draw(batch, generator)
     if recipe == "bsrgan":
         draw_bsrgan(theta, draw)
-    elif recipe != "bicubic":
+    elif recipe in ROUNDS:
         draw_rounds(theta, draw, *ROUNDS[recipe])
+    elif recipe in CAMERAS:
+        draw_camera(theta, draw, CAMERAS[recipe])
     theta.seed = torch.randint(2**62, (batch,), generator=generator)
     return theta
 
@@ -590,20 +682,27 @@ def blur_kernels(theta: Degradation, device: torch.device | None = None) -> Tens
 
     With q = x^T Sigma^-1 x: exp(-q^beta / 2) (a Gaussian for beta = 1), the plateau
     1 / (1 + q^beta) or, where cutoff > 0, the circular sinc cutoff J_1(cutoff r) / (2 pi r).
+    Spectral kernels have the transfer function exp(-q^beta / 2), q = (2 pi)^2 f^T Sigma f.
     Sharpening by `amount` is (1 + amount) delta - amount kernel.
     """
     columns = [*theta.blur_sigma.unbind(2), theta.blur_angle, theta.blur_shape, theta.blur_plateau,
-               theta.blur_size, theta.sinc_cutoff, theta.sharpen]  # fmt: skip
+               theta.blur_size, theta.sinc_cutoff, theta.sharpen, theta.blur_spectral,
+               *theta.blur_shift.unbind(2)]  # fmt: skip
     numbers = torch.stack([column.double() for column in columns])
     numbers = numbers.to(device or numbers.device, non_blocking=True)[..., None, None]
-    width, height, angle, beta, plateau, size, cutoff, amount = numbers  # (B, 3, 1, 1) each
-    half = KERNEL_SIZE // 2
+    width, height, angle, beta, plateau, size, cutoff, amount, spectral, *shift = numbers
+    half = KERNEL_SIZE // 2  # the numbers above are (B, 3, 1, 1) each
     x = torch.arange(-half, half + 1, device=numbers.device, dtype=torch.float64)
     y = x[:, None]
-    along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
-    q = (along / width.clamp(min=1e-3)).square() + (across / height.clamp(min=1e-3)).square()
-    q = q.pow(beta)  # (B, 3, 25, 25)
+    frequency = 2 * math.pi * x / KERNEL_SIZE  # radians per pixel
+    phase = frequency * shift[0] + frequency[:, None] * shift[1]
+    u, v = frequency.where(spectral > 0, x), frequency[:, None].where(spectral > 0, y)
+    along, across = u * angle.cos() + v * angle.sin(), v * angle.cos() - u * angle.sin()
+    width, height = (n.clamp(min=1e-3).pow(1 - 2 * spectral) for n in (width, height))
+    q = ((along / width).square() + (across / height).square()).pow(beta)  # (B, 3, 25, 25)
     kernel = torch.where(plateau > 0, 1 / (1 + q), (q / -2).exp())
+    transfer = torch.fft.ifftshift(torch.polar(kernel, -phase), (2, 3))
+    kernel = torch.fft.fftshift(torch.fft.ifft2(transfer), (2, 3)).real.where(spectral > 0, kernel)
     radius = (x.square() + y.square()).sqrt()
     sinc = cutoff * torch.special.bessel_j1(cutoff * radius) / (2 * math.pi * radius)
     sinc = torch.where(radius > 0, sinc, cutoff.square() / (4 * math.pi))

@@ -1,8 +1,8 @@
 """Stage 1: extractors of content (E_cont) and of degradation (E_deg). Sections 2.1, A.1, A.2.
 
-In: clean HR photos. Out: runs/extractors/last.pt, which holds E_cont, E_deg and Rec_lr. Three parts
-are trained one after the other: a VQ-VAE on HR photos; its encoder E_cont on degraded photos, with
-the decoder frozen (Eq. 1-2); E_deg together with Rec_lr (Eq. 3-6).
+In: clean HR photos, and real LR photos. Out: runs/extractors/last.pt, which holds E_cont, E_deg and
+Rec_lr. Three parts are trained one after the other: a VQ-VAE on HR photos; its encoder E_cont on
+degraded photos, with the decoder frozen (Eq. 1-2); E_deg together with Rec_lr (Eq. 3-6).
 
     python extractors.py
     torchrun --nproc_per_node=8 extractors.py --hr data/hr --preset paper
@@ -11,8 +11,9 @@ the decoder frozen (Eq. 1-2); E_deg together with Rec_lr (Eq. 3-6).
 
     VQ-VAE     half of the images skip the codebook, because F_cont does
     E_cont     a quarter of the inputs is clean, as in generation
-    E_deg      also pools the sizes of DCT coefficients; a head predicts theta from its code
-    Rec_lr     corrects the bicubic reduction of the HR image, filtered with a predicted kernel
+    E_deg      also pools the sizes of DCT coefficients; a head predicts theta from its code;
+               two crops of a real LR photo must have the same code
+    Rec_lr     corrects the bicubic reduction of the HR image, filtered as the head says
     Rec_lr, M  also see the position of each pixel in its 8 x 8 block of JPEG
     Eq. (5)    the code of one scene must reconstruct other scenes
     Eq. (6)    is the logarithm of each image's error
@@ -385,7 +386,22 @@ def resized(image: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(image.float(), (height, width), mode="bicubic", antialias=True)
 
 
-KERNEL = 9  # side of the kernel that Rec_lr predicts from F_deg, LR pixels
+# Amplitude of a bicubic reduction by 4 at degrade.FREQUENCIES
+BICUBIC = degrade.bicubic(1, 4).physical()[:, :5]  # (1, 5)
+
+
+def radial_kernels(gain: Tensor) -> Tensor:
+    """Kernels (B, 15, 15) that amplify degrade.FREQUENCIES by gain (B, 5), and 0 by 1.
+
+    Between these frequencies the gain is interpolated, beyond them it stays as it is.
+    """
+    place = torch.fft.fftfreq(15, device=gain.device)
+    radius = (place.square() + place[:, None].square()).sqrt()  # cycles per pixel
+    knots = torch.cat([torch.ones_like(gain[:, :1]), gain, gain[:, -1:]], dim=1)  # at 0, .1, ... .6
+    below = (10 * radius).long().clamp(max=5)
+    share = (10 * radius - below).clamp(max=1)
+    amplitude = knots[:, below].lerp(knots[:, below + 1], share)  # (B, 15, 15)
+    return torch.fft.fftshift(torch.fft.ifft2(amplitude).real, dim=(1, 2))
 
 
 class Extractors(nn.Module):
@@ -401,12 +417,9 @@ class Extractors(nn.Module):
         c_in = cfg.vq_z + 3 * ours
         self.rec_lr = ModulationBlock(c_in, cfg.deg_dim, cfg.mod_channels, 3, ours)
         if ours:
-            self.kernel = nn.Linear(cfg.deg_dim, KERNEL**2)
-            nn.init.zeros_(self.kernel.weight)
-            nn.init.zeros_(self.kernel.bias)
             self.head = nn.Sequential(  # codes are small: without the norm it hardly learns
                 nn.LayerNorm(cfg.deg_dim), nn.Linear(cfg.deg_dim, 128), nn.SiLU(),
-                nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 5),
+                nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 9),
             )  # fmt: skip
 
     def content(self, image: Tensor) -> Tensor:
@@ -428,21 +441,26 @@ class Extractors(nn.Module):
         parts = [in_tiles(encode, grid, x, tile=2 * TILE // 3, overlap=16) for x in image.split(1)]
         return torch.cat(parts)
 
-    def reconstruct(self, degradation: Tensor, hr: Tensor, content: Tensor) -> Tensor:
-        """Rec_lr(F_deg, F_cont): the LR image (B, 3, H/4, W/4), not clamped. Eq. (5)."""
+    def reconstruct(
+        self, degradation: Tensor, hr: Tensor, content: Tensor, of_hr: Tensor | None = None
+    ) -> Tensor:
+        """Rec_lr(F_deg, F_cont): the LR image (B, 3, H/4, W/4), not clamped. Eq. (5).
+
+        of_hr (5,) is the transfer function that the head names for bicubic reductions of such HR
+        photos; by default they are as sharp as the photos of the training.
+        """
         if self.as_printed:
             return self.rec_lr(degradation, content)
-        # Deviation: Rec_lr also sees the bicubic reduction of the HR image, filtered with a kernel
-        # (sum 1) that F_deg predicts, and corrects it: no detail is lost in F_cont.
-        reduced = resized(hr, *content.shape[2:])
-        change = 0.1 * self.kernel(degradation).float()
-        change = (change - change.mean(1, keepdim=True)).view(-1, KERNEL, KERNEL)
-        lr = reduced + filtered(reduced, change)
+        # Deviation: Rec_lr corrects the bicubic reduction of the HR image, filtered so that it gets
+        # the transfer function that the head names: no detail is lost in F_cont.
+        of_hr = BICUBIC.to(hr.device, non_blocking=True) if of_hr is None else of_hr
+        gain = (self.named(degradation)[0] / of_hr).clamp(max=4)
+        lr = filtered(resized(hr, *content.shape[2:]), radial_kernels(gain))
         return lr + self.rec_lr(degradation, torch.cat([content, lr], dim=1))
 
-    def named(self, degradation: Tensor) -> tuple[Tensor, Tensor]:
-        """Noise (B,), a std on [0, 1], and JPEG quality (B,), 1..100, that the head predicts."""
-        return degrade.noise_and_quality(self.head(degradation).float())
+    def named(self, degradation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the head says of codes (B, D): transfer function, noise, JPEG (degrade.named)."""
+        return degrade.named(self.head(degradation).float())
 
 
 def load_vqvae(vqvae: VQVAE, path: str) -> None:
@@ -510,32 +528,20 @@ def contrastive_loss(anchor: Tensor, positives: Tensor, negatives: Tensor, margi
     return (to_positive - to_negative + margin).clamp(min=0).sum(0).mean()
 
 
-def softened(hr: Tensor, most: float, generator: torch.Generator) -> Tensor:
-    """Photos (B, 3, H, W), each blurred with a Gaussian of its own width of up to `most` pixels."""
-    width = (most * torch.rand(len(hr), 1, generator=generator)).clamp(min=0.1)
-    half = math.ceil(3 * most)
-    taps = (-(torch.arange(-half, half + 1) / width).square() / 2).exp()
-    taps = (taps / taps.sum(1, keepdim=True)).to(hr.device, non_blocking=True)  # (B, 2 half + 1)
-    return filtered(hr, taps[:, :, None] * taps[:, None])
-
-
 def degradation_loss(
-    net: Extractors, hr: Tensor, cfg: "Config", generator: torch.Generator
+    net: Extractors, hr: Tensor, real_lr: Tensor | None, cfg: "Config", generator: torch.Generator
 ) -> dict[str, Tensor]:
     """L_cl + L_rl for E_deg and Rec_lr. Eq. (3)-(6).
 
     One batch gives all samples: lr[k, b] = D(X_{b+k}, theta_b), indices modulo B. Row k = 0 holds
     the anchors; lr[k, b] is a positive of anchor b (same theta, another image), and
-    lr[k, b-k] = D(X_b, theta_{b-k}) a negative (same image, another theta).
+    lr[k, b-k] = D(X_b, theta_{b-k}) a negative (same image, another theta). real_lr (B', 6, h, w)
+    holds two crops of each of some real photos.
     """
     B, n = len(hr), cfg.num_samples
     assert n < B, "the batch must be larger than the number of samples n"
     draw = common.generator(generator.initial_seed())  # on the CPU, so that no GPU is waited for
     theta = sample_mixed(B, cfg.recipes, draw)
-    # Not in the paper: HR photos are softened, because those of the web are sharper than a
-    # camera's, and E_deg would take the blur of a camera's HR photo for degradation.
-    if cfg.hr_blur > 0:
-        hr = softened(hr, cfg.hr_blur, draw)
     image = (torch.arange(n + 1)[:, None] + torch.arange(B)) % B  # (n+1, B), b + k
     image = image.to(hr.device, non_blocking=True)
     pairs = degrade.Degradation.cat([theta] * (n + 1))
@@ -543,7 +549,13 @@ def degradation_loss(
     code = net.e_deg(lr).float().view(n + 1, B, -1)
     negatives = torch.stack([code[k].roll(k, dims=0) for k in range(1, n + 1)])
     contrastive = contrastive_loss(code[0], code[1:], negatives, cfg.margin)
+    # Not in the paper: another crop of a real photo is a positive, a crop of another a negative.
+    if real_lr is not None:
+        one, other = net.e_deg(torch.cat(real_lr.split(3, dim=1))).float().chunk(2)
+        contrastive += contrastive_loss(one, other[None], other.roll(1, dims=0)[None], cfg.margin)
 
+    if not net.as_printed:  # Not in the paper: a quarter is enough, and E_cont takes most time.
+        hr, lr = (x[:, :, : x.shape[2] // 2, : x.shape[3] // 2] for x in (hr, lr))
     with torch.no_grad():
         content = net.content(hr)
     # Deviation: Eq. (5) reconstructs the image whose code is F_deg; here the code of an anchor must
@@ -618,6 +630,7 @@ class Config:
     """Settings of stage 1 (A.1); the defaults are the paper's where it gives any."""
 
     hr: tuple[str, ...] = ()  # folders of HR photos (default: data/hr, else data/sample/hr)
+    lr: tuple[str, ...] = ()  # folders of real LR photos (default: data/lr, else data/sample/lr)
     out: str = "runs/extractors"  # folder of checkpoints and log
     vqvae: str = ""  # start from these VQ-VAE weights; those of vq-f4 need --preset paper
     start_from: str = ""  # weights of all parts to go on from, of this file
@@ -640,7 +653,6 @@ class Config:
     num_samples: int = 3  # n: positives and negatives per anchor
     margin: float = 0.01
     recipes: tuple[str, ...] = ("realesrgan",)  # of D
-    hr_blur: float = 0.0  # HR photos are blurred by up to this width, pixels
     as_printed: bool = True  # losses and networks of the paper, without the additions listed above
     ema_decay: float = 0.999
     cooldown: float = 0.0  # last share of the steps, in which the learning rate falls to 0
@@ -664,7 +676,12 @@ SMALL: dict = {
 # Deviation: preset small also degrades with other recipes than the paper's Real-ESRGAN.
 PRESETS: dict[str, dict] = {
     "small": SMALL
-    | {"as_printed": False, "recipes": ("realesrgan", "light", "camera", "wide"), "hr_blur": 1.5},
+    | {
+        "as_printed": False,
+        "recipes": ("realesrgan", "camera", "wide"),
+        "crop": 256,
+        "cooldown": 0.7,
+    },
     "paper": {},
     "as-printed": SMALL,
 }
@@ -674,7 +691,7 @@ RANGES = common.TRAINING_RANGES | {
     "degradation_learning_rate": (0, 1), "vq_channels": (1, 2**12), "vq_multipliers": (1, 64),
     "vq_blocks": (1, 64), "vq_z": (1, 1024), "vq_codes": (1, 2**20), "deg_channels": (1, 2**12),
     "deg_blocks": (0, 256), "deg_dim": (1, 2**14), "mod_channels": (1, 2**12),
-    "num_samples": (1, 2**10), "margin": (0, 1e6), "hr_blur": (0, 4),
+    "num_samples": (1, 2**10), "margin": (0, 1e6),
 }  # fmt: skip
 
 
@@ -718,7 +735,8 @@ def checked(cfg: Config, rt: common.Runtime) -> Config:
         common.require(crop % 16 == 0, f"{flag} {crop}: must be a multiple of 16.")
     more = f"--batch-size {cfg.batch_size}: must be larger than --num-samples {cfg.num_samples}."
     common.require(cfg.batch_size > cfg.num_samples, more)
-    common.check_parts(cfg, least=cfg.num_samples + 1)
+    common.require(not (cfg.as_printed and cfg.lr), "--lr: training as printed takes no real LR.")
+    common.check_parts(cfg, least=cfg.num_samples + 1, sources=1 if cfg.as_printed else 2)
     unknown = " ".join(set(cfg.recipes) - set(degrade.RECIPES))
     common.require(not unknown, f"--recipes {unknown}: no such recipe of degrade.py.")
     files = [Path(cfg.out) / f"{part}.pt" for part in ("vqvae", "content", "last")]
@@ -730,8 +748,17 @@ def checked(cfg: Config, rt: common.Runtime) -> Config:
     return cfg
 
 
-def prepare(cfg: Config, rt: common.Runtime) -> tuple[Extractors, Crops, Crops, Tensor]:
-    """The networks, crops for the VQ-VAE and E_cont, crops for E_deg, and 8 photos to show."""
+class TwoCrops(Crops):
+    """Crops of 2s pixels a side, of which two parts of s pixels are kept: (6, s, s)."""
+
+    def turned(self, crop: np.ndarray, draw: int) -> np.ndarray:
+        """The first and the last quarter of a crop, flipped if the draw is odd."""
+        crop, s = super().turned(crop, draw), self.size // 2
+        return np.concatenate([crop[:, :s, :s], crop[:, s:, s:]])
+
+
+def prepare(cfg: Config, rt: common.Runtime) -> tuple[Extractors, Crops, list[Crops], Tensor]:
+    """The networks, crops for the VQ-VAE and E_cont, crops of HR and LR for E_deg, 8 photos."""
     net, out = Extractors(cfg), Path(cfg.out)
     if cfg.start_from:
         common.load_weights(net, cfg.start_from, "--start-from")
@@ -742,13 +769,18 @@ def prepare(cfg: Config, rt: common.Runtime) -> tuple[Extractors, Crops, Crops, 
     held_out = rows[::50] if len(rows) >= 50 else rows[:0]  # shown, not trained on
     rows = np.setdiff1d(rows, held_out)
     vq_crops = Crops(photos, cfg.vq_crop, cfg.batch_size, cfg.seed, flag="--vq-crop", rows=rows)
-    crops = Crops(photos, cfg.crop, cfg.batch_size, cfg.seed, rows=rows)
+    crops = [Crops(photos, cfg.crop, cfg.batch_size, cfg.seed, rows=rows)]
     shown_rows = held_out if len(held_out) else rows
     shown = Crops(photos, cfg.crop, 8, cfg.seed, stream=9, rows=shown_rows).batch(0, 8)
+    if not cfg.as_printed:
+        files = common.find_photos(cfg.lr, "lr", "--lr", packed=True)
+        real, half = Photos(files, out / "photos/lr", rt), cfg.batch_size // 2
+        crops.append(TwoCrops(real, cfg.crop // 2, half, cfg.seed, stream=1))
     if rt.is_main:
         print(cfg)
-        print(f"{len(crops.rows)} HR photos, {len(held_out)} held out, {crops.left_out} smaller "
-              f"than the crop; VQ-VAE {common.count_parameters(net.vqvae)}, "
+        counts = [f"{len(c.rows)} ({c.left_out} smaller than the crop)" for c in crops]
+        print(f"photos, HR and real LR: {', '.join(counts)}, {len(held_out)} held out; "
+              f"VQ-VAE {common.count_parameters(net.vqvae)}, "
               f"E_deg {common.count_parameters(net.e_deg)}, "
               f"Rec_lr {common.count_parameters(net.rec_lr)}")  # fmt: skip
     if cfg.compile:
@@ -799,9 +831,9 @@ def train(cfg: Config, rt: common.Runtime) -> None:
         cfg, rt, net, groups, out / "last.pt", steps_degradation, began=common.fingerprint(vqvae),
         preview=lambda: swap_grid(net, shown[:4], cfg, out / "last.png"),
     )  # fmt: skip
-    for hr, draw in run.batches(crops, least=cfg.num_samples + 1):
+    for hr, *real_lr, draw in run.batches(*crops, least=cfg.num_samples + 1):
         with rt.autocast(cfg.bf16):
-            losses = degradation_loss(net, hr, cfg, draw)
+            losses = degradation_loss(net, hr, real_lr[0] if real_lr else None, cfg, draw)
         run.update(losses)
 
 

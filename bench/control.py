@@ -24,7 +24,7 @@ from tqdm import tqdm
 import common
 import generate
 from bench.downstream import check_training, folder_of, spread_text, steps_of, tested, train_network
-from bench.generated import best_blurs, realdgen, syntheses
+from bench.generated import Synthesis, best_blurs, realdgen, syntheses, transfer_of
 from bench.inputs import Inputs, Measure, middle
 from bench.metrics import rgb_to_y
 from bench.pairs import (
@@ -100,6 +100,16 @@ NOISES = (0.0, 1.5, 3.0)  # levels of white noise behind a fitted kernel
 Answers = dict[str, Callable[[str, Pair, Tensor], Tensor]]  # set, pair, hr (3, 4h, 4w) -> lr
 
 
+def methods_for(pairs: Sequence[Pair], inputs: Inputs) -> dict[str, Synthesis]:
+    """All methods, and RealDGen from the other T, for the HR images of a set."""
+    hr_transfer = transfer_of(inputs.net, pairs)
+    return syntheses(inputs.net, inputs.sampler, hr_transfer) | {
+        f"RealDGen T={t}": realdgen(inputs.net, replace(inputs.sampler, t_start=t), hr_transfer)
+        for t in inputs.cfg.t_starts
+        if t > 0
+    }
+
+
 def answers_of_control(sets: dict[str, list[Pair]], inputs: Inputs) -> Answers:
     """Each kind of LR of the HR images of some pairs."""
     seed = inputs.cfg.seed
@@ -124,17 +134,10 @@ def answers_of_control(sets: dict[str, list[Pair]], inputs: Inputs) -> Answers:
     def by_method(folder: str, pair: Pair, hr: Tensor, name: str) -> Tensor:
         seeds = [seed << 32 | pair.index]
         lr_ref = [load_lr(pair.reference, pair.full)]
-        return methods[name](hr[None].to(inputs.device), lr_ref, seeds)[0].cpu()
+        return methods[folder][name](hr[None].to(inputs.device), lr_ref, seeds)[0].cpu()
 
     blurs = {folder: best_blurs(pairs)[1] for folder, pairs in sets.items()}
-    methods = syntheses(inputs.net, inputs.sampler)
-    methods |= {
-        f"RealDGen T={t}, {inputs.cfg.num_steps} evaluations": realdgen(
-            inputs.net, replace(inputs.sampler, t_start=t)
-        )
-        for t in inputs.cfg.t_starts
-        if t > 0
-    }
+    methods = {folder: methods_for(pairs, inputs) for folder, pairs in sets.items()}
     answers: Answers = {
         "real LR (oracle)": lambda folder, pair, hr: load_lr(pair.lr, pair.full),
         "bicubic": functools.partial(by_method, name="bicubic"),
@@ -144,7 +147,7 @@ def answers_of_control(sets: dict[str, list[Pair]], inputs: Inputs) -> Answers:
         for noise in NOISES:
             label = f"kernel of each {what}*, noise {noise:g}"
             answers[label] = functools.partial(by_kernel, one=one, noise=noise)
-    rest = [name for name in methods if name != "bicubic"]
+    rest = [name for name in next(iter(methods.values())) if name != "bicubic"]
     return answers | {name: functools.partial(by_method, name=name) for name in rest}
 
 
@@ -254,12 +257,7 @@ def amplitude_ratio(of: Sequence[Tensor], to: Sequence[Tensor]) -> Tensor:
 def measure_mtf(pairs: Sequence[Pair], inputs: Inputs) -> dict[str, Any]:
     """Transfer functions of real LR, of each camera's, and of each method's LR, for one set."""
     cfg = inputs.cfg
-    methods = syntheses(inputs.net, inputs.sampler)
-    methods |= {
-        f"RealDGen T={t}": realdgen(inputs.net, replace(inputs.sampler, t_start=t))
-        for t in cfg.t_starts
-        if t > 0
-    }
+    methods = methods_for(pairs, inputs)
     equations: dict[str, list[tuple[Tensor, Tensor]]] = {}
     spectra: dict[str, list[Tensor]] = {}
     for pair in tqdm(pairs, unit="pair", leave=False):

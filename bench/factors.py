@@ -175,12 +175,13 @@ def table_factors(name: str, inputs: Inputs) -> Measure:
     """The truth, then RealDGen from each T with K = 1; T = 0 has no diffusion."""
     cfg, net, hr = inputs.cfg, inputs.net, inputs.photos.to(inputs.device)
     inputs.check_steps(*cfg.t_starts)
+    hr_transfer = generate.transfer_of(net, hr)
 
     def realdgen(t_start: int) -> Answer:
         start = cfg.start if t_start else "reconstruct"
         sampler = replace(inputs.sampler, t_start=t_start, start=start, candidates=1)
         return lambda hr, lr_ref, theta, seeds: generate.chosen(
-            *generate.generate(net, hr, lr_ref, sampler, seeds)
+            *generate.generate(net, hr, lr_ref, sampler, seeds, hr_transfer=hr_transfer)
         )
 
     def measure() -> tuple[dict[str, Any], str]:

@@ -25,7 +25,7 @@ import generate
 from bench import factors
 from bench.downstream import check_training, cost_text, enlarging, train_network
 from bench.factors import EXACT
-from bench.generated import syntheses
+from bench.generated import syntheses, transfer_of
 from bench.inputs import Inputs, Measure
 from bench.pairs import (
     Pair,
@@ -144,13 +144,14 @@ def embed(inputs: Inputs) -> tuple[list[str], Tensor]:
     for name, pairs in inputs.sets.items():
         pairs = with_other_scenes(pairs, seed)
         pairs = pairs[:: -(-len(pairs) // inputs.cfg.images)]  # evenly spread
+        methods = syntheses(inputs.net, inputs.sampler, transfer_of(inputs.net, pairs))
         few = len({camera_of(pair.name) for pair in pairs}) <= CAMERAS
         for pair in tqdm(pairs, desc=f"codes of {name}", unit="image", leave=False):
             camera = camera_of(pair.name) if few else ""
             labels.append(" ".join(filter(None, ["real", name, camera])))
             codes.append(generate.code_of(inputs.net, load_lr(pair.lr, pair.full)))
             hr, lr_ref = load_hr(pair)[None].to(inputs.device), load_lr(pair.reference, pair.full)
-            for method, make in syntheses(inputs.net, inputs.sampler).items():
+            for method, make in methods.items():
                 lr = make(hr, [lr_ref], [seed << 32 | pair.index])[0]
                 labels.append(method)
                 codes.append(generate.code_of(inputs.net, common.to_uint8(lr) / 255))  # as in files

@@ -103,6 +103,9 @@ def training(cfg: Config, rt: common.Runtime) -> Rows:
         for side in (stage_1.vq_crop, stage_1.crop, 4 * stage_2.crop)
     )
     lr, synthetic = sample_photos("lr", B, stage_2.crop, rt.device), None
+    two, real_lr = sample_photos("lr", B, stage_1.crop // 4, rt.device), None
+    if not stage_1.as_printed:
+        real_lr = torch.cat([two[: B // 2], two[B - B // 2 :]], dim=1)
     if not stage_2.as_printed:
         lr, synthetic = lr[: B // 2], hr[B // 2 :]
 
@@ -122,7 +125,7 @@ def training(cfg: Config, rt: common.Runtime) -> Rows:
     return {
         "stage 1 VQ-VAE": step(nets.vqvae, lambda: extractors.vqvae_loss(nets, large)),
         "stage 1 E_cont": step(nets.vqvae, lambda: e_cont(nets, large, stage_1, draw)),
-        "stage 1 E_deg": step(nets, lambda: e_deg(nets, small, stage_1, draw)),
+        "stage 1 E_deg": step(nets, lambda: e_deg(nets, small, real_lr, stage_1, draw)),
         "stage 2": step(net, lambda: loss(net, lr, synthetic, stage_2, draw)),
     }
 
