@@ -503,7 +503,8 @@ def bicubic(batch: int, scale: int) -> Degradation:
         blur_shift=full(0.0, 3, 2), blur_size=full(1, 3), sinc_cutoff=full(0.0, 3),
         sharpen=full(0.0, 3), resize=full(1.0, 2),
         resize_mode=full(MODES.index("antialiased"), 3), gaussian_std=full(0.0, 2),
-        poisson_scale=full(0.0, 2), gray_noise=full(False, 2), colour_mix=torch.eye(3).repeat(batch, 1, 1), jpeg_quality=full(100, 2),
+        poisson_scale=full(0.0, 2), gray_noise=full(False, 2),
+        colour_mix=torch.eye(3).repeat(batch, 1, 1), jpeg_quality=full(100, 2),
         scale=full(scale), seed=full(0),
     )  # fmt: skip
     theta.order[:, 0] = OPERATIONS.index("resize 3")
