@@ -441,21 +441,14 @@ class Extractors(nn.Module):
         parts = [in_tiles(encode, grid, x, tile=2 * TILE // 3, overlap=16) for x in image.split(1)]
         return torch.cat(parts)
 
-    def reconstruct(
-        self, degradation: Tensor, hr: Tensor, content: Tensor, of_hr: Tensor | None = None
-    ) -> Tensor:
-        """Rec_lr(F_deg, F_cont): the LR image (B, 3, H/4, W/4), not clamped. Eq. (5).
-
-        of_hr (5,) is the transfer function that the head names for bicubic reductions of such HR
-        photos; by default they are as sharp as the photos of the training.
-        """
+    def reconstruct(self, degradation: Tensor, hr: Tensor, content: Tensor) -> Tensor:
+        """Rec_lr(F_deg, F_cont): the LR image (B, 3, H/4, W/4), not clamped. Eq. (5)."""
         if self.as_printed:
             return self.rec_lr(degradation, content)
         # Deviation: Rec_lr corrects the bicubic reduction of the HR image, filtered so that it gets
         # the transfer function that the head names: no detail is lost in F_cont.
-        of_hr = BICUBIC.to(hr.device, non_blocking=True) if of_hr is None else of_hr
-        gain = (self.named(degradation)[0] / of_hr).clamp(max=4)
-        lr = filtered(resized(hr, *content.shape[2:]), radial_kernels(gain))
+        gain = self.named(degradation)[0] / BICUBIC.to(hr.device, non_blocking=True)
+        lr = filtered(resized(hr, *content.shape[2:]), radial_kernels(gain.clamp(max=4)))
         return lr + self.rec_lr(degradation, torch.cat([content, lr], dim=1))
 
     def named(self, degradation: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,6 @@ filter keeps the best one.
     python generate.py --hr data/hr --lr-ref data/lr --out out/pairs --candidates 4
 """
 
-import contextlib
 import math
 import os
 import threading
@@ -55,7 +54,6 @@ class Sampler:
 
 STARTS = ("reconstruct", "realesrgan", "light")
 CANDIDATES = 4  # K where the filter is to have a choice
-PRIOR = 8  # transfer_of takes HR photos for usual ones with the weight of so many
 
 
 def load_generator(checkpoint: str, device: torch.device, grain: bool = False) -> DecoupledDDPM:
@@ -89,26 +87,6 @@ def code_of(net: DecoupledDDPM, lr_ref: Tensor) -> Tensor:
     middle = lr_ref[None, :, top : top + 512, left : left + 512].to(device)
     with precision(device):
         return net.extractors.e_deg(middle).float()
-
-
-@torch.no_grad()
-def transfer_of(net: DecoupledDDPM, photos: Iterable[Tensor]) -> Tensor | None:
-    """The transfer function (5,) that the head names for bicubic reductions of HR photos (3, H, W).
-
-    Not in the paper. The head can't know how sharp scenes are, or the camera that took HR photos.
-    What it takes for sharpness in all of them is no difference of reference and HR photo. Weights
-    as printed have no head: None.
-    """
-    if net.extractors.as_printed:
-        return None
-    found = [extractors.BICUBIC] * PRIOR
-    for hr in photos:
-        h, w = (min(512, side // SCALE) for side in hr.shape[1:])
-        top, left = ((side - SCALE * n) // 2 for side, n in zip(hr.shape[1:], (h, w), strict=True))
-        middle = hr[None, :, top : top + SCALE * h, left : left + SCALE * w]
-        lr = common.to_uint8(extractors.resized(middle, h, w)).float() / 255
-        found.append(net.extractors.named(code_of(net, lr[0]))[0].cpu())
-    return torch.cat(found).mean(0).mul(100).round().div(100)
 
 
 def add_grain(
@@ -166,22 +144,18 @@ def generate(
     sampler: Sampler,
     seeds: Sequence[int],
     scored: bool = False,
-    hr_transfer: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """LR images with the content of hr and the degradation of lr_ref. Algorithm 2, A.6.
 
     hr (B, 3, H, W) in [0, 1], sizes multiples of 4; lr_ref: B images (3, h, w) of any size, or
-    codes (D,); seeds: B numbers, from which image b draws; hr_transfer: transfer_of() the HR photos
-    of the set, by default as sharp as those of the training. Returns candidates (B, K, 3, H/4, W/4)
+    codes (D,); seeds: B numbers, from which image b draws. Returns candidates (B, K, 3, H/4, W/4)
     and "kept" (B,), the best of them; where K > 1, or if `scored`, also the "content" and the
     "degradation" errors (B, K). On a CPU no result depends on the other images, bit for bit.
     """
     assert len(lr_ref) == len(seeds) == len(hr), "one reference and one seed for each image"
     if hr.device.type == "cpu" and len(hr) > 1:
         rows = [slice(b, b + 1) for b in range(len(hr))]
-        made = [
-            generate(net, hr[b], lr_ref[b], sampler, seeds[b], scored, hr_transfer) for b in rows
-        ]
+        made = [generate(net, hr[b], lr_ref[b], sampler, seeds[b], scored) for b in rows]
         scores = {key: torch.cat([score[key] for _, score in made]) for key in made[0][1]}
         return torch.cat([lr for lr, _ in made]), scores
     with precision(hr.device):
@@ -195,8 +169,7 @@ def generate(
 
         code = torch.cat([code_of(net, ref) for ref in lr_ref])  # F_deg (B, D)
         content = net.extractors.content(hr)  # F_cont (B, z, H/4, W/4)
-        of_hr = None if hr_transfer is None else hr_transfer.to(hr.device, non_blocking=True)
-        rec_lr = partial(net.extractors.reconstruct, code, of_hr=of_hr)
+        rec_lr = partial(net.extractors.reconstruct, code)
         answer = extractors.in_tiles(rec_lr, grid, hr, content).float().clamp(0, 1)
         condition = partial(net.condition, code)
         c = extractors.in_tiles(condition, grid, content, diffusion.known(answer))
@@ -391,26 +364,13 @@ class Maker:
             print(f"weights {weights}; {len(files)} HR photos, {len(lr_ref)} references")
         names = common.photo_names(lr_ref, cfg.lr_ref)
         self.references = References(lr_ref, names, net, cfg.average)
-        self.hr_transfer = self.look_at(files)
         self.jobs = plan(cfg, files, lr_ref)
         limits = [None if limit == math.inf else limit for limit in cfg.max_error]
         self.settings = {f.name: getattr(cfg, f.name) for f in fields(Sampler)}
         self.settings |= {"pairing": cfg.pairing, "max_error": limits, "seed": cfg.seed}
         self.settings |= {"weights": common.fingerprint(weights)}
-        if self.hr_transfer is not None:
-            self.settings["hr_transfer"] = [float(f"{v:.2f}") for v in self.hr_transfer]
         names = [job.name for job in self.jobs]
         self.folder = PairFolder(self.out, names, "lr_ref", rt, self.settings)
-
-    def look_at(self, files: Sequence[Path]) -> Tensor | None:
-        """transfer_of() up to 64 HR photos; a new one is seldom among them."""
-
-        def photos() -> Iterator[Tensor]:
-            for file in sorted(files, key=lambda file: zlib.crc32(os.fsencode(file.name)))[:64]:
-                with contextlib.suppress(ValueError):  # load() names the file
-                    yield common.load_image(file)
-
-        return transfer_of(self.net, photos())
 
     def load(self, job: Job) -> Job | None:
         """The job with its HR image, or with the row of an earlier run; None if unusable."""
@@ -435,7 +395,7 @@ class Maker:
         hr = torch.stack([job.hr for job in jobs]).to(self.rt.device)
         codes, seeds = [job.code for job in jobs], [job.seed for job in jobs]
         scored = min(self.cfg.max_error) < math.inf
-        lr, scores = generate(self.net, hr, codes, self.cfg, seeds, scored, self.hr_transfer)
+        lr, scores = generate(self.net, hr, codes, self.cfg, seeds, scored)
         kept, lr = scores["kept"].tolist(), lr.cpu()
         made = []
         for b, job in enumerate(jobs):

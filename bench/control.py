@@ -22,9 +22,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
+import degrade
 import generate
 from bench.downstream import check_training, folder_of, spread_text, steps_of, tested, train_network
-from bench.generated import Synthesis, best_blurs, realdgen, syntheses, transfer_of
+from bench.generated import (
+    Synthesis,
+    best_blurs,
+    mean_codes,
+    realdgen,
+    syntheses,
+)
 from bench.inputs import Inputs, Measure, middle
 from bench.metrics import rgb_to_y
 from bench.pairs import (
@@ -100,11 +107,10 @@ NOISES = (0.0, 1.5, 3.0)  # levels of white noise behind a fitted kernel
 Answers = dict[str, Callable[[str, Pair, Tensor], Tensor]]  # set, pair, hr (3, 4h, 4w) -> lr
 
 
-def methods_for(pairs: Sequence[Pair], inputs: Inputs) -> dict[str, Synthesis]:
-    """All methods, and RealDGen from the other T, for the HR images of a set."""
-    hr_transfer = transfer_of(inputs.net, pairs)
-    return syntheses(inputs.net, inputs.sampler, hr_transfer) | {
-        f"RealDGen T={t}": realdgen(inputs.net, replace(inputs.sampler, t_start=t), hr_transfer)
+def all_methods(inputs: Inputs) -> dict[str, Synthesis]:
+    """All methods, and RealDGen from the other T."""
+    return syntheses(inputs.net, inputs.sampler) | {
+        f"RealDGen T={t}": realdgen(inputs.net, replace(inputs.sampler, t_start=t))
         for t in inputs.cfg.t_starts
         if t > 0
     }
@@ -134,10 +140,10 @@ def answers_of_control(sets: dict[str, list[Pair]], inputs: Inputs) -> Answers:
     def by_method(folder: str, pair: Pair, hr: Tensor, name: str) -> Tensor:
         seeds = [seed << 32 | pair.index]
         lr_ref = [load_lr(pair.reference, pair.full)]
-        return methods[folder][name](hr[None].to(inputs.device), lr_ref, seeds)[0].cpu()
+        return methods[name](hr[None].to(inputs.device), lr_ref, seeds)[0].cpu()
 
     blurs = {folder: best_blurs(pairs)[1] for folder, pairs in sets.items()}
-    methods = {folder: methods_for(pairs, inputs) for folder, pairs in sets.items()}
+    methods = all_methods(inputs)
     answers: Answers = {
         "real LR (oracle)": lambda folder, pair, hr: load_lr(pair.lr, pair.full),
         "bicubic": functools.partial(by_method, name="bicubic"),
@@ -147,7 +153,7 @@ def answers_of_control(sets: dict[str, list[Pair]], inputs: Inputs) -> Answers:
         for noise in NOISES:
             label = f"kernel of each {what}*, noise {noise:g}"
             answers[label] = functools.partial(by_kernel, one=one, noise=noise)
-    rest = [name for name in next(iter(methods.values())) if name != "bicubic"]
+    rest = [name for name in methods if name != "bicubic"]
     return answers | {name: functools.partial(by_method, name=name) for name in rest}
 
 
@@ -257,7 +263,7 @@ def amplitude_ratio(of: Sequence[Tensor], to: Sequence[Tensor]) -> Tensor:
 def measure_mtf(pairs: Sequence[Pair], inputs: Inputs) -> dict[str, Any]:
     """Transfer functions of real LR, of each camera's, and of each method's LR, for one set."""
     cfg = inputs.cfg
-    methods = methods_for(pairs, inputs)
+    methods, codes = all_methods(inputs), mean_codes(pairs, inputs.net)
     equations: dict[str, list[tuple[Tensor, Tensor]]] = {}
     spectra: dict[str, list[Tensor]] = {}
     for pair in tqdm(pairs, unit="pair", leave=False):
@@ -267,6 +273,8 @@ def measure_mtf(pairs: Sequence[Pair], inputs: Inputs) -> dict[str, Any]:
         for name, method in methods.items():
             lr = method(hr[None].to(inputs.device), lr_ref, seeds)[0].cpu()
             images[name] = common.to_uint8(lr) / 255
+        lr = methods["RealDGen"](hr[None].to(inputs.device), [codes[pair.index]], seeds)[0].cpu()
+        images["RealDGen, mean code"] = common.to_uint8(lr) / 255
         AA, Ay = normal_equations(hr, torch.stack([*images.values()]))
         for (name, lr), y in zip(images.items(), Ay, strict=True):
             equations.setdefault(name, []).append((AA, y))
@@ -309,9 +317,11 @@ def table_mtf(name: str, inputs: Inputs) -> Measure:
 
 
 def draw_mtf(values: dict[str, Any], path: Path) -> None:
-    """A plot of the transfer functions for each set."""
+    """A plot of the transfer functions for each set, and of what the recipe `camera` draws."""
     from matplotlib.figure import Figure
 
+    theta = degrade.sample_degradation(1000, "camera", SCALE, common.generator(0))
+    drawn = theta.physical()[:, :5].quantile(torch.tensor([0.05, 0.95]), dim=0)
     figure = Figure(figsize=(6 * len(values), 4.5), layout="constrained")
     for axes, (folder, found) in zip(
         figure.subplots(1, len(values), squeeze=False)[0], values.items(), strict=True
@@ -324,7 +334,8 @@ def draw_mtf(values: dict[str, Any], path: Path) -> None:
         bicubic = np.array(found["curves"]["bicubic"])
         estimate = bicubic * found["ratios"]["real LR, HR photos of others"]
         axes.plot(FREQUENCIES, estimate, "k--", label="real LR, estimated without pairs")
-        axes.set(title=folder, xlabel="cycles per LR pixel", ylabel="amplitude", ylim=(0, 1.4))
+        axes.fill_between(degrade.FREQUENCIES, *drawn, color="0.9", label="drawn by D, 5 to 95%")
+        axes.set(title=folder, xlabel="cycles per LR pixel", ylabel="amplitude", ylim=(0, 2))
         axes.legend(fontsize="x-small")
     with common.replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

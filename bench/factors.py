@@ -175,13 +175,12 @@ def table_factors(name: str, inputs: Inputs) -> Measure:
     """The truth, then RealDGen from each T with K = 1; T = 0 has no diffusion."""
     cfg, net, hr = inputs.cfg, inputs.net, inputs.photos.to(inputs.device)
     inputs.check_steps(*cfg.t_starts)
-    hr_transfer = generate.transfer_of(net, hr)
 
     def realdgen(t_start: int) -> Answer:
         start = cfg.start if t_start else "reconstruct"
         sampler = replace(inputs.sampler, t_start=t_start, start=start, candidates=1)
         return lambda hr, lr_ref, theta, seeds: generate.chosen(
-            *generate.generate(net, hr, lr_ref, sampler, seeds, hr_transfer=hr_transfer)
+            *generate.generate(net, hr, lr_ref, sampler, seeds)
         )
 
     def measure() -> tuple[dict[str, Any], str]:
@@ -269,6 +268,19 @@ def device_crops(files: list[Path], side: int, images: int, seed: int) -> list[T
     return list(torch.stack(crops[:images], dim=1)) if len(crops) > 1 else []
 
 
+NAMED = [f"at {f:.1f}" for f in degrade.FREQUENCIES.tolist()] + ["noise low", "mid", "high", "JPEG"]
+
+
+def head_errors(
+    nets: extractors.Extractors, lr: Tensor, theta: degrade.Degradation
+) -> dict[str, list[float]]:
+    """Error (9,) of what the head says of lr (N, 3, h, w), and the spread of the truth."""
+    truth = theta.physical()
+    error = nets.head(torch.cat([nets.e_deg(x[None]) for x in lr])).float().cpu() - truth
+    square = error.square().nanmean(0), (truth - truth.nanmean(0)).square().nanmean(0)
+    return dict(zip(("error", "spread"), (x.sqrt().tolist() for x in square), strict=True))
+
+
 def table_extractors(name: str, inputs: Inputs) -> Measure:
     """Retrieval by degradation and by content, and what Rec_hr makes of the content."""
     cfg, hr = inputs.cfg, inputs.photos.to(inputs.device)
@@ -290,7 +302,7 @@ def table_extractors(name: str, inputs: Inputs) -> Measure:
         quantised, numbers = nets.vqvae.quantize(content)
         images = {"clean, without codebook": each(nets.vqvae.decode, content)}
         images |= {"clean, with codebook": each(nets.vqvae.decode, quantised)}
-        rows, contents = [], []
+        rows, contents, named = [], [], []
         for recipe in ("realesrgan", "camera"):
             draw = common.generator(cfg.seed, degrade.RECIPES.index(recipe))
             theta = degrade.sample_degradation(N, recipe, generate.SCALE, generator=draw)
@@ -299,6 +311,8 @@ def table_extractors(name: str, inputs: Inputs) -> Measure:
             rows.append(
                 found(f"theta, {recipe}", lr, degrade.degrade(hr.roll(N // 2, 0), theta, draw))
             )
+            if not nets.as_printed:
+                named.append({"recipe": recipe} | head_errors(nets, lr, theta))
             enlarged = extractors.resized(lr, H, W)
             seen = each(nets.content, enlarged)
             for of, a, b in (("E_cont", seen, content), ("pixels", enlarged, hr)):
@@ -310,7 +324,7 @@ def table_extractors(name: str, inputs: Inputs) -> Measure:
         values = {key: psnr(x.clamp(0, 1), hr).mean().item() for key, x in images.items()}
         used = [int(numbers.unique().numel()), len(nets.vqvae.quantize.embedding.weight)]
         result: dict[str, Any] = {"images": N, "retrieval": rows, "content": contents}
-        result |= {"psnr": values, "used": used}
+        result |= {"psnr": values, "used": used, "named": named}
         return result, text_of_extractors(result)
 
     return measure
@@ -328,14 +342,18 @@ def text_of_extractors(result: dict[str, Any]) -> str:
         for row in result["content"]
     ]
     images = [[name, f"{value:.2f}"] for name, value in result["psnr"].items()]
+    numbers = [[row["recipe"], of, *(f"{value:.2f}" for value in row[of])]
+               for row in result["named"] for of in ("error", "spread")]  # fmt: skip
     heads = ["degraded with", "nearest by", "own scene is nearest", "own / nearest other"]
     return f"""## Do the extractors tell degradation and content apart? {result["images"]} contents
 
 {table_text(["same, by E_deg's code", "top-1", "top-5", "chance top-1", "n"], codes)}
 {table_text(heads, contents, words=2)}
 {table_text(["image", "PSNR to the clean photo"], images)}
+{table_text(["head, fresh draws", "", *NAMED], numbers, words=2)}
 Same theta: the query is D(X, theta), candidates D(X', theta') of other scenes, one of them with the
 query's theta. Same device: two files of each sub-folder of --lr. own / nearest other: median ratio
 of the distances from the content of D(X), enlarged, to that of its clean photo and of another one.
+Head: root mean square error of each number of degrade.physical, beside its spread among the draws.
 Codes in use on the clean photos: {result["used"][0]} of {result["used"][1]}.
 """

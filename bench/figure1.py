@@ -25,7 +25,7 @@ import generate
 from bench import factors
 from bench.downstream import check_training, cost_text, enlarging, train_network
 from bench.factors import EXACT
-from bench.generated import syntheses, transfer_of
+from bench.generated import syntheses
 from bench.inputs import Inputs, Measure
 from bench.pairs import (
     Pair,
@@ -144,7 +144,7 @@ def embed(inputs: Inputs) -> tuple[list[str], Tensor]:
     for name, pairs in inputs.sets.items():
         pairs = with_other_scenes(pairs, seed)
         pairs = pairs[:: -(-len(pairs) // inputs.cfg.images)]  # evenly spread
-        methods = syntheses(inputs.net, inputs.sampler, transfer_of(inputs.net, pairs))
+        methods = syntheses(inputs.net, inputs.sampler)
         few = len({camera_of(pair.name) for pair in pairs}) <= CAMERAS
         for pair in tqdm(pairs, desc=f"codes of {name}", unit="image", leave=False):
             camera = camera_of(pair.name) if few else ""

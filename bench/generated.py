@@ -59,18 +59,11 @@ def synthetic(recipe: str) -> Synthesis:
     return make
 
 
-def realdgen(
-    net: diffusion.DecoupledDDPM, sampler: generate.Sampler, hr_transfer: Tensor | None
-) -> Synthesis:
+def realdgen(net: diffusion.DecoupledDDPM, sampler: generate.Sampler) -> Synthesis:
     """RealDGen: the candidate that its filter keeps."""
     return lambda hr, lr_ref, seeds: generate.chosen(
-        *generate.generate(net, hr, lr_ref, sampler, seeds, hr_transfer=hr_transfer)
+        *generate.generate(net, hr, lr_ref, sampler, seeds)
     )
-
-
-def transfer_of(net: diffusion.DecoupledDDPM, pairs: Sequence[Pair]) -> Tensor | None:
-    """How sharp the HR images of a set look, as generate.py asks."""
-    return generate.transfer_of(net, map(load_hr, pairs[:64]))
 
 
 def without_diffusion(sampler: generate.Sampler) -> generate.Sampler:
@@ -78,16 +71,14 @@ def without_diffusion(sampler: generate.Sampler) -> generate.Sampler:
     return replace(sampler, t_start=0, start="reconstruct")
 
 
-def syntheses(
-    net: diffusion.DecoupledDDPM, sampler: generate.Sampler, hr_transfer: Tensor | None
-) -> dict[str, Synthesis]:
+def syntheses(net: diffusion.DecoupledDDPM, sampler: generate.Sampler) -> dict[str, Synthesis]:
     """All methods, by name; the first three do not look at the reference."""
     return {
         "bicubic": bicubic,
         "Real-ESRGAN": synthetic("realesrgan"),
         "BSRGAN": synthetic("bsrgan"),
-        "RealDGen T=0": realdgen(net, without_diffusion(sampler), hr_transfer),
-        "RealDGen": realdgen(net, sampler, hr_transfer),
+        "RealDGen T=0": realdgen(net, without_diffusion(sampler)),
+        "RealDGen": realdgen(net, sampler),
     }
 
 
@@ -151,9 +142,8 @@ Rows = list[tuple[str, Method, Sequence[Pair]]]  # label, method, pairs
 def rows_of_table_2(pairs: list[Pair], inputs: Inputs) -> Rows:
     """The methods, and what blur alone can do."""
     seed, net = inputs.cfg.seed, inputs.net
-    hr_transfer = transfer_of(net, pairs)
-    rec_lr = realdgen(net, replace(without_diffusion(inputs.sampler), grain=False), hr_transfer)
-    full = realdgen(net, inputs.sampler, hr_transfer)
+    rec_lr = realdgen(net, replace(without_diffusion(inputs.sampler), grain=False))
+    full = realdgen(net, inputs.sampler)
     other, codes = with_other_scenes(pairs, seed), mean_codes(pairs, net)
     of_set, of_pair = best_blurs(pairs)
     rows: Rows = [
@@ -176,10 +166,9 @@ def rows_of_table_6(pairs: list[Pair], inputs: Inputs) -> Rows:
     K = max(inputs.cfg.candidates, generate.CANDIDATES)
     other = with_other_scenes(pairs, inputs.cfg.seed)
     rows: Rows = []
-    hr_transfer = transfer_of(inputs.net, pairs)
     for name, candidates in (("without filter", 1), (f"with filter, K={K}", K)):
         sampler = replace(inputs.sampler, candidates=candidates)
-        method = realdgen(inputs.net, sampler, hr_transfer)
+        method = realdgen(inputs.net, sampler)
         rows += [(name, on_pairs(method, inputs.cfg.seed), other)]
     return rows
 
@@ -203,9 +192,8 @@ def rows_of_sampling(pairs: list[Pair], inputs: Inputs) -> Rows:
     for start in generate.STARTS[:2]:
         chain = replace(plain, t_start=FULL, num_steps=FULL, eta=1.0, start=start)
         samplers[f"T={FULL}, ddpm, {FULL}, start {start}"] = chain
-    hr_transfer = transfer_of(inputs.net, pairs)
     return [
-        (name, on_pairs(realdgen(inputs.net, sampler, hr_transfer), cfg.seed), other)
+        (name, on_pairs(realdgen(inputs.net, sampler), cfg.seed), other)
         for name, sampler in samplers.items()
     ]
 

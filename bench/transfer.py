@@ -218,8 +218,7 @@ def transfer(scenes: Sequence[Scene], inputs: Inputs) -> dict[str, list[float]]:
     cameras = list(dict.fromkeys(scene.camera for scene in scenes))
     contents = contents_of(scenes, inputs.cfg.images, seed)
     made: dict[str, Tensor] = {}
-    hr_transfer = generate.transfer_of(inputs.net, [scene.hr for scene in scenes[:64]])
-    for name, method in syntheses(inputs.net, inputs.sampler, hr_transfer).items():
+    for name, method in syntheses(inputs.net, inputs.sampler).items():
         found = []
         for i in tqdm(contents, desc=name, unit="content", leave=False):
             lr_ref = [scenes[r].lr for r in references(scenes, i, cameras, seed)]
@@ -276,7 +275,6 @@ def leakage(scenes: Sequence[Scene], inputs: Inputs) -> dict[str, dict[str, floa
             lr_ref[scene.camera].append(scene.middle)
     references = [torch.stack(same) for same in lr_ref.values()]
     rows: dict[str, dict[str, float]] = {}
-    hr_transfer = generate.transfer_of(inputs.net, [scene.hr for scene in scenes[:64]])
 
     def std(lr: Tensor) -> float:  # of values over the samples (n, 3, h, w), levels of 255
         return (255 * lr.double()).var(0).mean().sqrt().item()
@@ -293,7 +291,7 @@ def leakage(scenes: Sequence[Scene], inputs: Inputs) -> dict[str, dict[str, floa
             "noises": float(np.mean(noises)),
         }
 
-    for name, method in syntheses(inputs.net, inputs.sampler, hr_transfer).items():
+    for name, method in syntheses(inputs.net, inputs.sampler).items():
         outputs, noises = [], []
         for camera, ref in enumerate(references):
             made = []

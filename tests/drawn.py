@@ -1,4 +1,4 @@
-"""Drawn photos and folders of pairs for the tests of bench/."""
+"""Drawn photos and folders of pairs; the noise in an image."""
 
 import numpy as np
 import torch
@@ -6,6 +6,7 @@ from PIL import Image
 from scipy import ndimage
 
 import common
+import degrade
 
 
 def write(path, pixels):
@@ -44,3 +45,12 @@ def write_pairs(folder, names=("Canon_1", "Canon_2", "Nikon_1", "Nikon_2", "Sony
         lr = Image.fromarray(hr).resize((48, 48), Image.Resampling.BOX)
         write(folder / "LR" / f"{name}.png", np.asarray(lr))
     return folder
+
+
+def noise_in_bands(noise):
+    """std (B, 3) of noise (B, C, h, w) in degrade.BANDS, as of white noise of that power."""
+    power = torch.fft.fft2(noise, norm="ortho").abs().square().mean(1)
+    down, across = (torch.fft.fftfreq(n) for n in noise.shape[2:])
+    ring = (torch.hypot(down[:, None], across) / degrade.RINGS[0]).round() - 1  # the nearest
+    bands = [power[:, (band.start <= ring) & (ring < band.stop)] for band in degrade.BANDS]
+    return torch.stack([band.mean(1).sqrt() for band in bands], dim=1)

@@ -97,6 +97,7 @@ def inputs(tmp_path, monkeypatch):
 
     monkeypatch.setattr("generate.load_generator", lambda *_: SimpleNamespace(t_max=500))
     monkeypatch.setattr("generate.generate", answer)
+    monkeypatch.setattr(control, "mean_codes", lambda pairs, net: {p.index: None for p in pairs})
     folders = {name: (str(tmp_path / name),) for name in ("set", "photos")}
     cfg = Config(pairs=folders["set"], hr=folders["photos"], out=str(tmp_path / "out"),
                  crop=32, sr_steps=2, t_starts=(0,))  # fmt: skip

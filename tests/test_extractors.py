@@ -6,23 +6,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import ndimage
 from scipy.fft import dctn
 from torch import Tensor, nn
 
 import common
 import degrade
 import extractors
+from data.pack import Photos
 from extractors import Config, Extractors
+from tests.commands import assert_refused, run
 from tests.fake_cuda import counted_memory, fake_cuda, training_memory
 
 CPU = common.Runtime(torch.device("cpu"))
 TINY = Config(
-    compile=False, batch_size=4, crop=64, vq_crop=64, vq_channels=8, vq_multipliers=(1, 2, 2),
+    compile=False, batch_size=6, crop=64, vq_crop=64, vq_channels=8, vq_multipliers=(1, 2, 2),
     vq_blocks=1, vq_codes=16, deg_channels=8, deg_blocks=1, deg_dim=16, mod_channels=8,
     num_samples=2, recipes=("realesrgan", "light", "camera"), as_printed=False, bf16=False,
 )  # fmt: skip
-PARTS_OF_E_DEG = ("e_deg.", "rec_lr.", "kernel.", "head.")
+PARTS_OF_E_DEG = ("e_deg.", "rec_lr.", "head.")
 
 
 def drawn_batch(batch: int, height: int, width: int) -> Tensor:
@@ -212,27 +213,27 @@ def test_resized_matches_pillow(height, width):
         np.testing.assert_allclose(found, np.asarray(expected), atol=1e-3)
 
 
-def test_softened_photos_are_scipy_s_gaussians_of_each_width():
-    hr = drawn_batch(3, 20, 24)
-    soft = extractors.softened(hr, 1.5, common.generator(5))
-    widths = (1.5 * torch.rand(3, 1, generator=common.generator(5))).flatten().tolist()
-    assert min(widths) > 0.1
-    for image, result, width in zip(hr, soft, widths, strict=True):
-        options = {"mode": "nearest", "radius": (0, 5, 5)}
-        expected = ndimage.gaussian_filter(image.numpy(), (0, width, width), **options)
-        np.testing.assert_allclose(result, expected, atol=1e-5)
+def test_radial_kernels_amplify_each_frequency_by_its_gain():
+    gain = torch.tensor([[1.0] * 5, [1.0, 0.8, 0.4, 0.1, 0.1], [1.2, 1.5, 1.7, 1.7, 1.6]])
+    kernels = extractors.radial_kernels(gain)
+    assert kernels[0, 7, 7].item() == kernels[0].abs().sum().item() == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(kernels.sum((1, 2)), torch.ones(3))
+    waves = (2 * np.pi * degrade.FREQUENCIES[:, None] * (torch.arange(15) - 7)).cos()  # (5, 15)
+    for axis in (1, 2):
+        torch.testing.assert_close(kernels.sum(axis) @ waves.T, gain, atol=0.05, rtol=0)
 
 
-def test_rec_lr_starts_from_the_bicubic_reduction_and_its_kernel_keeps_flat_colours():
+def test_rec_lr_starts_from_a_reduction_with_the_transfer_function_that_the_head_names():
     net, hr, code = built(), drawn_batch(2, 64, 48), torch.randn(2, 16)
     set_to_zero(net.rec_lr.last)
     flat = torch.rand(2, 3, 1, 1).expand(2, 3, 64, 48)
     with torch.no_grad():
-        net.kernel.weight.mul_(50)
+        net.head[-1].bias[:5] = torch.tensor([0.9, 0.8, 0.6, 0.4, 0.3])
         reduced, content = extractors.resized(hr, 16, 12), net.content(hr)
         assert (net.reconstruct(code, hr, content) - reduced).abs().max() > 0.01
         torch.testing.assert_close(net.reconstruct(code, flat, content), flat[..., ::4, ::4])
-        set_to_zero(net.kernel)
+        set_to_zero(net.head[-1])
+        net.head[-1].bias[:5] = extractors.BICUBIC[0]
         torch.testing.assert_close(net.reconstruct(code, hr, content), reduced)
 
 
@@ -283,7 +284,7 @@ def test_degradation_loss_pairs_codes_as_equation_4_says(monkeypatch):
     monkeypatch.setattr(net.e_deg, "forward", lambda lr: lr[:, :2, 0, 0].repeat(1, 8))
     monkeypatch.setattr(degrade, "degrade", fake_degrade)
     monkeypatch.setattr(extractors, "contrastive_loss", fake_loss)
-    extractors.degradation_loss(net, hr, TINY, common.generator(0))
+    extractors.degradation_loss(net, hr, None, TINY, common.generator(0))
     assert seen["positives"].shape == seen["negatives"].shape == (TINY.num_samples, 4, 16)
     (image, theta), (p_image, p_theta), (n_image, n_theta) = (
         (seen[name][..., 0], seen[name][..., 1]) for name in ("anchor", "positives", "negatives")
@@ -297,7 +298,7 @@ def test_as_printed_the_losses_are_the_equations_and_nothing_else(monkeypatch):
     net, cfg = built(as_printed=True), replace(TINY, as_printed=True)
     hr, e_deg, real_degrade = drawn_batch(4, 64, 64), net.e_deg.forward, degrade.degrade
     made, codes = [], []
-    assert named(net, "kernel.", "head.") == set()
+    assert named(net, "head.") == set()
     assert not net.e_deg.statistics and not net.rec_lr.jpeg_grid
 
     def kept(values: list, value: Tensor) -> Tensor:
@@ -311,7 +312,7 @@ def test_as_printed_the_losses_are_the_equations_and_nothing_else(monkeypatch):
     expected = (net.vqvae.decode(net.vqvae.encode(enlarged)) - hr).square().mean()
     torch.testing.assert_close(loss, expected)
 
-    loss = extractors.degradation_loss(net, hr, cfg, common.generator(0))["loss"]
+    loss = extractors.degradation_loss(net, hr, None, cfg, common.generator(0))["loss"]
     anchors, code = made[1][:4], codes[0].view(3, 4, -1)
     negatives = torch.stack([code[k].roll(k, dims=0) for k in (1, 2)])
     l_cl = extractors.contrastive_loss(code[0], code[1:], negatives, cfg.margin)
@@ -319,12 +320,27 @@ def test_as_printed_the_losses_are_the_equations_and_nothing_else(monkeypatch):
     torch.testing.assert_close(loss, l_cl + l_rl)
 
 
+def test_two_crops_of_a_real_photo_must_have_the_same_code(monkeypatch):
+    """Equal crops cost nothing where the codes of two photos differ by more than the margin."""
+    net, hr, real = built(), drawn_batch(4, 64, 64), drawn_batch(2, 16, 16)
+    monkeypatch.setattr(net.e_deg, "forward", lambda x: 9 * x.mean((2, 3)).repeat(1, 6)[:, :16])
+    none, same, other = (
+        extractors.degradation_loss(net, hr, lr, TINY, common.generator(0))["contrastive"]
+        for lr in (None, real.repeat(1, 2, 1, 1), torch.cat([real, real.flip(0)], dim=1))
+    )
+    distance = (net.e_deg(real[:1]) - net.e_deg(real[1:])).norm()
+    assert same == none and distance > TINY.margin
+    torch.testing.assert_close(other, none + distance + TINY.margin)
+
+
 def loss_of(part: str, net: Extractors, hr: Tensor, cfg: Config = TINY) -> dict[str, Tensor]:
     """The loss of one part of the training; always with the same draws."""
     if part == "vqvae":
         return extractors.vqvae_loss(net, hr)
     draw = torch.Generator().manual_seed(0)
-    return getattr(extractors, f"{part}_loss")(net, hr, cfg, draw)
+    real_lr = None if cfg.as_printed else hr[:2, :, :32, :32].repeat(1, 2, 1, 1)
+    more = [real_lr] if part == "degradation" else []
+    return getattr(extractors, f"{part}_loss")(net, hr, *more, cfg, draw)
 
 
 @pytest.mark.parametrize("as_printed", [False, True])
@@ -370,7 +386,8 @@ def cfg(tmp_path):
     """Settings of a training on three small photos."""
     for i, image in enumerate(drawn_batch(3, 80, 96)):
         common.save_image(tmp_path / f"photos/{i}.png", image)
-    return replace(TINY, hr=(str(tmp_path / "photos"),), out=str(tmp_path / "out"))
+    folder = (str(tmp_path / "photos"),)
+    return replace(TINY, hr=folder, lr=folder, out=str(tmp_path / "out"))
 
 
 def test_training_resumes_exactly_and_each_part_moves_its_own_weights(tmp_path, cfg):
@@ -438,11 +455,26 @@ def test_reports_tell_the_truth_and_draw_a_picture(tmp_path):
 def test_every_50th_photo_is_held_out(tmp_path, capsys):
     for i in range(51):
         common.save_image(tmp_path / f"hr/{i:02d}.png", drawn_batch(1, 32, 32)[0])
-    folders = {"hr": (str(tmp_path / "hr"),), "out": str(tmp_path)}
+    folders = {"hr": (str(tmp_path / "hr"),), "lr": (str(tmp_path / "hr"),), "out": str(tmp_path)}
     extractors.train(replace(TINY, **folders, steps=(1,), crop=32, vq_crop=16), CPU)
     printed = capsys.readouterr().out
-    assert "49 HR photos, 2 held out" in printed and "shown psnr" in printed
+    assert "HR and real LR: 49 (0 smaller than the crop), 51 (0" in printed
+    assert "2 held out" in printed and "shown psnr" in printed
     assert {path.stem for path in tmp_path.glob("*.png")} == {"vqvae", "content", "last"}
+
+
+def test_two_crops_are_two_places_of_one_photo_and_none_are_taken_as_printed(tmp_path):
+    """Red and green name the place, blue the photo."""
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(96), indexing="ij")
+    for i in range(2):
+        common.save_image(tmp_path / f"lr/{i}.png", torch.stack([x, y, 0 * x + 100 * i]) / 255)
+    photos = Photos(sorted((tmp_path / "lr").iterdir()), tmp_path / "decoded", CPU)
+    crops = extractors.TwoCrops(photos, 32, 20, seed=0).batch(0, 20).int()
+    assert crops.shape == (20, 6, 16, 16)
+    right, down, photo = (crops[:, 3:] - crops[:, :3]).unbind(1)
+    assert (right.abs() == 16).all() and (down == 16).all() and (photo == 0).all()
+    done = run("extractors.py", "--as-printed", "--lr", "lr", cwd=tmp_path)
+    assert_refused(done, "--lr: training as printed takes no real LR")
 
 
 # ---- devices and memory -------------------------------------------------------------------------

@@ -27,6 +27,7 @@ import extractors
 import generate
 from generate import Sampler
 from tests.commands import FORKSERVER, assert_refused, files_of, run, run_two, start
+from tests.drawn import noise_in_bands
 from tests.fake_cuda import fake_cuda
 
 REPO = Path(__file__).resolve().parents[1]
@@ -167,13 +168,14 @@ def head(net, monkeypatch):
     """Set the (noise in levels of 255, JPEG quality) that the head reads, by code or for all."""
 
     def set_head(reading: tuple, code: Tensor | None = None, reading_of_code: tuple = ()) -> None:
-        def named(codes: Tensor) -> tuple[Tensor, Tensor]:
+        def named(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             is_code = [code is not None and torch.allclose(c, code, atol=1e-6) for c in codes]
             noise, quality = torch.tensor([reading_of_code if i else reading for i in is_code]).T
-            return noise / 255, quality.long()
+            return original(codes)[0], noise[:, None].repeat(1, 3) / 255, quality.long()
 
         monkeypatch.setattr(net.extractors, "named", named)
 
+    original = net.extractors.named
     return set_head
 
 
@@ -210,6 +212,12 @@ def test_noise_that_compression_looks_like_is_not_added(net, head):
     head((8, 50), net.extractors.e_deg(plain), (0, 50))
     lr = generate.generate(net, hr, lr_ref, replace(PLAIN, grain=True), [0])[0][0]
     assert torch.equal(lr, degrade.jpeg(plain, torch.tensor([50])))
+
+
+def test_coloured_noise_has_its_std_in_each_band():
+    std = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.5, 2.0], [2.0, 1.6, 1.1]])
+    noise = generate.coloured(torch.randn(3, 3, 160, 192, generator=common.generator(0)), std)
+    torch.testing.assert_close(noise_in_bands(noise), std, atol=0, rtol=0.1)
 
 
 # ---- tiles ------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def test_every_flag_that_is_shown_exists(path, name, flags):
     common.parse_args(module.Config, getattr(module, "PRESETS", {}), "", shlex.split(flags))
 
 
-TRAINING = "--batch-size 2 --no-compile"
+TRAINING = "--batch-size 4 --no-compile"
 SMALL = {
     "extractors": f"{TRAINING} --steps 1 --num-samples 1 --crop 64 --vq-crop 32 --vq-channels 8 "
     "--vq-multipliers 1 2 2 --vq-blocks 1 --vq-codes 16 --deg-channels 8 --deg-blocks 1 "

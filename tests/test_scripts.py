@@ -16,7 +16,7 @@ from tests.commands import assert_refused, files_of, run, run_two
 
 REPO = Path(__file__).resolve().parents[1]
 TINY = {
-    "extractors.py": "--batch-size 2 --num-samples 1 --crop 64 --vq-crop 32 --vq-channels 8 "
+    "extractors.py": "--batch-size 4 --num-samples 1 --crop 64 --vq-crop 32 --vq-channels 8 "
     "--vq-multipliers 1 2 2 --vq-blocks 1 --vq-codes 16 --deg-channels 8 --deg-blocks 1 "
     "--deg-dim 16 --mod-channels 8",
     "diffusion.py": "--batch-size 2 --crop 16 --widths 8 16 --blocks 1 --attention 1 "
