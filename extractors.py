@@ -768,7 +768,7 @@ def prepare(cfg: Config, rt: common.Runtime) -> tuple[Extractors, Crops, list[Cr
     if not cfg.as_printed:
         files = common.find_photos(cfg.lr, "lr", "--lr", packed=True)
         real, half = Photos(files, out / "photos/lr", rt), cfg.batch_size // 2
-        crops.append(TwoCrops(real, cfg.crop // 2, half, cfg.seed, stream=1))
+        crops.append(TwoCrops(real, cfg.crop, half, cfg.seed, stream=1, scale=0.5))
     if rt.is_main:
         print(cfg)
         counts = [f"{len(c.rows)} ({c.left_out} smaller than the crop)" for c in crops]

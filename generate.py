@@ -49,6 +49,7 @@ class Sampler:
     eta: float = 0.0  # 0 is DDIM; 1 with as many evaluations as steps is DDPM (the paper)
     candidates: int = 1  # K, of which the filter keeps the best
     grain: bool = True  # add the noise and JPEG that E_deg reads in the reference; the paper: no
+    remainder: float = 4.5  # std of noise for what real LR has beside filtered HR, levels; paper: 0
     average: int = 1  # use the mean code of up to this many references of the same folder
 
 
@@ -126,6 +127,16 @@ def coloured(eps: Tensor, std: Tensor) -> Tensor:
     return torch.fft.irfft2(torch.fft.rfft2(eps) * amplitude[:, None], (h, w))
 
 
+def add_remainder(lr: Tensor, std: float, draws: Sequence[torch.Generator]) -> Tensor:
+    """Noise in place of all that tells real LR from a filtered HR image.
+
+    Not in the paper. Networks that are trained on LR without it learn to invert the filter, which
+    real LR does not allow. Real remainders have a correlation of about a half between channels.
+    """
+    colour, gray = diffusion.randn_rows(lr, draws), diffusion.randn_rows(lr[:, :1], draws)
+    return (lr + std * (colour + gray) / math.sqrt(2)).clamp(0, 1)
+
+
 def errors(net: DecoupledDDPM, lr: Tensor, code: Tensor, content: Tensor) -> tuple[Tensor, Tensor]:
     """How far images (B, 3, h, w) are from their HR content and their reference's degradation.
 
@@ -188,6 +199,9 @@ def generate(
         draws = [common.generator(seed, k) for seed in seeds for k in range(K)]
         lr = diffusion.sample(eps, x, c, t_start, sampler.num_steps, draws, sampler.eta)
         lr = lr[..., :h, :w]
+        if sampler.remainder > 0:
+            draws = [common.generator(seed, k, 2) for seed in seeds for k in range(K)]
+            lr = add_remainder(lr, sampler.remainder / 255, draws)
         if sampler.grain:
             draws = [common.generator(seed, k, 1) for seed in seeds for k in range(K)]
             lr = add_grain(net, lr, code, draws)
@@ -278,12 +292,13 @@ class Config(Sampler):
 PRESETS: dict[str, dict] = {
     "fast": {},
     "paper": {"start": "realesrgan", "t_start": 300, "num_steps": 300, "eta": 1.0,
-              "candidates": CANDIDATES, "grain": False},
+              "candidates": CANDIDATES, "grain": False, "remainder": 0.0},
     # arXiv:2303.06994, with weights of diffusion.py --without content degradation.
-    "syndiff": {"start": "light", "t_start": 250, "num_steps": 12, "grain": False, "candidates": 1},
+    "syndiff": {"start": "light", "t_start": 250, "num_steps": 12, "grain": False, "candidates": 1,
+                "remainder": 0.0},
 }  # fmt: skip
 RANGES = {"t_start": (0, 1000), "num_steps": (1, 1000), "candidates": (1, 1000), "eta": (0, 1),
-          "average": (1, 2**31), "max_error": (0, math.inf)}  # fmt: skip
+          "average": (1, 2**31), "remainder": (0, 64), "max_error": (0, math.inf)}  # fmt: skip
 
 
 @dataclass

@@ -178,7 +178,8 @@ def table_factors(name: str, inputs: Inputs) -> Measure:
 
     def realdgen(t_start: int) -> Answer:
         start = cfg.start if t_start else "reconstruct"
-        sampler = replace(inputs.sampler, t_start=t_start, start=start, candidates=1)
+        plain = replace(inputs.sampler, start=start, candidates=1, remainder=0.0)
+        sampler = replace(plain, t_start=t_start)
         return lambda hr, lr_ref, theta, seeds: generate.chosen(
             *generate.generate(net, hr, lr_ref, sampler, seeds)
         )
@@ -223,7 +224,8 @@ References are other scenes, degraded with one factor at {LEVELS} levels:
 (LR pixels; levels of 255; amount; 100 - quality). Rank correlation (Spearman's) of the level and
 the value measured in the LR, for each content and noise: mean and lowest; mean measured values
 (JPEG: blockiness, 1 is none). Fine detail: median |Laplacian| relative to the true D(X, theta).
-truth is D(X, theta) itself; T=0 is Rec_lr without diffusion, with grain unless --no-grain.
+truth is D(X, theta) itself; T=0 is Rec_lr without diffusion, with grain unless --no-grain. All
+without --remainder.
 """
 
 

@@ -137,17 +137,17 @@ class Crops:
         batch_size: int,
         seed: int,
         stream: int = 0,
-        scale: int = 1,
+        scale: float = 1,
         flag: str = "--crop",
         rows: np.ndarray | None = None,
     ) -> None:
-        self.photos, self.size, self.batch_size = photos, scale * crop, batch_size
+        self.photos, self.size, self.batch_size = photos, int(scale * crop), batch_size
         self.key = (seed, stream)
         rows = np.arange(len(photos.table)) if rows is None else rows
         sides = photos.table[rows, 3:].min(axis=1)
         self.rows = rows[sides >= self.size]
         self.left_out = len(rows) - len(self.rows)
-        most = int(sides.max()) // scale // 16 * 16
+        most = int(sides.max() / scale) // 16 * 16
         way_out = f"{flag} {most} is the largest that works" if most else "take larger ones"
         small = f"none of {len(rows)} photos has {self.size} x {self.size} pixels"
         common.require(len(self.rows) > 0, f"{flag} {crop}: {small}; {way_out}.")
