@@ -49,7 +49,7 @@ class Sampler:
     eta: float = 0.0  # 0 is DDIM; 1 with as many evaluations as steps is DDPM (the paper)
     candidates: int = 1  # K, of which the filter keeps the best
     grain: bool = True  # add the noise and JPEG that E_deg reads in the reference; the paper: no
-    remainder: float = 4.5  # std of noise for what real LR has beside filtered HR, levels; paper: 0
+    remainder: float = 3.0  # std of noise for what real LR has beside filtered HR, levels; paper: 0
     average: int = 1  # use the mean code of up to this many references of the same folder
 
 

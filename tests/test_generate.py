@@ -40,7 +40,7 @@ STAGE_2 = diffusion.Config(
     cond_channels=4,
 )  # fmt: skip
 CONFIG = asdict(STAGE_2) | {"extractors": asdict(STAGE_1)}
-PLAIN = Sampler(t_start=0, grain=False)  # LR is Rec_lr's answer
+PLAIN = Sampler(t_start=0, grain=False, remainder=0.0)  # LR is Rec_lr's answer
 
 
 def uniform(*shape: int, seed: int = 0) -> Tensor:
@@ -186,12 +186,23 @@ def test_grain_adds_the_noise_that_a_candidate_lacks(net, head, wanted, found, a
     hr, lr_ref = uniform(1, 3, 256, 256) / 2 + 0.25, [uniform(3, 40, 40)]
     head((found, 100), generate.code_of(net, lr_ref[0]), (wanted, 100))
     plain = generate.generate(net, hr, lr_ref, PLAIN, [0])[0][0]
-    lr = generate.generate(net, hr, lr_ref, Sampler(t_start=0, candidates=2), [0])[0][0]
+    lr = generate.generate(net, hr, lr_ref, Sampler(t_start=0, candidates=2, remainder=0), [0])[0][
+        0
+    ]
     inside = (plain > 0.2) & (plain < 0.8)  # where nothing is clipped
     for candidate in lr:
         std = (255 * (candidate - plain)[inside]).std().item()
         assert std == pytest.approx(added, rel=0.05, abs=1e-3)
     assert torch.equal(lr[0], lr[1]) == (added == 0)  # each candidate has its own noise
+
+
+def test_the_remainder_is_noise_of_its_std_that_channels_share_in_part():
+    x, draws = torch.full((2, 3, 256, 256), 0.5), [common.generator(i) for i in range(2)]
+    noise = generate.add_remainder(x, 4.5 / 255, draws) - x
+    assert 255 * noise.std((2, 3)) == pytest.approx(4.5 * np.ones((2, 3)), rel=0.03)
+    correlation = torch.corrcoef(noise.movedim(1, 0).flatten(1))
+    assert correlation[0, 1].item() == pytest.approx(0.5, abs=0.02)
+    assert not torch.equal(noise[0], noise[1])
 
 
 def test_grain_ends_with_the_compression_that_the_head_reads(net, head):
@@ -244,10 +255,14 @@ def test_tiles_of_a_local_function_are_the_whole_without_seams(monkeypatch, size
 def test_a_tiled_image_has_no_seams(net, monkeypatch):
     hr, lr_ref = uniform(1, 3, 28, 20), [uniform(3, 16, 16)]
     hr = extractors.resized(hr, 4 * 56, 4 * 40).clamp(0, 1)
-    whole = generate.generate(net, hr, lr_ref, Sampler(t_start=20, num_steps=3), [0])[0][0, 0]
+    whole = generate.generate(net, hr, lr_ref, Sampler(t_start=20, num_steps=3, remainder=0), [0])[
+        0
+    ][0, 0]
     monkeypatch.setattr(extractors, "TILE", 32)
     monkeypatch.setattr(extractors, "OVERLAP", 8)
-    tiled = generate.generate(net, hr, lr_ref, Sampler(t_start=20, num_steps=3), [0])[0][0, 0]
+    tiled = generate.generate(net, hr, lr_ref, Sampler(t_start=20, num_steps=3, remainder=0), [0])[
+        0
+    ][0, 0]
     assert tiled.shape == whole.shape and not torch.equal(tiled, whole)
     steps = (tiled - whole).diff(dim=2).abs().mean((0, 1))  # (w - 1,)
     border = torch.zeros_like(steps, dtype=torch.bool)
