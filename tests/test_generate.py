@@ -288,7 +288,7 @@ def test_the_filter_keeps_the_good_candidate(net, monkeypatch):
     planted = uniform(4, 3, 9, 12)
     monkeypatch.setattr(diffusion, "sample", lambda *_: planted)
     hr = extractors.resized(planted[2:3], 36, 48).clamp(0, 1)
-    sampler = Sampler(candidates=4, grain=False)
+    sampler = replace(PLAIN, candidates=4)
     lr, scores = generate.generate(net, hr, [planted[2]], sampler, [0])
     assert scores["kept"].tolist() == [2] and torch.equal(lr[0], planted)
     assert torch.equal(generate.chosen(lr, scores), planted[2:3])
