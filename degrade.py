@@ -82,10 +82,7 @@ class Camera:
     """
 
     lens_prob: float = 1.0
-    cutoff: tuple[float, float] = (
-        0.12,
-        0.42,
-    )  # lens: half the amplitude there, cycles per LR pixel
+    cutoff: tuple[float, float] = (0.12, 0.42)  # half the amplitude is left, cycles per LR pixel
     steepness: tuple[float, float] = (1.0, 2.0)  # 1 falls like a Gaussian, 2 as exp(-f^4)
     shift: float = 0.125  # of the lens along each axis, LR pixels
     noise_prob: float = 0.7
