@@ -378,7 +378,8 @@ def filtered(image: Tensor, kernels: Tensor) -> Tensor:
     B, C, h, w = image.shape
     weight = kernels.to(image)[:, None].repeat_interleave(C, dim=0)
     padded = F.pad(image, [kernels.shape[-1] // 2] * 4, mode="replicate").flatten(0, 1)
-    return F.conv2d(padded[None], weight, groups=B * C).view(B, C, h, w)
+    with torch.autocast(image.device.type, enabled=False):  # bf16 would round the image itself
+        return F.conv2d(padded[None], weight, groups=B * C).view(B, C, h, w)
 
 
 def resized(image: Tensor, height: int, width: int) -> Tensor:
