@@ -400,7 +400,12 @@ SMALL: dict = {
 }  # fmt: skip
 PRESETS: dict[str, dict] = {
     "small": SMALL
-    | {"as_printed": False, "recipes": ("realesrgan", "camera", "wide"), "t_power": 2.0},
+    | {
+        "as_printed": False,
+        "recipes": ("realesrgan", "camera", "wide"),
+        "t_power": 2.0,
+        "cooldown": 0.5,
+    },
     "paper": {},
     "as-printed": SMALL,
 }

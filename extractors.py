@@ -663,7 +663,7 @@ class Config:
 SMALL: dict = {
     "steps": (1500, 500, 2000), "batch_size": 0, "crop": 192, "vq_crop": 96,
     "vqvae_learning_rate": 2e-3, "content_learning_rate": 3e-4, "degradation_learning_rate": 1e-3,
-    "vq_channels": 16, "vq_z": 4, "vq_codes": 1024, "deg_channels": 24, "deg_blocks": 4,
+    "vq_channels": 16, "vq_z": 4, "vq_codes": 1024, "deg_channels": 48, "deg_blocks": 8,
     "deg_dim": 256, "mod_channels": 48, "num_samples": 1, "ema_decay": 0.995, "compile": False,
     "save_every": 100,
 }  # fmt: skip
@@ -745,10 +745,10 @@ def checked(cfg: Config, rt: common.Runtime) -> Config:
 class TwoCrops(Crops):
     """Crops of 2s pixels a side, of which two parts of s pixels are kept: (6, s, s)."""
 
-    def turned(self, crop: np.ndarray, draw: int) -> np.ndarray:
-        """The first and the last quarter of a crop, flipped if the draw is odd."""
+    def turned(self, crop: Tensor, draw: int) -> Tensor:
+        """The first and the last quarter of a crop that is turned in one of 8 ways."""
         crop, s = super().turned(crop, draw), self.size // 2
-        return np.concatenate([crop[:, :s, :s], crop[:, s:, s:]])
+        return torch.cat([crop[:, :s, :s], crop[:, s:, s:]])
 
 
 def prepare(cfg: Config, rt: common.Runtime) -> tuple[Extractors, Crops, list[Crops], Tensor]:

@@ -30,7 +30,7 @@ import degrade
 import extractors
 from bench import metrics
 from bench.pairs import find_files, stored_sizes
-from data.pack import Crops, Photos
+from data.pack import Crops, Photos, dihedral
 
 # ---- networks: lr (B, 3, h, w) in [0, 1] -> hr (B, 3, scale h, scale w) --------------------------
 
@@ -131,12 +131,6 @@ def load_network(path: str | Path) -> nn.Module:
 # ---- pairs --------------------------------------------------------------------------------------
 
 
-def dihedral(x: Tensor, draw: int) -> Tensor:
-    """Images (..., n, n) turned by a multiple of 90 degrees and perhaps flipped: 8 ways."""
-    x = x.rot90(draw % 4, (-2, -1))
-    return x.flip(-1) if draw % 8 >= 4 else x
-
-
 def join(hr: Tensor, lr: Tensor) -> Tensor:
     """A pair as one image of LR size: hr (B, 3, s h, s w), lr (B, 3, h, w) -> (B, 3 s^2 + 3, h, w).
 
@@ -187,18 +181,10 @@ class PairCrops(Crops):
 
     grid = 1  # crops begin anywhere: no recipe follows that could mistake the blocks of a JPEG
 
-    def turned(self, crop: np.ndarray, draw: int) -> np.ndarray:
+    def turned(self, crop: Tensor, draw: int) -> Tensor:
         """A crop with both images turned alike."""
-        hr, lr = split(torch.tensor(crop)[None])
-        return join(dihedral(hr, draw), dihedral(lr, draw))[0].numpy()
-
-
-class HRCrops(Crops):
-    """Crops of HR photos, (3, size, size), which are degraded during training."""
-
-    def turned(self, crop: np.ndarray, draw: int) -> np.ndarray:
-        """A crop turned in one of 8 ways."""
-        return dihedral(torch.tensor(crop), draw).numpy()
+        hr, lr = split(crop[None])
+        return join(dihedral(hr, draw), dihedral(lr, draw))[0]
 
 
 # ---- loss ---------------------------------------------------------------------------------------
@@ -318,7 +304,7 @@ def train(cfg: Config, rt: common.Runtime) -> Path:
         crops = PairCrops(Photos(pairs, folder, rt, read), cfg.crop, cfg.batch_size, cfg.seed)
     else:
         photos = Photos(common.find_photos(cfg.hr, "hr", "--hr", packed=True), decoded / "hr", rt)
-        crops = HRCrops(photos, cfg.crop, cfg.batch_size, cfg.seed, scale=cfg.scale)
+        crops = Crops(photos, cfg.crop, cfg.batch_size, cfg.seed, scale=cfg.scale)
     if rt.is_main:
         print(cfg)
         images = f"{len(crops.rows)} images, {crops.left_out} smaller than the crop"

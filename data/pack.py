@@ -121,6 +121,12 @@ class Photos:
         return self.maps[i][start : start + C * H * W].reshape(C, H, W)
 
 
+def dihedral(x: Tensor, draw: int) -> Tensor:
+    """Images (..., n, n) turned by a multiple of 90 degrees and perhaps flipped: 8 ways."""
+    x = x.rot90(draw % 4, (-2, -1))
+    return x.flip(-1) if draw % 8 >= 4 else x
+
+
 class Crops:
     """Batches of random crops of photos: batch i depends on (seed, stream, i) and its size alone.
 
@@ -152,9 +158,9 @@ class Crops:
         small = f"none of {len(rows)} photos has {self.size} x {self.size} pixels"
         common.require(len(self.rows) > 0, f"{flag} {crop}: {small}; {way_out}.")
 
-    def turned(self, crop: np.ndarray, draw: int) -> np.ndarray:
-        """A crop, flipped if the draw is odd."""
-        return crop[..., ::-1] if draw % 2 else crop
+    def turned(self, crop: Tensor, draw: int) -> Tensor:
+        """A crop (C, size, size), turned in one of 8 ways."""
+        return dihedral(crop, draw)
 
     def batch(self, i: int, count: int) -> Tensor:
         """Batch i, uint8 (count, C, size, size)."""
@@ -164,8 +170,9 @@ class Crops:
             photo = self.photos[self.rows[index % len(self.rows)]]
             ends = [n - self.size + 1 for n in photo.shape[1:]]
             y, x = (p % n // self.grid * self.grid for p, n in zip(place, ends, strict=True))
-            crops.append(self.turned(photo[:, y : y + self.size, x : x + self.size], draw))
-        return torch.from_numpy(np.stack(crops))
+            crop = torch.tensor(photo[:, y : y + self.size, x : x + self.size])
+            crops.append(self.turned(crop, draw))
+        return torch.stack(crops)
 
     def batches(self, numbers: Iterable[int], count: int, device: torch.device) -> Iterator[Tensor]:
         """Batches of these numbers, float (count, C, size, size) in [0, 1] on the device."""
@@ -174,7 +181,7 @@ class Crops:
             batch = self.batch(i, count)
             return batch.pin_memory() if device.type == "cuda" else batch
 
-        for batch in common.in_parallel(load, numbers, 1 if device.type == "cpu" else 2):
+        for batch in common.in_parallel(load, numbers, 1 if device.type == "cpu" else 4):
             batch = batch.to(device, non_blocking=True).float() / 255
             yield batch.contiguous(memory_format=torch.channels_last)
 

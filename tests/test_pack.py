@@ -54,11 +54,11 @@ def places(crop: Tensor, photo: Tensor) -> list[list[int]]:
     return [[y, x] for y, x in alike if torch.equal(photo[:, y : y + size, x : x + size], crop)]
 
 
-def hits(crops: Tensor, files: list[Path], flipped: bool = False) -> Tensor:
-    """Whether each of the crops, flipped or not, occurs in each of the photos."""
+def hits(crops: Tensor, files: list[Path]) -> Tensor:
+    """Whether each of the crops, turned in each of 8 ways, occurs in each photo: (8, N, photos)."""
+    turned = [pack.dihedral(crops, k) for k in range(8)]
     whole = [common.load_image(file) for file in files]
-    crops = crops.flip(3) if flipped else crops
-    return torch.tensor([[bool(places(crop, photo)) for photo in whole] for crop in crops])
+    return torch.tensor([[[bool(places(c, w)) for w in whole] for c in batch] for batch in turned])
 
 
 def assert_equal_photos(decoded: Photos, files: list[Path]) -> None:
@@ -191,14 +191,14 @@ def test_batches_go_on_where_a_stopped_run_left_off(source, tmp_path):
         assert torch.equal(batch, crops.batch(i, 4).float() / 255)
 
 
-def test_crops_are_parts_of_all_photos_and_packed_crops_some_flipped(source, files, tmp_path):
+def test_crops_are_parts_of_all_photos_and_packed_crops_turned_in_8_ways(source, files, tmp_path):
     crops = crops_of(source, tmp_path)
     assert len(crops.rows) == 4 + 6 + 1 and crops.left_out == 0
     drawn = crops.batch(0, 110)
     assert drawn.shape == (110, 3, 16, 16) and drawn.dtype == torch.uint8
-    plain, flipped = hits(drawn, files), hits(drawn, files, flipped=True)
-    assert plain.any(0).all() and flipped.any(0).all()
-    count = (plain | flipped).sum(0)
+    found = hits(drawn, files)
+    assert found.any((1, 2)).all()
+    count = found.any(0).sum(0)
     assert count.sum() == 110  # binomial: 40, 60 and 10 expected
     assert (count - torch.tensor([40, 60, 10])).abs().max() < 20 and count.min() > 0
     assert all(isinstance(pixels, np.memmap) for pixels in crops.photos.maps)
@@ -215,8 +215,7 @@ def test_crops_keep_to_the_blocks_of_jpeg(tmp_path):
 def test_crops_of_some_rows(files, tmp_path):
     decoded = Photos(files, tmp_path / "decoded", CPU)
     drawn = Crops(decoded, 16, 4, 0, rows=np.array([0, 2])).batch(0, 40)
-    found = hits(drawn, files) | hits(drawn, files, flipped=True)
-    assert found.any(0).tolist() == [True, False, True]
+    assert hits(drawn, files).any((0, 1)).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import common
 import degrade
 from bench import metrics, sr
 from bench.sr import Config
-from data.pack import Photos
+from data.pack import Crops, Photos, dihedral
 
 REPO = Path(__file__).resolve().parents[1]
 CPU = common.Runtime(torch.device("cpu"))
@@ -154,7 +154,7 @@ def test_crops_of_both_images_are_of_the_same_place_and_turned_alike(tmp_path):
         assert torch.equal(F.max_pool2d(hr_crop[:2], 4), lr_crop[:2])
         top, left = (int(round(lr_crop[c].min().item() * 255)) for c in (0, 1))
         original = hr[:, 4 * top : 4 * top + 64, 4 * left : 4 * left + 64]
-        same = [k for k in range(8) if torch.allclose(sr.dihedral(original, k), hr_crop)]
+        same = [k for k in range(8) if torch.allclose(dihedral(original, k), hr_crop)]
         assert len(same) == 1
         turns |= set(same)
         places.add((top, left))
@@ -167,11 +167,11 @@ def test_hr_crops_are_turned_all_eight_ways_and_keep_to_the_blocks_of_jpeg(tmp_p
     common.save_image(tmp_path / "a.png", hr)
     photos = Photos([tmp_path / "a.png"], tmp_path / "decoded", CPU)
     turns, image = set(), common.to_uint8(hr)
-    for crop in sr.HRCrops(photos, 16, 1, 0, scale=4).batch(0, 100):
+    for crop in Crops(photos, 16, 1, 0, scale=4).batch(0, 100):
         top, left = crop[:2].amin((1, 2)).tolist()
         assert top % 8 == 0 and left % 8 == 0
         original = image[:, top : top + 64, left : left + 64]
-        turns |= {k for k in range(8) if torch.equal(sr.dihedral(original, k), crop)}
+        turns |= {k for k in range(8) if torch.equal(dihedral(original, k), crop)}
     assert turns == set(range(8))
 
 
