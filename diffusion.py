@@ -394,7 +394,7 @@ class Config:
 
 
 SMALL: dict = {
-    "steps": 1500, "batch_size": 0, "crop": 48, "learning_rate": 5e-4, "widths": (32, 64, 128),
+    "steps": 1000, "batch_size": 0, "crop": 48, "learning_rate": 5e-4, "widths": (32, 64, 128),
     "attention": (2,), "mod_channels": 48, "cond_channels": 16, "ema_decay": 0.998,
     "compile": False, "save_every": 100,
 }  # fmt: skip

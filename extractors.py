@@ -661,7 +661,7 @@ class Config:
 
 # Deviation: the small presets take one positive and one negative per anchor, the paper three.
 SMALL: dict = {
-    "steps": (1500, 500, 2000), "batch_size": 0, "crop": 192, "vq_crop": 96,
+    "steps": (700, 150, 1250), "batch_size": 0, "crop": 192, "vq_crop": 96,
     "vqvae_learning_rate": 2e-3, "content_learning_rate": 3e-4, "degradation_learning_rate": 1e-3,
     "vq_channels": 16, "vq_z": 4, "vq_codes": 1024, "deg_channels": 48, "deg_blocks": 8,
     "deg_dim": 256, "mod_channels": 48, "num_samples": 1, "ema_decay": 0.995, "compile": False,

@@ -29,7 +29,8 @@ pytestmark = [
 
 def run(command: str, cwd: Path) -> str:
     """What a command prints: a module of this repository and its flags."""
-    environment = os.environ | {"LC_ALL": "C", "PYTHONPATH": str(REPO)}
+    path = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"LC_ALL": "C", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-m", *command.split(), "--device", "cuda"],
         cwd=cwd, capture_output=True, text=True, timeout=600, env=environment,
