@@ -12,7 +12,7 @@ degraded photos, with the decoder frozen (Eq. 1-2); E_deg together with Rec_lr (
     VQ-VAE     half of the images skip the codebook, because F_cont does
     E_cont     a quarter of the inputs is clean, as in generation
     E_deg      also pools the sizes of DCT coefficients; a head predicts theta from its code;
-               two crops of a real LR photo must have the same code
+               two corners of a real LR photo must have the same code; D also takes real photos
     Rec_lr     corrects the bicubic reduction of the HR image, filtered as the head says
     Rec_lr, M  also see the position of each pixel in its 8 x 8 block of JPEG
     Eq. (5)    the code of one scene must reconstruct other scenes
@@ -529,9 +529,11 @@ def degradation_loss(
 
     One batch gives all samples: lr[k, b] = D(X_{b+k}, theta_b), indices modulo B. Row k = 0 holds
     the anchors; lr[k, b] is a positive of anchor b (same theta, another image), and
-    lr[k, b-k] = D(X_b, theta_{b-k}) a negative (same image, another theta). real_lr (B', 6, h, w)
-    holds two crops of each of some real photos.
+    lr[k, b-k] = D(X_b, theta_{b-k}) a negative (same image, another theta). real_lr (B, 3, H, W)
+    are crops of real LR photos, of the size of hr.
     """
+    # Not in the paper: real photos are scenes for D, too, since D takes a quarter of their size.
+    hr = hr if real_lr is None else torch.stack([hr, real_lr], dim=1).flatten(0, 1)
     B, n = len(hr), cfg.num_samples
     assert n < B, "the batch must be larger than the number of samples n"
     draw = common.generator(generator.initial_seed())  # on the CPU, so that no GPU is waited for
@@ -543,9 +545,11 @@ def degradation_loss(
     code = net.e_deg(lr).float().view(n + 1, B, -1)
     negatives = torch.stack([code[k].roll(k, dims=0) for k in range(1, n + 1)])
     contrastive = contrastive_loss(code[0], code[1:], negatives, cfg.margin)
-    # Not in the paper: another crop of a real photo is a positive, a crop of another a negative.
+    # Not in the paper: two corners of a real photo are positives, one of another a negative.
     if real_lr is not None:
-        one, other = net.e_deg(torch.cat(real_lr.split(3, dim=1))).float().chunk(2)
+        h, w = lr.shape[2:]
+        corners = torch.cat([real_lr[:, :, :h, :w], real_lr[:, :, -h:, -w:]])
+        one, other = net.e_deg(corners).float().chunk(2)
         contrastive += contrastive_loss(one, other[None], other.roll(1, dims=0)[None], cfg.margin)
 
     if not net.as_printed:  # Not in the paper: a quarter is enough, and E_cont takes most time.
@@ -742,15 +746,6 @@ def checked(cfg: Config, rt: common.Runtime) -> Config:
     return cfg
 
 
-class TwoCrops(Crops):
-    """Crops of 2s pixels a side, of which two parts of s pixels are kept: (6, s, s)."""
-
-    def turned(self, crop: Tensor, draw: int) -> Tensor:
-        """The first and the last quarter of a crop that is turned in one of 8 ways."""
-        crop, s = super().turned(crop, draw), self.size // 2
-        return torch.cat([crop[:, :s, :s], crop[:, s:, s:]])
-
-
 def prepare(cfg: Config, rt: common.Runtime) -> tuple[Extractors, Crops, list[Crops], Tensor]:
     """The networks, crops for the VQ-VAE and E_cont, crops of HR and LR for E_deg, 8 photos."""
     net, out = Extractors(cfg), Path(cfg.out)
@@ -763,13 +758,15 @@ def prepare(cfg: Config, rt: common.Runtime) -> tuple[Extractors, Crops, list[Cr
     held_out = rows[::50] if len(rows) >= 50 else rows[:0]  # shown, not trained on
     rows = np.setdiff1d(rows, held_out)
     vq_crops = Crops(photos, cfg.vq_crop, cfg.batch_size, cfg.seed, flag="--vq-crop", rows=rows)
-    crops = [Crops(photos, cfg.crop, cfg.batch_size, cfg.seed, rows=rows)]
+    share = cfg.batch_size // (1 if cfg.as_printed else 2)
+    crops = [Crops(photos, cfg.crop, share, cfg.seed, rows=rows)]
     shown_rows = held_out if len(held_out) else rows
     shown = Crops(photos, cfg.crop, 8, cfg.seed, stream=9, rows=shown_rows).batch(0, 8)
     if not cfg.as_printed:
         files = common.find_photos(cfg.lr, "lr", "--lr", packed=True)
-        real, half = Photos(files, out / "photos/lr", rt), cfg.batch_size // 2
-        crops.append(TwoCrops(real, cfg.crop, half, cfg.seed, stream=1, scale=0.5))
+        crops.append(
+            Crops(Photos(files, out / "photos/lr", rt), cfg.crop, share, cfg.seed, stream=1)
+        )
     if rt.is_main:
         print(cfg)
         counts = [f"{len(c.rows)} ({c.left_out} smaller than the crop)" for c in crops]

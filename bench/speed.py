@@ -103,9 +103,9 @@ def training(cfg: Config, rt: common.Runtime) -> Rows:
         for side in (stage_1.vq_crop, stage_1.crop, 4 * stage_2.crop)
     )
     lr, synthetic = sample_photos("lr", B, stage_2.crop, rt.device), None
-    two, real_lr = sample_photos("lr", B, stage_1.crop // 4, rt.device), None
+    real_lr = None
     if not stage_1.as_printed:
-        real_lr = torch.cat([two[: B // 2], two[B - B // 2 :]], dim=1)
+        small, real_lr = small[: B // 2], sample_photos("lr", B // 2, stage_1.crop, rt.device)
     if not stage_2.as_printed:
         lr, synthetic = lr[: B // 2], hr[B // 2 :]
 
