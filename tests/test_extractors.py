@@ -1,5 +1,6 @@
 """extractors.py: the VQ-VAE's structure, each network, the equations, training."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -320,17 +321,35 @@ def test_as_printed_the_losses_are_the_equations_and_nothing_else(monkeypatch):
     torch.testing.assert_close(loss, l_cl + l_rl)
 
 
-def test_two_crops_of_a_real_photo_must_have_the_same_code(monkeypatch):
-    """Equal crops cost nothing where the codes of two photos differ by more than the margin."""
-    net, hr, real = built(), drawn_batch(4, 64, 64), drawn_batch(2, 16, 16)
+def test_two_corners_of_a_real_photo_must_have_the_same_code(monkeypatch):
+    """Equal corners cost nothing where the codes of two photos differ by more than the margin."""
+    net, cfg = built(), replace(TINY, num_samples=1)
+    hr, flat = drawn_batch(2, 64, 64), 0.2 * torch.ones(1, 3, 64, 64)
     monkeypatch.setattr(net.e_deg, "forward", lambda x: 9 * x.mean((2, 3)).repeat(1, 6)[:, :16])
-    none, same, other = (
-        extractors.degradation_loss(net, hr, lr, TINY, common.generator(0))["contrastive"]
-        for lr in (None, real.repeat(1, 2, 1, 1), torch.cat([real, real.flip(0)], dim=1))
+    monkeypatch.setattr(degrade, "degrade", lambda hr, *_: torch.zeros(len(hr), 3, 16, 16))
+    other = flat.clone()
+    other[:, :, :16, :16] = 0.8  # one corner is that of the second photo
+    same, swapped = (
+        extractors.degradation_loss(net, hr, torch.cat([one, 4 * flat]), cfg, common.generator(0))[
+            "contrastive"
+        ]
+        for one in (flat, other)
     )
-    distance = (net.e_deg(real[:1]) - net.e_deg(real[1:])).norm()
-    assert same == none and distance > TINY.margin
-    torch.testing.assert_close(other, none + distance + TINY.margin)
+    none = extractors.degradation_loss(net, hr, None, cfg, common.generator(0))["contrastive"]
+    distance = 9 * 0.6 * math.sqrt(16)
+    torch.testing.assert_close(same, none)
+    assert distance > TINY.margin
+    torch.testing.assert_close(swapped - none, torch.tensor((distance + TINY.margin) / 2))
+
+
+def test_real_photos_are_scenes_too_beside_those_of_hr(monkeypatch):
+    net, seen = built(), []
+    hr, real = drawn_batch(2, 64, 64), 1 - drawn_batch(2, 64, 64)
+    degraded = degrade.degrade
+    monkeypatch.setattr(degrade, "degrade", lambda x, *a: seen.append(x) or degraded(x, *a))
+    extractors.degradation_loss(net, hr, real, TINY, common.generator(0))
+    anchors = seen[0][:4]
+    assert torch.equal(anchors, torch.stack([hr[0], real[0], hr[1], real[1]]))
 
 
 def loss_of(part: str, net: Extractors, hr: Tensor, cfg: Config = TINY) -> dict[str, Tensor]:
@@ -338,7 +357,7 @@ def loss_of(part: str, net: Extractors, hr: Tensor, cfg: Config = TINY) -> dict[
     if part == "vqvae":
         return extractors.vqvae_loss(net, hr)
     draw = torch.Generator().manual_seed(0)
-    real_lr = None if cfg.as_printed else hr[:2, :, :32, :32].repeat(1, 2, 1, 1)
+    real_lr = None if cfg.as_printed else hr.flip(0)
     more = [real_lr] if part == "degradation" else []
     return getattr(extractors, f"{part}_loss")(net, hr, *more, cfg, draw)
 
@@ -463,16 +482,8 @@ def test_every_50th_photo_is_held_out(tmp_path, capsys):
     assert {path.stem for path in tmp_path.glob("*.png")} == {"vqvae", "content", "last"}
 
 
-def test_two_crops_are_two_places_of_one_photo_and_none_are_taken_as_printed(tmp_path):
-    """Red and green name the place, blue the photo."""
-    y, x = torch.meshgrid(torch.arange(64), torch.arange(96), indexing="ij")
-    for i in range(2):
-        common.save_image(tmp_path / f"lr/{i}.png", torch.stack([x, y, 0 * x + 100 * i]) / 255)
-    photos = Photos(sorted((tmp_path / "lr").iterdir()), tmp_path / "decoded", CPU)
-    crops = extractors.TwoCrops(photos, 32, 20, seed=0).batch(0, 20).int()
-    assert crops.shape == (20, 6, 16, 16)
-    right, down, photo = (crops[:, 3:] - crops[:, :3]).unbind(1)
-    assert (right.abs() == 16).all() and (down == 16).all() and (photo == 0).all()
+def test_training_as_printed_takes_no_real_lr(tmp_path):
+    (tmp_path / "lr").mkdir()
     done = run("extractors.py", "--as-printed", "--lr", "lr", cwd=tmp_path)
     assert_refused(done, "--lr: training as printed takes no real LR")
 
