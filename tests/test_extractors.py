@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import common
 import degrade
 import extractors
-from data.pack import Photos
 from extractors import Config, Extractors
 from tests.commands import assert_refused, run
 from tests.fake_cuda import counted_memory, fake_cuda, training_memory
