@@ -740,8 +740,7 @@ class Run:
 
         update() makes no step of it.
         """
-        sizes = [c.batch_size for c in crops]
-        device, batch = self.rt.device, math.gcd(*sizes)
+        device, batch = self.rt.device, crops[0].batch_size  # the same for all crops
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         allocated = torch.cuda.memory_allocated(device)
@@ -752,7 +751,6 @@ class Run:
         torch.compiler.set_stance("default")
         self.step = step
         cost = torch.cuda.max_memory_allocated(device) - allocated
-        cost *= max(sizes) / batch  # where a batch has more images of one kind
         adam = 8 * sum(p.numel() for p in self.trained)
         torch.cuda.empty_cache()
         room = 0.9 * torch.cuda.mem_get_info(device)[0] - adam
