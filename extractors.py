@@ -548,7 +548,8 @@ def degradation_loss(
     # Not in the paper: two corners of a real photo are positives, one of another a negative.
     if real_lr is not None:
         h, w = lr.shape[2:]
-        corners = torch.cat([real_lr[:, :, :h, :w], real_lr[:, :, -h:, -w:]])
+        y, x = (side // 4 * 3 // 8 * 8 for side in real_lr.shape[2:])  # where blocks of JPEG begin
+        corners = torch.cat([real_lr[:, :, :h, :w], real_lr[:, :, y : y + h, x : x + w]])
         one, other = net.e_deg(corners).float().chunk(2)
         contrastive += contrastive_loss(one, other[None], other.roll(1, dims=0)[None], cfg.margin)
 

@@ -341,6 +341,18 @@ def test_two_corners_of_a_real_photo_must_have_the_same_code(monkeypatch):
     torch.testing.assert_close(swapped - none, torch.tensor((distance + TINY.margin) / 2))
 
 
+@pytest.mark.parametrize("side", [48, 64])
+def test_both_corners_begin_where_blocks_of_jpeg_begin(monkeypatch, side):
+    """Also where three quarters of the crop are no multiple of 8."""
+    net, seen, x = built(), [], torch.arange(side) / 255
+    monkeypatch.setattr(net.e_deg, "forward", lambda x: seen.append(x) or torch.ones(len(x), 16))
+    hr, real = drawn_batch(2, side, side), (x + 0 * x[:, None]).expand(2, 3, -1, -1)
+    extractors.degradation_loss(net, hr, real, TINY, common.generator(0))
+    starts = (255 * seen[1].amin((1, 2, 3))).round().int().tolist()
+    assert starts == [0, 0, side * 3 // 4 // 8 * 8, side * 3 // 4 // 8 * 8]
+    assert seen[1].shape[2:] == (side // 4, side // 4)
+
+
 def test_real_photos_are_scenes_too_beside_those_of_hr(monkeypatch):
     net, seen = built(), []
     hr, real = drawn_batch(2, 64, 64), 1 - drawn_batch(2, 64, 64)
