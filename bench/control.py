@@ -137,12 +137,14 @@ def answers_of_control(sets: dict[str, list[Pair]], inputs: Inputs) -> Answers:
         draw = common.generator(seed, pair.index)
         return lr + noise / 255 * torch.randn(lr.shape, generator=draw)
 
-    def by_method(folder: str, pair: Pair, hr: Tensor, name: str) -> Tensor:
+    def by_method(folder: str, pair: Pair, hr: Tensor, name: str, one: bool = False) -> Tensor:
         seeds = [seed << 32 | pair.index]
-        lr_ref = [load_lr(pair.reference, pair.full)]
-        return methods[name](hr[None].to(inputs.device), lr_ref, seeds)[0].cpu()
+        lr_ref = load_lr(pair.reference, pair.full) if one else codes[folder][pair.index]
+        return methods[name](hr[None].to(inputs.device), [lr_ref], seeds)[0].cpu()
 
     blurs = {folder: best_blurs(pairs)[1] for folder, pairs in sets.items()}
+    average = inputs.sampler.average
+    codes = {name: mean_codes(pairs, inputs.net, average) for name, pairs in sets.items()}
     methods = all_methods(inputs)
     answers: Answers = {
         "real LR (oracle)": lambda folder, pair, hr: load_lr(pair.lr, pair.full),
@@ -153,8 +155,11 @@ def answers_of_control(sets: dict[str, list[Pair]], inputs: Inputs) -> Answers:
         for noise in NOISES:
             label = f"kernel of each {what}*, noise {noise:g}"
             answers[label] = functools.partial(by_kernel, one=one, noise=noise)
-    rest = [name for name in methods if name != "bicubic"]
-    return answers | {name: functools.partial(by_method, name=name) for name in rest}
+    for name in [name for name in methods if name != "bicubic"]:
+        answers[name] = functools.partial(by_method, name=name)
+        if name == "RealDGen":
+            answers[f"{name}, one reference"] = functools.partial(by_method, name=name, one=True)
+    return answers
 
 
 def write_training_set(folder: Path, sets: dict[str, list[Pair]], answer: Any) -> None:
@@ -228,9 +233,10 @@ def text_of_control(result: dict[str, Any], inputs: Inputs) -> str:
 
 {table_text(heads, lines)}
 Trained on pairs of one half ({trained}), {steps_of(network, inputs.cfg)} steps, {inputs.cfg.seeds}
-seeds; tested on the other half. Share of the gap: (x - bicubic) / (real - bicubic). RealDGen's
-references are other scenes of the same camera in the first half. * looks at the real LR: a Gaussian
-of each pair, or a kernel of {TAPS} x {TAPS} HR pixels by least squares; noise in levels.
+seeds; tested on the other half. Share of the gap: (x - bicubic) / (real - bicubic). RealDGen gets
+the mean code of up to {inputs.sampler.average} other scenes of the same camera in the first half,
+or the code of one. * looks at the real LR: a Gaussian of each pair, or a kernel of {TAPS} x {TAPS}
+HR pixels by least squares; noise in levels.
 """
 
 

@@ -117,15 +117,22 @@ def stored(lr: dict[int, Tensor]) -> Method:
 
 
 @torch.no_grad()
-def mean_codes(pairs: Sequence[Pair], net: diffusion.DecoupledDDPM) -> dict[int, Tensor]:
-    """For each pair (by index) the mean F_deg (D,) of the other LR images of its camera."""
+def mean_codes(
+    pairs: Sequence[Pair], net: diffusion.DecoupledDDPM, most: int | None = None
+) -> dict[int, Tensor]:
+    """For each pair (by index) the mean F_deg (D,) of the other LR images of its camera.
+
+    Of at most so many, from the pair's reference on.
+    """
     codes = {p.index: generate.code_of(net, load_lr(p.lr, p.full))[0] for p in pairs}
     means = {}
     for pair in pairs:
         camera = camera_of(pair.name)
         same = [p for p in pairs if camera_of(p.name) == camera and p is not pair]
-        if same:
-            means[pair.index] = torch.stack([codes[p.index] for p in same]).mean(0)
+        first = next((i for i, p in enumerate(same) if p.lr == pair.reference), 0)
+        chosen = [codes[p.index] for p in (same[first:] + same[:first])[:most]]
+        if chosen:
+            means[pair.index] = torch.stack(chosen).mean(0)
     return means
 
 

@@ -78,8 +78,9 @@ def resolved(cfg: Config, rt: common.Runtime) -> Config:
             common.require(name in choices, f"{flag} {name}: choose among {', '.join(choices)}.")
     table = cfg.table or (("1",) if cfg.sr else ("2", "1"))
     networks = cfg.sr or ("fsrcnn",)
-    alone = "--average acts on tables 1, 3, 4, 5 and 7 alone; 2 and mtf have rows of the mean code."
-    common.require(cfg.average == 1 or set(table) <= set("13457"), alone)
+    alone = "--average acts on control and tables 1, 3, 4, 5, 7 alone; 2 and mtf have rows of it."
+    obey = {*"13457", "control"}
+    common.require(cfg.average == generate.Sampler.average or set(table) <= obey, alone)
     return replace(cfg, table=table, pairs=pairs, sr=networks, sr_preset=preset, data=data)
 
 

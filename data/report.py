@@ -163,7 +163,7 @@ def main(cfg: Config, rt: common.Runtime) -> None:
     common.require(all("lr_ref" in r for r in records), f"{path}: not of generate.py.")
     records = [record for record in records if not record["dropped"]]
     common.require(bool(records), f"{path} has no pairs.")
-    of_pair = ("hr", "lr", "source", "lr_ref", "kept", "dropped")
+    of_pair = ("hr", "lr", "source", "lr_ref", "averaged", "kept", "dropped")
     settings = {k: v for k, v in records[0].items() if k not in of_pair and "errors" not in k}
     save_report(path.with_name("report.html"), path.parent, records, settings)
     print(f"{len(records)} pairs: look at {path.with_name('report.html')}")

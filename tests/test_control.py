@@ -97,7 +97,7 @@ def inputs(tmp_path, monkeypatch):
 
     monkeypatch.setattr("generate.load_generator", lambda *_: SimpleNamespace(t_max=500))
     monkeypatch.setattr("generate.generate", answer)
-    monkeypatch.setattr(control, "mean_codes", lambda pairs, net: {p.index: None for p in pairs})
+    monkeypatch.setattr(control, "mean_codes", lambda pairs, *_: {p.index: None for p in pairs})
     folders = {name: (str(tmp_path / name),) for name in ("set", "photos")}
     cfg = Config(pairs=folders["set"], hr=folders["photos"], out=str(tmp_path / "out"),
                  crop=32, sr_steps=2, t_starts=(0,))  # fmt: skip
@@ -127,7 +127,7 @@ def test_only_the_lr_differs_and_nothing_of_the_tested_half_is_in_it(inputs, tmp
     tested = set(values["rows"]["bicubic"][0]["set"]["images"])
     assert tested == {"A_2", "B_3"}
     folders = {folder.name: folder for folder in sets.iterdir() if folder.name != "hr"}
-    assert len(folders) == len(values["rows"]) == 13
+    assert len(folders) == len(values["rows"]) == 14
     for folder in folders.values():
         assert {file.name for file in (folder / "lr").iterdir()} == names
         assert (folder / "hr").resolve() == (sets / "hr").resolve()

@@ -1,6 +1,7 @@
 """generate.py: the method on a tiny network; the command on a folder of small photos."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -196,13 +197,19 @@ def test_grain_adds_the_noise_that_a_candidate_lacks(net, head, wanted, found, a
     assert torch.equal(lr[0], lr[1]) == (added == 0)  # each candidate has its own noise
 
 
-def test_the_remainder_is_noise_of_its_std_that_channels_share_in_part():
-    x, draws = torch.full((2, 3, 256, 256), 0.5), [common.generator(i) for i in range(2)]
-    noise = generate.add_remainder(x, 4.5 / 255, draws) - x
-    assert 255 * noise.std((2, 3)) == pytest.approx(4.5 * np.ones((2, 3)), rel=0.03)
-    correlation = torch.corrcoef(noise.movedim(1, 0).flatten(1))
-    assert correlation[0, 1].item() == pytest.approx(0.5, abs=0.02)
-    assert not torch.equal(noise[0], noise[1])
+def test_the_remainder_grows_with_the_root_of_detail_and_channels_share_it_in_part():
+    """On stripes of 2 pixels the std is known in closed form; flat surfaces stay as they are."""
+    stripes = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(64)  # 1.2 from the mean of 5 pixels
+    amplitude = torch.tensor([0.0, 4.0, 16.0]) / 255
+    x = (0.5 + amplitude[:, None, None, None] * stripes).expand(3, 3, 256, 256)
+    noise = generate.add_remainder(x, 1.1, [common.generator(i) for i in range(3)]) - x
+    assert 255 * noise[0].abs().max() < 0.05
+    for i, levels in ((1, 4.0), (2, 16.0)):
+        std = 1.1 * math.sqrt(1.2 * levels)
+        assert 255 * noise[i].std((1, 2)) == pytest.approx(std * np.ones(3), rel=0.03)
+        assert torch.corrcoef(noise[i].flatten(1))[0, 1].item() == pytest.approx(0.7, abs=0.02)
+    same = generate.add_remainder(x[1:2, ..., :1, :1], 1.1, [common.generator(0)])  # one pixel
+    assert torch.equal(same, x[1:2, ..., :1, :1])
 
 
 def test_grain_ends_with_the_compression_that_the_head_reads(net, head):
@@ -472,8 +479,11 @@ def test_a_folder_becomes_aligned_recorded_pairs_as_the_method_makes_them(finish
         H, W = (side // 4 * 4 for side in source.shape[1:])
         assert torch.equal(common.to_uint8(hr), common.to_uint8(source[:, :H, :W]))
         seed = common.generator(0, Path(record["lr"]).stem).initial_seed()
-        lr_ref = common.load_image(folder / record["lr_ref"])
-        made = generate.chosen(*generate.generate(net, hr[None], [lr_ref], sampler, [seed]))[0]
+        files = [record["lr_ref"], *record["averaged"]]
+        assert {Path(file).name for file in files} == {"r0.jpg", "r1.jpg"}
+        codes = [generate.code_of(net, common.load_image(folder / file)) for file in files]
+        code = torch.cat(codes).mean(0)
+        made = generate.chosen(*generate.generate(net, hr[None], [code], sampler, [seed]))[0]
         assert torch.equal(common.to_uint8(made), common.to_uint8(lr))
 
 
@@ -499,6 +509,7 @@ def test_other_settings_or_weights_need_another_folder(copied, checkpoint):
     for more, word in (
         (("--checkpoint", "other.pt"), "weights"),
         (("--seed", 1, "--pairing", "round-robin"), "pairing, seed"),
+        (("--average", 1), "average"),
         (("--max-error", 1, 1), "max_error"),
         (("--t-start", 21, "--eta", 1), "t_start, eta"),
     ):
@@ -533,7 +544,8 @@ def test_images_that_are_unreadable_or_not_finite_are_skipped_and_counted(
     ("flags", "word"),
     [
         ("--start foo", "--start"), ("--t-start 501", "--t-start"), ("--candidates 0", "--cand"),
-        ("--max-error 1", "--max-error"), ("--lr-ref empty", "--lr-ref"),
+        ("--max-error 1", "--max-error"), ("--pairing all", "--average 1"),
+        ("--lr-ref empty", "--lr-ref"),
         ("--lr-ref bad.png", "--lr-ref"), ("--hr bad.png", "none of the HR images"),
         ("--checkpoint missing.pt", "missing.pt"), ("--checkpoint stage_1.pt", "stage_1.pt"),
     ],
@@ -609,15 +621,17 @@ def test_the_same_names_in_another_folder_are_other_photos(inputs, checkpoint):
     assert not (out / "removed").exists()
 
 
-def test_a_reference_that_is_added_costs_only_the_pairs_that_draw_it(inputs, checkpoint):
-    args = command(checkpoint, *more_photos(inputs, 6))
+def test_a_reference_that_is_added_costs_only_the_pairs_whose_code_it_joins(inputs, checkpoint):
+    args = command(checkpoint, *more_photos(inputs, 6), "--average", 2)
     assert_made(run(*args, cwd=inputs), 10)
     before, times = rows_of(inputs / "out"), times_of(inputs / "out")
     save_waves(inputs / "refs" / "a.jpg", 20, 24, 7)
     assert_made(run(*args, cwd=inputs), 10)
     after, now = rows_of(inputs / "out"), times_of(inputs / "out")
     changed = [new for old, new in zip(before, after, strict=True) if old != new]
-    assert {row["lr_ref"] for row in changed} == {"refs/a.jpg"}
+    joined = [row for row in after if "refs/a.jpg" in (row["lr_ref"], *row["averaged"])]
+    assert changed == joined and {row["lr_ref"] for row in changed} == {"refs/a.jpg", "refs/r1.jpg"}
+    assert 0 < len(changed) < 10
     assert {row["lr"] for row in after if now[row["lr"]] != times[row["lr"]]} == {
         row["lr"] for row in changed
     }

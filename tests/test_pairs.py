@@ -1,6 +1,7 @@
 """Pairs: found in every layout, read, given references, and compared with what a method makes."""
 
 import math
+from dataclasses import replace
 
 import bicubic_rows
 import numpy as np
@@ -178,6 +179,10 @@ def test_the_mean_code_is_that_of_the_other_scenes_of_the_camera(tmp_path, monke
     means = [common.load_image(pair.lr).mean((1, 2)) for pair in found]
     assert set(codes) == {0, 1, 2}  # there is no other b
     torch.testing.assert_close(codes[1], (means[0] + means[2]) / 2)
+    # Of one other scene: that of the reference.
+    chosen = [replace(pair, reference=found[2].lr) for pair in found]
+    one = generated.mean_codes(chosen, torch.nn.Linear(1, 1), 1)
+    torch.testing.assert_close(torch.stack([one[0], one[1]]), torch.stack([means[2]] * 2))
 
 
 @pytest.mark.parametrize("name", ["RealSR", "DRealSR"])
