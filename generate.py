@@ -35,6 +35,10 @@ SCALE = 4  # HR size / LR size. It is the VQ-VAE's factor, so content and LR hav
 # The head of the shipped weights can't tell less noise (std) than FAINT from no noise, nor a JPEG
 # quality above UNCOMPRESSED from no compression.
 FAINT, UNCOMPRESSED = 3 / 255, 88
+# What real LR has beside filtered HR looks like sharpness to E_deg. So Rec_lr's answer is filtered
+# by these amplitudes at degrade.FREQUENCIES: the transfer function of real LR over that of the
+# answer of the shipped weights, from RealSR's 50 pairs. They serve DRealSR, too.
+SOFTER = (1.05, 1.02, 0.85, 0.71, 0.65)
 
 # ---- the method -------------------------------------------------------------------------------
 
@@ -49,6 +53,7 @@ class Sampler:
     eta: float = 0.0  # 0 is DDIM; 1 with as many evaluations as steps is DDPM (the paper)
     candidates: int = 1  # K, of which the filter keeps the best
     grain: bool = True  # add the noise and JPEG that E_deg reads in the reference; the paper: no
+    soften: bool = True  # undo what E_deg takes for sharpness in real references; paper: no
     remainder: float = 1.1  # noise for what real LR has beside filtered HR, in detail; paper: 0
     average: int = 8  # use the mean code of up to this many references of the same folder; paper: 1
 
@@ -189,7 +194,11 @@ def generate(
         code = torch.cat([code_of(net, ref) for ref in lr_ref])  # F_deg (B, D)
         content = net.extractors.content(hr)  # F_cont (B, z, H/4, W/4)
         rec_lr = partial(net.extractors.reconstruct, code)
-        answer = extractors.in_tiles(rec_lr, grid, hr, content).float().clamp(0, 1)
+        answer = extractors.in_tiles(rec_lr, grid, hr, content).float()
+        if sampler.soften:
+            gain = torch.tensor([SOFTER] * B).to(hr.device, non_blocking=True)
+            answer = extractors.filtered(answer, extractors.radial_kernels(gain))
+        answer = answer.clamp(0, 1)
         condition = partial(net.condition, code)
         c = extractors.in_tiles(condition, grid, content, diffusion.known(answer))
         x, t_start = answer, [sampler.t_start] * B
@@ -304,10 +313,11 @@ class Config(Sampler):
 PRESETS: dict[str, dict] = {
     "fast": {},
     "paper": {"start": "realesrgan", "t_start": 300, "num_steps": 300, "eta": 1.0,
-              "candidates": CANDIDATES, "grain": False, "remainder": 0.0, "average": 1},
+              "candidates": CANDIDATES, "grain": False, "soften": False, "remainder": 0.0,
+              "average": 1},
     # arXiv:2303.06994, with weights of diffusion.py --without content degradation.
     "syndiff": {"start": "light", "t_start": 250, "num_steps": 12, "grain": False, "candidates": 1,
-                "remainder": 0.0, "average": 1},
+                "soften": False, "remainder": 0.0, "average": 1},
 }  # fmt: skip
 RANGES = {"t_start": (0, 1000), "num_steps": (1, 1000), "candidates": (1, 1000), "eta": (0, 1),
           "average": (1, 2**31), "remainder": (0, 64), "max_error": (0, math.inf)}  # fmt: skip

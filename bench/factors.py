@@ -178,7 +178,9 @@ def table_factors(name: str, inputs: Inputs) -> Measure:
 
     def realdgen(t_start: int) -> Answer:
         start = cfg.start if t_start else "reconstruct"
-        plain = replace(inputs.sampler, start=start, candidates=1, remainder=0.0)
+        # These references are made by D, and have no remainder.
+        bare = replace(inputs.sampler, soften=False, remainder=0.0)
+        plain = replace(bare, start=start, candidates=1)
         sampler = replace(plain, t_start=t_start)
         return lambda hr, lr_ref, theta, seeds: generate.chosen(
             *generate.generate(net, hr, lr_ref, sampler, seeds)

@@ -67,7 +67,7 @@ def realdgen(net: diffusion.DecoupledDDPM, sampler: generate.Sampler) -> Synthes
 
 
 def without_diffusion(sampler: generate.Sampler) -> generate.Sampler:
-    """The same with T = 0 and no remainder: Rec_lr's answer."""
+    """The same with T = 0 and no remainder: Rec_lr's answer, softened."""
     return replace(sampler, t_start=0, start="reconstruct", remainder=0.0)
 
 
