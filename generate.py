@@ -2,8 +2,8 @@
 
 Input: HR photos, real LR photos whose camera is to be imitated, and the weights of stage 2.
 Output: a folder of pairs (hr/NAME.png, lr/NAME.png), pairs.jsonl and preview.png. Each HR image
-draws one reference. K candidates are denoised from a noised start image (Algorithm 2), and the
-filter keeps the best one.
+draws one reference; its code is averaged with those of others in its folder. K candidates are
+denoised from a noised start image (Algorithm 2), and the filter keeps the best one.
 
     python generate.py
     python generate.py --hr data/hr --lr-ref data/lr --out out/pairs --candidates 4
