@@ -37,7 +37,7 @@ SCALE = 4  # HR size / LR size. It is the VQ-VAE's factor, so content and LR hav
 FAINT, UNCOMPRESSED = 3 / 255, 88
 # What real LR has beside filtered HR looks like sharpness to E_deg. So Rec_lr's answer is filtered
 # by these amplitudes at degrade.FREQUENCIES: the transfer function of real LR over that of the
-# answer of the shipped weights, from RealSR's 50 pairs. They serve DRealSR, too.
+# answer of the shipped weights, from RealSR's 50 pairs. They fit DRealSR to .05.
 SOFTER = (1.05, 1.02, 0.85, 0.71, 0.65)
 
 # ---- the method -------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ class Sampler:
     eta: float = 0.0  # 0 is DDIM; 1 with as many evaluations as steps is DDPM (the paper)
     candidates: int = 1  # K, of which the filter keeps the best
     grain: bool = True  # add the noise and JPEG that E_deg reads in the reference; the paper: no
-    soften: bool = True  # undo what E_deg takes for sharpness in real references; paper: no
+    soften: bool = True  # undo what E_deg takes for sharpness in real references; the paper: no
     remainder: float = 1.1  # noise for what real LR has beside filtered HR, in detail; paper: 0
     average: int = 8  # use the mean code of up to this many references of the same folder; paper: 1
 
