@@ -36,9 +36,11 @@ SCALE = 4  # HR size / LR size. It is the VQ-VAE's factor, so content and LR hav
 # quality above UNCOMPRESSED from no compression.
 FAINT, UNCOMPRESSED = 3 / 255, 88
 # What real LR has beside filtered HR looks like sharpness to E_deg. So Rec_lr's answer is filtered
-# by these amplitudes at degrade.FREQUENCIES: the transfer function of real LR over that of the
-# answer of the shipped weights, from RealSR's 50 pairs. They fit DRealSR to .05.
-SOFTER = (1.05, 1.02, 0.85, 0.71, 0.65)
+# by these amplitudes at degrade.FREQUENCIES: the mean transfer function of LR of the recipe camera
+# over the mean that the head reads in it behind add_remainder. That takes no pairs;
+# `benchmark.py --table extractors` prints it, also for other weights.
+SOFTER = (1.07, 1.02, 0.94, 0.79, 0.62)
+AS_READ = (1.0,) * 5
 
 # ---- the method -------------------------------------------------------------------------------
 
@@ -53,7 +55,7 @@ class Sampler:
     eta: float = 0.0  # 0 is DDIM; 1 with as many evaluations as steps is DDPM (the paper)
     candidates: int = 1  # K, of which the filter keeps the best
     grain: bool = True  # add the noise and JPEG that E_deg reads in the reference; the paper: no
-    soften: bool = True  # undo what E_deg takes for sharpness in real references; the paper: no
+    soften: tuple[float, ...] = SOFTER  # undo what E_deg takes for sharpness; the paper: 1 1 1 1 1
     remainder: float = 1.1  # noise for what real LR has beside filtered HR, in detail; paper: 0
     average: int = 8  # use the mean code of up to this many references of the same folder; paper: 1
 
@@ -195,8 +197,8 @@ def generate(
         content = net.extractors.content(hr)  # F_cont (B, z, H/4, W/4)
         rec_lr = partial(net.extractors.reconstruct, code)
         answer = extractors.in_tiles(rec_lr, grid, hr, content).float()
-        if sampler.soften:
-            gain = torch.tensor([SOFTER] * B).to(hr.device, non_blocking=True)
+        if sampler.soften != AS_READ:
+            gain = torch.tensor([sampler.soften] * B).to(hr.device, non_blocking=True)
             answer = extractors.filtered(answer, extractors.radial_kernels(gain))
         answer = answer.clamp(0, 1)
         condition = partial(net.condition, code)
@@ -313,14 +315,14 @@ class Config(Sampler):
 PRESETS: dict[str, dict] = {
     "fast": {},
     "paper": {"start": "realesrgan", "t_start": 300, "num_steps": 300, "eta": 1.0,
-              "candidates": CANDIDATES, "grain": False, "soften": False, "remainder": 0.0,
+              "candidates": CANDIDATES, "grain": False, "soften": AS_READ, "remainder": 0.0,
               "average": 1},
     # arXiv:2303.06994, with weights of diffusion.py --without content degradation.
     "syndiff": {"start": "light", "t_start": 250, "num_steps": 12, "grain": False, "candidates": 1,
-                "soften": False, "remainder": 0.0, "average": 1},
+                "soften": AS_READ, "remainder": 0.0, "average": 1},
 }  # fmt: skip
 RANGES = {"t_start": (0, 1000), "num_steps": (1, 1000), "candidates": (1, 1000), "eta": (0, 1),
-          "average": (1, 2**31), "remainder": (0, 64), "max_error": (0, math.inf)}  # fmt: skip
+          "average": (1, 2**31), "remainder": (0, 64), "soften": (0, 4), "max_error": (0, math.inf)}  # fmt: skip
 
 
 @dataclass
@@ -345,6 +347,8 @@ def check(cfg: Config) -> None:
         value = getattr(cfg, key)
         common.require(value in names, f"--{key} {value}: choose {', '.join(names)}.")
     common.require(len(cfg.max_error) == 2, "--max-error takes two: content, degradation.")
+    five = "--soften takes five: at .1, .2, .3, .4 and .5 cycles per LR pixel."
+    common.require(len(cfg.soften) == 5, five)
     own = "--pairing all takes the code of each reference alone: add --average 1."
     common.require(cfg.pairing != "all" or cfg.average == 1, own)
 
@@ -407,8 +411,8 @@ class Maker:
         self.jobs = plan(cfg, files, lr_ref)
         limits = [None if limit == math.inf else limit for limit in cfg.max_error]
         self.settings = {f.name: getattr(cfg, f.name) for f in fields(Sampler)}
-        self.settings |= {"pairing": cfg.pairing, "max_error": limits, "seed": cfg.seed}
-        self.settings |= {"weights": common.fingerprint(weights)}
+        self.settings |= {"soften": [*cfg.soften], "pairing": cfg.pairing, "max_error": limits}
+        self.settings |= {"seed": cfg.seed, "weights": common.fingerprint(weights)}
         names = [job.name for job in self.jobs]
         self.folder = PairFolder(self.out, names, "lr_ref", rt, self.settings)
 

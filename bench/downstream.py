@@ -81,8 +81,8 @@ def rows_of(table: str, cfg: Config, sets: Sequence[str]) -> list[Row]:
     if table == "4":
         # Rec_lr's answer and grain would bring in what an ablation is to do without.
         noised = {"t_start": max(cfg.t_start, 300), "num_steps": max(cfg.num_steps, 10)}
-        plain = {"start": "realesrgan", "grain": False, "soften": False, "remainder": 0.0}
-        plain |= noised
+        plain = {"start": "realesrgan", "grain": False, "remainder": 0.0} | noised
+        plain |= {"soften": generate.AS_READ}
         rows = [
             Row(f"without {name}", network, "realdgen", plain | {"checkpoint": str(path)})
             for name, path in zip(("E_deg", "E_cont"), ABLATIONS.values(), strict=True)

@@ -179,7 +179,7 @@ def table_factors(name: str, inputs: Inputs) -> Measure:
     def realdgen(t_start: int) -> Answer:
         start = cfg.start if t_start else "reconstruct"
         # These references are made by D, and have no remainder.
-        bare = replace(inputs.sampler, soften=False, remainder=0.0)
+        bare = replace(inputs.sampler, soften=generate.AS_READ, remainder=0.0)
         plain = replace(bare, start=start, candidates=1)
         sampler = replace(plain, t_start=t_start)
         return lambda hr, lr_ref, theta, seeds: generate.chosen(
@@ -285,6 +285,26 @@ def head_errors(
     return dict(zip(("error", "spread"), (x.sqrt().tolist() for x in square), strict=True))
 
 
+DRAWS = 4  # for each photo
+
+
+def amplitudes_to_soften(nets: extractors.Extractors, hr: Tensor, seed: int) -> list[float]:
+    """What --soften needs, (5,): the transfer function that LR has, over what the head reads in it.
+
+    Means over LR of hr (N, 3, H, W) by the recipe camera. Behind it comes the remainder, which real
+    LR has, too, and which the head takes for sharpness. No pair is needed.
+    """
+    true, read = [], []
+    for i in range(DRAWS * len(hr)):
+        draw = common.generator(seed, "soften", i)
+        theta = degrade.sample_degradation(1, "camera", generate.SCALE, draw)
+        lr = degrade.degrade(hr[[i // DRAWS]], theta, draw)
+        lr = generate.add_remainder(lr, generate.Sampler.remainder, [draw])
+        true.append(degrade.named(theta.physical())[0])
+        read.append(nets.named(nets.e_deg(lr))[0].cpu())
+    return (torch.cat(true).mean(0) / torch.cat(read).mean(0)).tolist()
+
+
 def table_extractors(name: str, inputs: Inputs) -> Measure:
     """Retrieval by degradation and by content, and what Rec_hr makes of the content."""
     cfg, hr = inputs.cfg, inputs.photos.to(inputs.device)
@@ -329,6 +349,8 @@ def table_extractors(name: str, inputs: Inputs) -> Measure:
         used = [int(numbers.unique().numel()), len(nets.vqvae.quantize.embedding.weight)]
         result: dict[str, Any] = {"images": N, "retrieval": rows, "content": contents}
         result |= {"psnr": values, "used": used, "named": named}
+        if not nets.as_printed:
+            result["soften"] = amplitudes_to_soften(nets, hr, cfg.seed)
         return result, text_of_extractors(result)
 
     return measure
@@ -348,6 +370,10 @@ def text_of_extractors(result: dict[str, Any]) -> str:
     images = [[name, f"{value:.2f}"] for name, value in result["psnr"].items()]
     numbers = [[row["recipe"], of, *(f"{value:.2f}" for value in row[of])]
                for row in result["named"] for of in ("error", "spread")]  # fmt: skip
+    soften = ""
+    if "soften" in result:
+        gains = " ".join(f"{value:.2f}" for value in result["soften"])
+        soften = f"These weights need --soften {gains}: transfer function over what the head reads.\n"
     heads = ["degraded with", "nearest by", "own scene is nearest", "own / nearest other"]
     return f"""## Do the extractors tell degradation and content apart? {result["images"]} contents
 
@@ -360,4 +386,4 @@ query's theta. Same device: two files of each sub-folder of --lr. own / nearest 
 of the distances from the content of D(X), enlarged, to that of its clean photo and of another one.
 Head: root mean square error of each number of degrade.physical, beside its spread among the draws.
 Codes in use on the clean photos: {result["used"][0]} of {result["used"][1]}.
-"""
+{soften}"""

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_a_network_that_obeys_its_reference_scores_high_another_one_near_0(
     cfg = Config(**vars(sampler), hr=(str(tmp_path),), t_starts=(0, 9), crop=48)
     inputs = Inputs(resolved(cfg, CPU), CPU)
     rows = factors.table_factors("factors", inputs)()[0]["rows"]
-    alone = replace(sampler, candidates=1, soften=False, remainder=0.0)
+    alone = replace(sampler, candidates=1, soften=generate.AS_READ, remainder=0.0)
     no_diffusion = replace(alone, t_start=0, start="reconstruct")
     assert set(asked) == {no_diffusion, replace(alone, t_start=9)}
     assert [row["factor"] for row in rows[::3]] == list(factors.FACTORS)
@@ -117,6 +118,27 @@ def test_devices_are_sub_folders_and_give_two_files_each(tmp_path):
     assert queries.shape == candidates.shape == (2, 3, 32, 32)
     assert not any(torch.equal(q, c) for q, c in zip(queries, candidates, strict=True))
     assert factors.device_crops(files[:3], 32, 9, seed=0) == []  # one device
+
+
+def test_a_head_that_says_twice_the_sharpness_needs_softening_by_a_half(monkeypatch):
+    """It is asked about LR of the recipe camera, with the remainder behind it."""
+    original, made = degrade.degrade, []
+
+    def remember(hr, theta, generator=None):
+        made.append((theta, original(hr, theta, generator)))
+        return made[-1][1]
+
+    def twice(lr):
+        theta, clean = made[-1]
+        assert 0.5 / 255 < (lr - clean).std() < 8 / 255, "no remainder"
+        return 2 * degrade.named(theta.physical())[0], None, None
+
+    nets = SimpleNamespace(e_deg=lambda lr: lr, named=twice)
+    monkeypatch.setattr(degrade, "degrade", remember)
+    found = factors.amplitudes_to_soften(nets, scenes(3), seed=0)
+    assert found == pytest.approx([0.5] * 5) and len(made) == 3 * factors.DRAWS
+    orders = torch.cat([theta.order[:, 0] for theta, _ in made])
+    assert (orders == degrade.OPERATIONS.index("resize 3")).all(), "not the recipe camera"
 
 
 @torch.no_grad()
