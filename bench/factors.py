@@ -373,7 +373,9 @@ def text_of_extractors(result: dict[str, Any]) -> str:
     soften = ""
     if "soften" in result:
         gains = " ".join(f"{value:.2f}" for value in result["soften"])
-        soften = f"These weights need --soften {gains}: transfer function over what the head reads.\n"
+        soften = (
+            f"These weights need --soften {gains}: transfer function over what the head reads.\n"
+        )
     heads = ["degraded with", "nearest by", "own scene is nearest", "own / nearest other"]
     return f"""## Do the extractors tell degradation and content apart? {result["images"]} contents
 

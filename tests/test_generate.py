@@ -41,7 +41,8 @@ STAGE_2 = diffusion.Config(
     cond_channels=4,
 )  # fmt: skip
 CONFIG = asdict(STAGE_2) | {"extractors": asdict(STAGE_1)}
-PLAIN = Sampler(t_start=0, grain=False, soften=generate.AS_READ, remainder=0.0)  # LR is Rec_lr's answer
+# LR is Rec_lr's answer
+PLAIN = Sampler(t_start=0, grain=False, soften=generate.AS_READ, remainder=0.0)
 
 
 def uniform(*shape: int, seed: int = 0) -> Tensor:
@@ -187,9 +188,7 @@ def test_grain_adds_the_noise_that_a_candidate_lacks(net, head, wanted, found, a
     hr, lr_ref = uniform(1, 3, 256, 256) / 2 + 0.25, [uniform(3, 40, 40)]
     head((found, 100), generate.code_of(net, lr_ref[0]), (wanted, 100))
     plain = generate.generate(net, hr, lr_ref, PLAIN, [0])[0][0]
-    lr = generate.generate(
-        net, hr, lr_ref, Sampler(t_start=0, candidates=2, soften=generate.AS_READ, remainder=0), [0]
-    )[0][0]
+    lr = generate.generate(net, hr, lr_ref, replace(PLAIN, candidates=2, grain=True), [0])[0][0]
     inside = (plain > 0.2) & (plain < 0.8)  # where nothing is clipped
     for candidate in lr:
         std = (255 * (candidate - plain)[inside]).std().item()
@@ -280,12 +279,12 @@ def test_a_tiled_image_has_no_seams(net, monkeypatch):
     hr, lr_ref = uniform(1, 3, 28, 20), [uniform(3, 16, 16)]
     hr = extractors.resized(hr, 4 * 56, 4 * 40).clamp(0, 1)
     whole = generate.generate(
-        net, hr, lr_ref, Sampler(t_start=20, num_steps=3, soften=generate.AS_READ, remainder=0), [0]
+        net, hr, lr_ref, replace(PLAIN, t_start=20, num_steps=3, grain=True), [0]
     )[0][0, 0]
     monkeypatch.setattr(extractors, "TILE", 32)
     monkeypatch.setattr(extractors, "OVERLAP", 8)
     tiled = generate.generate(
-        net, hr, lr_ref, Sampler(t_start=20, num_steps=3, soften=generate.AS_READ, remainder=0), [0]
+        net, hr, lr_ref, replace(PLAIN, t_start=20, num_steps=3, grain=True), [0]
     )[0][0, 0]
     assert tiled.shape == whole.shape and not torch.equal(tiled, whole)
     steps = (tiled - whole).diff(dim=2).abs().mean((0, 1))  # (w - 1,)
