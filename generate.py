@@ -322,7 +322,8 @@ PRESETS: dict[str, dict] = {
                 "soften": AS_READ, "remainder": 0.0, "average": 1},
 }  # fmt: skip
 RANGES = {"t_start": (0, 1000), "num_steps": (1, 1000), "candidates": (1, 1000), "eta": (0, 1),
-          "average": (1, 2**31), "remainder": (0, 64), "soften": (0, 4), "max_error": (0, math.inf)}  # fmt: skip
+          "soften": (0, 4), "remainder": (0, 64), "average": (1, 2**31),
+          "max_error": (0, math.inf)}  # fmt: skip
 
 
 @dataclass

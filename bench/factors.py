@@ -349,8 +349,7 @@ def table_extractors(name: str, inputs: Inputs) -> Measure:
         used = [int(numbers.unique().numel()), len(nets.vqvae.quantize.embedding.weight)]
         result: dict[str, Any] = {"images": N, "retrieval": rows, "content": contents}
         result |= {"psnr": values, "used": used, "named": named}
-        if not nets.as_printed:
-            result["soften"] = amplitudes_to_soften(nets, hr, cfg.seed)
+        result["soften"] = [] if nets.as_printed else amplitudes_to_soften(nets, hr, cfg.seed)
         return result, text_of_extractors(result)
 
     return measure
@@ -370,12 +369,7 @@ def text_of_extractors(result: dict[str, Any]) -> str:
     images = [[name, f"{value:.2f}"] for name, value in result["psnr"].items()]
     numbers = [[row["recipe"], of, *(f"{value:.2f}" for value in row[of])]
                for row in result["named"] for of in ("error", "spread")]  # fmt: skip
-    soften = ""
-    if "soften" in result:
-        gains = " ".join(f"{value:.2f}" for value in result["soften"])
-        soften = (
-            f"These weights need --soften {gains}: transfer function over what the head reads.\n"
-        )
+    gains = " ".join(f"{value:.2f}" for value in result["soften"])
     heads = ["degraded with", "nearest by", "own scene is nearest", "own / nearest other"]
     return f"""## Do the extractors tell degradation and content apart? {result["images"]} contents
 
@@ -387,5 +381,6 @@ Same theta: the query is D(X, theta), candidates D(X', theta') of other scenes, 
 query's theta. Same device: two files of each sub-folder of --lr. own / nearest other: median ratio
 of the distances from the content of D(X), enlarged, to that of its clean photo and of another one.
 Head: root mean square error of each number of degrade.physical, beside its spread among the draws.
-Codes in use on the clean photos: {result["used"][0]} of {result["used"][1]}.
-{soften}"""
+Codes in use on the clean photos: {result["used"][0]} of {result["used"][1]}. What generate.py
+should --soften by (LR's transfer function over what the head reads in it): {gains or "-"}.
+"""
