@@ -40,7 +40,7 @@ FAINT, UNCOMPRESSED = 3 / 255, 88
 # over the mean that the head reads in it behind add_remainder. That takes no pairs;
 # `benchmark.py --table extractors` prints it, also for other weights.
 SOFTER = (1.07, 1.02, 0.94, 0.79, 0.62)
-AS_READ = (1.0,) * 5
+AS_READ = (1.0,) * 5  # no softening
 
 # ---- the method -------------------------------------------------------------------------------
 
