@@ -227,7 +227,7 @@ References are other scenes, degraded with one factor at {LEVELS} levels:
 the value measured in the LR, for each content and noise: mean and lowest; mean measured values
 (JPEG: blockiness, 1 is none). Fine detail: median |Laplacian| relative to the true D(X, theta).
 truth is D(X, theta) itself; T=0 is Rec_lr without diffusion, with grain unless --no-grain. All
-without --remainder.
+without --remainder and --soften.
 """
 
 
