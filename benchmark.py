@@ -1,8 +1,8 @@
 """The results: every table and figure, by one command. Section 3.
 
 In: folders of aligned pairs, which were never trained on; HR photos. Out: OUT/results.json with
-every single value, and for each table a Markdown and a LaTeX file. Each table is a function of
-bench/: it checks its inputs, and returns the function that measures.
+every single value, and a Markdown file for each table. Each table is a function of bench/: it
+checks its inputs, and returns the function that measures.
 
     python benchmark.py
     python benchmark.py --pairs data/RealSR data/DRealSR
@@ -11,9 +11,7 @@ bench/: it checks its inputs, and returns the function that measures.
     python benchmark.py --table factors extractors --hr data/hr --lr data/lr
 """
 
-import itertools
 import json
-import re
 import shlex
 import subprocess
 import sys
@@ -25,14 +23,15 @@ from typing import Any
 
 import torch
 
-import common
 import generate
-from bench.control import table_control, table_mtf
+from bench.codes import table_extractors
+from bench.control import table_control
 from bench.downstream import table_downstream
-from bench.factors import table_extractors, table_factors
+from bench.factors import table_factors
 from bench.figure1 import table_figure1
 from bench.generated import table_generated
 from bench.inputs import Config, Inputs, Measure, resolved
+from bench.leakage import table_leakage
 from bench.metrics import (  # noqa: F401  (names of benchmark, too)
     clip_score,
     dists_distance,
@@ -42,8 +41,12 @@ from bench.metrics import (  # noqa: F401  (names of benchmark, too)
     psnr,
     ssim,
 )
+from bench.mtf import table_mtf
 from bench.sr import sr_network  # noqa: F401
-from bench.transfer import table_transfer
+from common import require
+from common.cli import launch
+from common.files import write_text
+from common.runtime import Runtime
 
 Table = Callable[[str, Inputs], Measure]
 # The tables with their measuring functions: first those that train networks, with all processes.
@@ -57,26 +60,9 @@ TABLES = TRAINED | {
     "mtf": table_mtf,
     "factors": table_factors,
     "extractors": table_extractors,
-    **dict.fromkeys(("transfer", "leakage"), table_transfer),
+    "leakage": table_leakage,
 }
 PRESETS = {name: generate.PRESETS[name] for name in ("fast", "paper")}
-
-
-def latex(text: str) -> str:
-    """The Markdown tables in a text as LaTeX."""
-    lines = []
-    for line, after in itertools.pairwise([*text.splitlines(), ""]):
-        row = line.split("|")[1:-1] if line.startswith("|") else []
-        cells = [re.sub(r"([%_&#])", r"\\\1", cell.strip()) for cell in row]
-        cells = [re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", cell) for cell in cells]
-        if set(line) <= set("| -:"):
-            continue
-        if cells and set(after) <= set("| -:") and "---" in after:
-            lines += [rf"\begin{{tabular}}{{l{'r' * (len(cells) - 1)}}}"]
-        if cells:
-            lines += [" & ".join(cells).replace("±", r"$\pm$") + r" \\"]
-            lines += [] if after.startswith("|") else [r"\end{tabular}", ""]
-    return "\n".join(lines) + "\n"
 
 
 def git_commit() -> str:
@@ -89,10 +75,10 @@ def git_commit() -> str:
         return ""
 
 
-def main(cfg: Config, rt: common.Runtime) -> None:
+def main(cfg: Config, rt: Runtime) -> None:
     """Check all inputs, then measure, and write whenever a table is done."""
     for name in cfg.table:
-        common.require(name in TABLES, f"--table {name}: choose among {', '.join(TABLES)}.")
+        require(name in TABLES, f"--table {name}: choose among {', '.join(TABLES)}.")
     cfg = resolved(cfg, rt)
     names = [name for name in (TABLES if rt.is_main else TRAINED) if name in cfg.table]
     inputs = Inputs(cfg, rt)
@@ -116,15 +102,11 @@ def main(cfg: Config, rt: common.Runtime) -> None:
         print(f"\n{text}")
         results["tables"][name] = {"seconds": time.time() - began, "values": values}
         stem = f"table{name}" if name.isdigit() else name
-        for file, content in (
-            (f"{stem}.md", text),
-            (f"{stem}.tex", latex(text)),
-            ("results.json", json.dumps(results, indent=1)),
-        ):
-            common.write_text(Path(cfg.out) / file, content)
+        write_text(Path(cfg.out) / f"{stem}.md", text)
+        write_text(Path(cfg.out) / "results.json", json.dumps(results, indent=1))
     if rt.is_main:
-        print(f"written: .md and .tex of {', '.join(names)}, and results.json in {cfg.out}")
+        print(f"written: .md of {', '.join(names)}, and results.json in {cfg.out}")
 
 
 if __name__ == "__main__":
-    common.launch(main, Config, PRESETS, __doc__)
+    launch(main, Config, PRESETS, __doc__)

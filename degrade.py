@@ -14,8 +14,6 @@ import contextlib
 import functools
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +25,101 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import common
-from data.folder import PairFolder
+from common import UserError, require
+from common.cli import launch
+from common.files import copy_file, find_photos, outside, photo_names
+from common.pairs import PairFolder
+from common.photos import centre, crop_to_multiple, load_image, save_image, save_sheet, to_uint8
+from common.runtime import Runtime, in_parallel, make_generator
+
+# ---- theta ------------------------------------------------------------------------------------
+
+KERNEL_SIZE = 25  # of all kernels; smaller ones are padded with zeros
+# Ways to resize: torch's area, bilinear, bicubic; Pillow's bicubic; OpenCV's INTER_AREA.
+MODES = ("area", "bilinear", "bicubic", "antialiased", "coverage")
+# Entries of theta.order. "blur 2" reads column 1 of theta's columns for blur.
+OPERATIONS = ("", "blur 1", "blur 2", "blur 3", "resize 1", "resize 2", "resize 3",
+              "gaussian 1", "gaussian 2", "poisson 1", "poisson 2", "jpeg 1", "jpeg 2")  # fmt: skip
+STEPS = 10  # the most operations that an image passes through
+
+
+@dataclass
+class Degradation:
+    """Parameters theta of D, one row per image; unused columns are ignored."""
+
+    order: Tensor  # (B, 10) indices into OPERATIONS; 0 does nothing
+    blur_sigma: Tensor  # (B, 3, 2) widths along both axes, pixels
+    blur_angle: Tensor  # (B, 3) radians
+    blur_shape: Tensor  # (B, 3) exponent beta; 1 is a Gaussian
+    blur_plateau: Tensor  # (B, 3) bool: 1 / (1 + q^beta) instead of exp(-q^beta / 2)
+    blur_spectral: Tensor  # (B, 3) bool: shape and width are those of the transfer function
+    blur_shift: Tensor  # (B, 3, 2) of a spectral kernel, pixels
+    blur_size: Tensor  # (B, 3) kernel size, odd
+    sinc_cutoff: Tensor  # (B, 3) radians per pixel; 0 is no sinc
+    sharpen: Tensor  # (B, 3) amount: adds that times what the blur removes; 0 is a blur
+    resize: Tensor  # (B, 2) new size / HR size; the third resize is to LR
+    resize_mode: Tensor  # (B, 3) index into MODES
+    gaussian_std: Tensor  # (B, 2) on [0, 1]
+    poisson_scale: Tensor  # (B, 2)
+    gray_noise: Tensor  # (B, 2) bool: the same noise in all channels
+    colour_mix: Tensor  # (B, 3, 3) mixes the channels of Gaussian noise
+    jpeg_quality: Tensor  # (B, 2) 1..100
+    scale: Tensor  # (B,) HR size / LR size
+    seed: Tensor  # (B,) of the noise
+
+    def __len__(self) -> int:
+        return len(self.seed)
+
+    def __getitem__(self, rows: slice | Tensor | list[int]) -> Degradation:
+        """Select rows: a slice, an index tensor, a mask or a list."""
+        return Degradation(*(column[rows] for column in vars(self).values()))
+
+    def to(self, device: torch.device | str) -> Degradation:
+        """Move all tensors; does not synchronise the GPU."""
+        wait = torch.device(device).type == "cpu"
+        columns = vars(self).values()
+        return Degradation(*(column.to(device, non_blocking=not wait) for column in columns))
+
+    @staticmethod
+    def cat(thetas: list[Degradation]) -> Degradation:
+        columns = zip(*(vars(theta).values() for theta in thetas), strict=True)
+        return Degradation(*map(torch.cat, columns))
+
+    def to_json(self) -> list[str]:
+        """One JSON object per row; floats survive the round trip exactly."""
+        columns = {name: column.tolist() for name, column in vars(self).items()}
+        columns["order"] = [[OPERATIONS[i] for i in row] for row in columns["order"]]
+        rows = zip(*columns.values(), strict=True)
+        return [json.dumps(dict(zip(columns, row, strict=True))) for row in rows]
+
+    @staticmethod
+    def from_json(lines: list[str]) -> Degradation:
+        """Read what to_json wrote."""
+        rows = [json.loads(line) for line in lines]
+        for row in rows:
+            row["order"] = [OPERATIONS.index(name) for name in row["order"]]
+        return Degradation(**{name: torch.tensor([row[name] for row in rows]) for name in rows[0]})
+
+
+def bicubic_reduction(batch: int, scale: int) -> Degradation:
+    """Parameters of a plain bicubic reduction to LR, from which every recipe starts."""
+
+    def full(value: float, *shape: int) -> Tensor:
+        return torch.full((batch, *shape), value)
+
+    theta = Degradation(
+        order=full(0, STEPS), blur_sigma=full(1.0, 3, 2), blur_angle=full(0.0, 3),
+        blur_shape=full(1.0, 3), blur_plateau=full(False, 3), blur_spectral=full(False, 3),
+        blur_shift=full(0.0, 3, 2), blur_size=full(1, 3), sinc_cutoff=full(0.0, 3),
+        sharpen=full(0.0, 3), resize=full(1.0, 2),
+        resize_mode=full(MODES.index("antialiased"), 3), gaussian_std=full(0.0, 2),
+        poisson_scale=full(0.0, 2), gray_noise=full(False, 2),
+        colour_mix=torch.eye(3).repeat(batch, 1, 1), jpeg_quality=full(100, 2),
+        scale=full(scale), seed=full(0),
+    )  # fmt: skip
+    theta.order[:, 0] = OPERATIONS.index("resize 3")
+    return theta
+
 
 # ---- the recipes ------------------------------------------------------------------------------
 
@@ -106,347 +197,6 @@ CAMERAS = {
                    late_noise=(0.0, 20.0), jpeg_prob=0.5, jpeg=(25, 95)),
 }  # fmt: skip
 RECIPES = (*ROUNDS, *CAMERAS, "bsrgan", "bicubic")
-KERNEL_SIZE = 25  # of all kernels; smaller ones are padded with zeros
-# Ways to resize: torch's area, bilinear, bicubic; Pillow's bicubic; OpenCV's INTER_AREA.
-MODES = ("area", "bilinear", "bicubic", "antialiased", "coverage")
-# Entries of theta.order; the number, less one, is the column of theta that an operation reads.
-OPERATIONS = ("", "blur 1", "blur 2", "blur 3", "resize 1", "resize 2", "resize 3",
-              "gaussian 1", "gaussian 2", "poisson 1", "poisson 2", "jpeg 1", "jpeg 2")  # fmt: skip
-STEPS = 10  # the most operations that an image passes through
-
-# ---- D ----------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def degrade(hr: Tensor, theta: Degradation, generator: torch.Generator | None = None) -> Tensor:
-    """D(X, theta): hr (B, 3, H, W) -> lr (B, 3, H/scale, W/scale), both in [0, 1]; lr is 8-bit.
-
-    Row i of theta degrades image i. With a generator, noise is drawn anew for the whole batch.
-    Without one, each image is degraded alone with the noise of its theta.seed: on a CPU the result
-    is the same in every byte, in any batch and with any number of threads. A GPU, or a batch with
-    a generator, may differ in the last bit of the arithmetic, so that a few pixels round the other
-    way. ValueError for sizes that do not fit and for hr outside [0, 1]; with a generator a GPU is
-    not waited for, and hr outside [0, 1] is a device assertion instead.
-    """
-    (B, _, H, W), theta = hr.shape, theta.to("cpu")
-    if len(theta) != B:
-        raise ValueError(f"{B} images, but {len(theta)} rows of parameters")
-    scales = set(theta.scale.tolist())
-    if len(scales) != 1:
-        raise ValueError("a batch needs at least one image, and the same scale for all")
-    if H % max(scales) or W % max(scales):
-        raise ValueError(f"images of {H} x {W} pixels can't be degraded by scale {max(scales)}")
-    hr = hr.float().contiguous()
-    low, high = hr.aminmax()
-    in_range = (low >= -1e-3) & (high <= 1 + 1e-3)  # allows for rounding
-    in_range = in_range if generator is not None else in_range.cpu()
-    check(in_range, "HR images must lie in [0, 1]: divide 8-bit values by 255")
-    with plain_float32(hr.device):
-        if generator is not None:
-            return on_canvas(hr, theta, generator_on(hr.device, generator))
-        draws = map(common.generator, theta.seed.tolist())
-        rows = [on_canvas(hr[[b]], theta[b : b + 1], draw) for b, draw in enumerate(draws)]
-        return torch.cat(rows)
-
-
-def generator_on(device: torch.device, source: torch.Generator) -> torch.Generator:
-    """The given generator if it is on this device, else one on the device that it seeds."""
-    if source.device.type == device.type:
-        return source
-    seed = torch.randint(2**62, (), generator=source, device=source.device)
-    return torch.Generator(device).manual_seed(int(seed))
-
-
-def on_canvas(hr: Tensor, theta: Degradation, generator: torch.Generator) -> Tensor:
-    """D for a batch: each turn applies one kind of operation to several images at once.
-
-    On the way images differ in size. Each lies in the top left corner of its row of one canvas
-    (B, 3, H', W'); the pixels beyond it have no effect. Noise is drawn on the generator's device.
-    """
-    (B, _, H, W), device = hr.shape, hr.device
-    turns = plan(theta, H, W, CPU_PIXELS if device.type == "cpu" else 2**62)
-    # The host knows all numbers in advance. They go to the device together; none comes back.
-    table = [(s.row, s.column, *s.size, s.value) for _, steps in turns for s in steps]
-    numbers = torch.tensor(table, dtype=torch.float64).to(device, non_blocking=True)
-    row, column, size = (part.squeeze(1) for part in numbers[:, :4].long().split([1, 1, 2], dim=1))
-    kernel = blur_kernels(theta, device)[row, column]
-    index = mirrored(size, max(fast_length(max(step.size)) for _, steps in turns for step in steps))
-    mix = theta.colour_mix.to(device, non_blocking=True)[row]
-    counts = [len(steps) for _, steps in turns]
-    columns = (row, size, numbers[:, 4].float(), kernel, index, mix)
-    parts = zip(*(column.split(counts) for column in columns), strict=True)  # for each turn
-    weights = resize_weights([steps for kind, steps in turns if kind == "resize"], device)
-    gray_noise = theta.gray_noise.tolist()
-    x = hr.clone()
-    for (kind, steps), (row, size, value, kernel, index, mix) in zip(turns, parts, strict=True):
-        first, last = steps[0].row, steps[-1].row
-        rows = slice(first, last + 1) if last - first < len(steps) else row  # a slice is faster
-        h, w = largest([step.size for step in steps])
-        y = x[rows, :, :h, :w]
-        if kind == "blur":
-            y = blur(y, kernel, index)
-        elif kind == "resize":
-            y = resize(y, *next(weights))
-        elif kind == "jpeg":
-            y = jpeg(y, value, size)
-        else:
-            gray = [gray_noise[step.row][step.column] for step in steps]
-            if kind == "gaussian":
-                y = gaussian(y, value, gray, mix, generator)
-            else:
-                y = poisson(y, value, gray, size, generator)
-        h, w = y.shape[2:]
-        if len(steps) == B:
-            x = y
-        else:
-            right, below = max(0, w - x.shape[3]), max(0, h - x.shape[2])
-            x = F.pad(x, (0, right, 0, below)) if right or below else x
-            x[rows, :, :h, :w] = y
-    h, w = steps[0].new_size
-    return (x[:, :, :h, :w].clamp(0, 1) * 255).round() / 255
-
-
-CPU_PIXELS = 2**16  # of the images of one turn on a CPU, so that they fit into its cache
-Size = tuple[int, int]  # height and width
-
-
-class Step(NamedTuple):
-    """What happens to one image in a turn."""
-
-    row: int  # of the batch
-    column: int  # of theta
-    size: Size  # before
-    new_size: Size  # afterwards
-    value: float  # kernel size, mode of resizing, std, scale or quality
-
-
-def plan(theta: Degradation, H: int, W: int, room: int) -> list[tuple[str, list[Step]]]:
-    """The turns in which a batch is degraded: a kind of operation, and a step for each image.
-
-    Images do not depend on each other. So a turn takes the operation that most images wait for, and
-    JPEG, the slowest, runs when all wait for it: the number of turns hardly grows with the batch.
-    The images of a turn have at most `room` pixels together, unless there is only one.
-    """
-    columns = {"blur": theta.blur_size, "resize": theta.resize_mode, "gaussian": theta.gaussian_std,
-               "poisson": theta.poisson_scale, "jpeg": theta.jpeg_quality}  # fmt: skip
-    values = {kind: column.tolist() for kind, column in columns.items()}
-    factors, scale = theta.resize.tolist(), theta.scale.tolist()[0]
-    waiting = [[OPERATIONS[code].split() for code in row if code] for row in theta.order.tolist()]
-    sizes, turns = [(H, W)] * len(theta), []
-
-    def step(b: int) -> Step:
-        """The next step of image b."""
-        (kind, number), size = waiting[b].pop(0), sizes[b]
-        i = int(number) - 1
-        if kind == "resize" and i == 2:
-            sizes[b] = (H // scale, W // scale)
-        elif kind == "resize":
-            h, w = (int(np.float32(n) * np.float32(factors[b][i])) for n in (H, W))
-            sizes[b] = (max(1, h), max(1, w))
-        return Step(b, i, size, sizes[b], values[kind][b][i])
-
-    while any(waiting):
-        first = [operations[0][0] if operations else "" for operations in waiting]
-        kind = max(("blur", "resize", "gaussian", "poisson"), key=first.count)
-        kind = kind if kind in first else "jpeg"
-        rows = [b for b, name in enumerate(first) if name == kind]
-        rows.sort(key=lambda b: -math.prod(sizes[b]))  # images of similar size share a canvas
-        while rows:
-            n = max(1, room // math.prod(sizes[rows[0]]))
-            turns.append((kind, [step(b) for b in sorted(rows[:n])]))
-            rows = rows[n:]
-    if not turns or set(sizes) != {(H // scale, W // scale)}:
-        raise ValueError("the last resize in each row of theta.order must be that to LR, resize 3")
-    return turns
-
-
-def largest(sizes: list[Size]) -> Size:
-    """The size of a canvas that holds images of these sizes."""
-    return max(h for h, _ in sizes), max(w for _, w in sizes)
-
-
-def pick(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """x[b, :, rows[b], columns[b]] of every image b: (B, C, H', W')."""
-    index = rows[:, :, None] * x.shape[3] + columns[:, None]  # (B, H', W')
-    picked = x.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, x.shape[1], -1))
-    return picked.unflatten(2, index.shape[1:])
-
-
-def check(condition: Tensor, sentence: str) -> None:
-    """ValueError unless the condition () holds; on a GPU, not waited for, a device assertion."""
-    if condition.device.type != "cpu":
-        torch._assert_async(condition, sentence)
-    elif not condition:
-        raise ValueError(sentence)
-
-
-@contextlib.contextmanager
-def plain_float32(device: torch.device) -> Iterator[None]:
-    """Compute in float32, without bf16 and TF32, whatever the training around it uses."""
-    matmul = torch.backends.cuda.matmul
-    allowed, matmul.allow_tf32 = matmul.allow_tf32, False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        matmul.allow_tf32 = allowed
-
-
-# ---- theta ------------------------------------------------------------------------------------
-
-
-@dataclass
-class Degradation:
-    """Parameters theta of D, one row per image; only what an operation in `order` reads counts."""
-
-    order: Tensor  # (B, 10) indices into OPERATIONS; 0 does nothing
-    blur_sigma: Tensor  # (B, 3, 2) widths along both axes, pixels
-    blur_angle: Tensor  # (B, 3) radians
-    blur_shape: Tensor  # (B, 3) exponent beta; 1 is a Gaussian
-    blur_plateau: Tensor  # (B, 3) bool: 1 / (1 + q^beta) instead of exp(-q^beta / 2)
-    blur_spectral: Tensor  # (B, 3) bool: shape and width are those of the transfer function
-    blur_shift: Tensor  # (B, 3, 2) of a spectral kernel, pixels
-    blur_size: Tensor  # (B, 3) kernel size, odd
-    sinc_cutoff: Tensor  # (B, 3) radians per pixel; 0 is no sinc
-    sharpen: Tensor  # (B, 3) amount: adds that times what the blur removes; 0 is a blur
-    resize: Tensor  # (B, 2) new size / HR size; the third resize is to LR
-    resize_mode: Tensor  # (B, 3) index into MODES
-    gaussian_std: Tensor  # (B, 2) on [0, 1]
-    poisson_scale: Tensor  # (B, 2)
-    gray_noise: Tensor  # (B, 2) bool: the same noise in all channels
-    colour_mix: Tensor  # (B, 3, 3) mixes the channels of Gaussian noise
-    jpeg_quality: Tensor  # (B, 2) 1..100
-    scale: Tensor  # (B,) HR size / LR size
-    seed: Tensor  # (B,) of the noise
-
-    def __len__(self) -> int:
-        return len(self.seed)
-
-    def __getitem__(self, rows: slice | Tensor | list[int]) -> Degradation:
-        """Select rows: a slice, an index tensor, a mask or a list."""
-        return Degradation(*(column[rows] for column in vars(self).values()))
-
-    def to(self, device: torch.device | str) -> Degradation:
-        """Move all tensors; a GPU is not waited for."""
-        wait = torch.device(device).type == "cpu"
-        columns = vars(self).values()
-        return Degradation(*(column.to(device, non_blocking=not wait) for column in columns))
-
-    @staticmethod
-    def cat(parts: list[Degradation]) -> Degradation:
-        columns = zip(*(vars(part).values() for part in parts), strict=True)
-        return Degradation(*map(torch.cat, columns))
-
-    def to_json(self) -> list[str]:
-        """One JSON object per row; floats survive the round trip exactly."""
-        columns = {name: column.tolist() for name, column in vars(self).items()}
-        columns["order"] = [[OPERATIONS[i] for i in row] for row in columns["order"]]
-        rows = zip(*columns.values(), strict=True)
-        return [json.dumps(dict(zip(columns, row, strict=True))) for row in rows]
-
-    @staticmethod
-    def from_json(lines: list[str]) -> Degradation:
-        """Read what to_json wrote."""
-        rows = [json.loads(line) for line in lines]
-        for row in rows:
-            row["order"] = [OPERATIONS.index(name) for name in row["order"]]
-        return Degradation(**{name: torch.tensor([row[name] for row in rows]) for name in rows[0]})
-
-    def steps(self, kind: str, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Which steps are of this kind, and which of values (B, n) each reads: (B, 10) both."""
-        column, n = self.order - OPERATIONS.index(f"{kind} 1"), values.shape[1]
-        return (column >= 0) & (column < n), values.gather(1, column.clamp(0, n - 1))
-
-    def physical(self) -> Tensor:
-        """What theta means for the LR image: (B, 9).
-
-        The amplitude of the transfer function from HR to LR at FREQUENCIES; noise in BANDS, as
-        log(1 + std in levels of white noise of this power) / 3; 1 - quality / 100 of the JPEG, NaN
-        where a later resize hides it. Amplitudes are means over angles; aliasing, and what JPEG
-        does to noise, are left out.
-        """
-        scale = self.scale.float()[:, None]
-        factors = torch.cat([self.resize * scale, torch.ones_like(scale)], dim=1)
-        resized, factor = self.steps("resize", factors)
-        last = torch.arange(STEPS, device=scale.device).where(resized, -1).cummax(1).values
-        after = factor.gather(1, last.clamp(min=0)).where(last >= 0, scale)  # pixels per LR pixel
-        before = torch.cat([scale, after[:, :-1]], dim=1)
-        mode = self.steps("resize", self.resize_mode)[1]
-        gain = torch.ones(*self.order.shape, ANGLES, len(RINGS), device=scale.device)  # of steps
-        gain = resize_gain(mode, before, after).where((before != after)[..., None, None], gain)
-        kernels = blur_kernels(self)
-        for i in range(3):
-            step = self.order == OPERATIONS.index(f"blur {i + 1}")  # at most one of an image
-            grid = (before * step).sum(1).where(step.any(1), 1.0)
-            gain = kernel_gain(kernels[:, i], grid)[:, None].where(step[..., None, None], gain)
-        to_lr = gain.flip(1).cumprod(1).flip(1)  # (B, 10, ANGLES, RINGS), of a step and all later
-        gaussian, std = self.steps("gaussian", self.gaussian_std)
-        poisson, mid_gray_std = self.steps("poisson", self.poisson_scale * 0.04)
-        std = std.where(gaussian, mid_gray_std * poisson) / before  # of as much noise per LR pixel
-        noise = (std[..., None, None] * to_lr).square().sum(1).mean(1)  # (B, RINGS)
-        area = RINGS.to(noise)  # of a ring
-        bands = [(noise * area)[:, band].sum(1) / area[band].sum() for band in BANDS]
-        levels = (255 * torch.stack(bands, 1).sqrt() + 1).log() / 3
-        compressed, quality = self.steps("jpeg", self.jpeg_quality)
-        on_lr = compressed & (after == 1)
-        hidden = compressed.any(1) & ~on_lr.any(1)
-        lost = 1 - quality.where(on_lr, 100).amin(1) / 100
-        transfer = to_lr[:, 0].mean(1)[:, 1::2]
-        return torch.cat([transfer, levels, lost.where(~hidden, math.nan)[:, None]], dim=1).float()
-
-
-RINGS = torch.linspace(0.05, 0.5, 10)  # frequencies, cycles per LR pixel
-FREQUENCIES = RINGS[1::2]  # at which physical() gives the transfer function
-BANDS = (slice(0, 3), slice(3, 6), slice(6, 10))  # of RINGS, in which it gives noise
-ANGLES = 8
-
-
-def waves(grid: Tensor) -> Tensor:
-    """Frequencies along x and y, cycles per pixel, of RINGS at 8 angles: (..., 2, ANGLES, RINGS).
-
-    grid (...): pixels per LR pixel.
-    """
-    angle = torch.arange(ANGLES, device=grid.device)[:, None] * (math.pi / ANGLES)
-    both = torch.stack([angle.cos(), angle.sin()]) * RINGS.to(grid.device, non_blocking=True)
-    return both / grid[..., None, None, None]
-
-
-def kernel_gain(kernel: Tensor, grid: Tensor) -> Tensor:
-    """Amplitude (B, ANGLES, RINGS) of kernels (B, 25, 25) on grids (B,) of pixels per LR pixel."""
-    place = torch.arange(KERNEL_SIZE, device=grid.device) - KERNEL_SIZE // 2
-    phase = -2j * math.pi * waves(grid)[..., None] * place  # (B, 2, ANGLES, RINGS, 25)
-    across, down = phase.exp().unbind(1)
-    return torch.einsum("byx,barx,bary->bar", kernel.to(across.dtype), across, down).abs()
-
-
-def resize_gain(mode: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """Amplitude (B, n, ANGLES, RINGS) of resizes of these MODES between these grids (B, n)."""
-    # bilinear and bicubic do not widen their kernel when they reduce
-    narrow = (mode == MODES.index("bilinear")) | (mode == MODES.index("bicubic"))
-    # area takes all pixels that it touches: one more where the new size does not divide the old
-    touched = 1 / (1 / before + 1 / after)
-    wide = touched.where((mode == MODES.index("area")) & (before % after > 1e-3), after)
-    f = waves(before.where(narrow, torch.minimum(before, wide)))  # cycles per pixel of the kernel
-    gain, mode = torch.sinc(f), mode[..., None, None, None]
-    distance = torch.linspace(-2, 2, 65, device=f.device)
-    for name, a in (("bicubic", -0.75), ("antialiased", -0.5)):
-        weight = cubic(distance.abs(), a) / 16
-        wave = ((2 * math.pi * f)[..., None] * distance).cos() @ weight
-        gain = wave.where(mode == MODES.index(name), gain)
-    gain = gain.square().where(mode == MODES.index("bilinear"), gain)
-    return gain.prod(2).abs()
-
-
-def named(physical: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the numbers of physical() (B, 9) say, within its range.
-
-    Amplitude of the transfer function at FREQUENCIES (B, 5); noise std on [0, 1] in BANDS (B, 3);
-    JPEG quality 1..100 (B,).
-    """
-    noise = (3 * physical[:, 5:8]).exp().sub(1).div(255).clamp(min=0)
-    quality = (100 * (1 - physical[:, 8])).round().clamp(1, 100).long()
-    return physical[:, :5].clamp(min=0), noise, quality
-
 
 # ---- drawing theta ----------------------------------------------------------------------------
 
@@ -483,29 +233,9 @@ class Draw:
         return torch.where(self.chance(0.5), self.uniform(low, 1.0), self.uniform(1.0, high))
 
 
-def coded(name: str, performed: Tensor) -> Tensor:
-    """The code of an operation where it is performed (B,), else 0."""
+def operation(name: str, performed: Tensor) -> Tensor:
+    """The number of an operation where it is performed (B,), else 0."""
     return OPERATIONS.index(name) * performed.long()
-
-
-def bicubic(batch: int, scale: int) -> Degradation:
-    """Parameters of a plain bicubic reduction to LR, from which every recipe starts."""
-
-    def full(value: float, *shape: int) -> Tensor:
-        return torch.full((batch, *shape), value)
-
-    theta = Degradation(
-        order=full(0, STEPS), blur_sigma=full(1.0, 3, 2), blur_angle=full(0.0, 3),
-        blur_shape=full(1.0, 3), blur_plateau=full(False, 3), blur_spectral=full(False, 3),
-        blur_shift=full(0.0, 3, 2), blur_size=full(1, 3), sinc_cutoff=full(0.0, 3),
-        sharpen=full(0.0, 3), resize=full(1.0, 2),
-        resize_mode=full(MODES.index("antialiased"), 3), gaussian_std=full(0.0, 2),
-        poisson_scale=full(0.0, 2), gray_noise=full(False, 2),
-        colour_mix=torch.eye(3).repeat(batch, 1, 1), jpeg_quality=full(100, 2),
-        scale=full(scale), seed=full(0),
-    )  # fmt: skip
-    theta.order[:, 0] = OPERATIONS.index("resize 3")
-    return theta
 
 
 def draw_kernel(theta: Degradation, draw: Draw, i: int, options: Round) -> None:
@@ -546,18 +276,18 @@ def draw_rounds(theta: Degradation, draw: Draw, first: Round, second: Round) -> 
         low, high = options.jpeg
         theta.jpeg_quality[:, i] = draw.one_of(range(low, high + 1))
         steps += [
-            coded(f"blur {i + 1}", draw.chance(options.blur_prob)),
-            coded(f"resize {i + 1}", (direction < 2) | (i > 0)),
-            coded(f"gaussian {i + 1}", theta.gaussian_std[:, i] > 0)
-            + coded(f"poisson {i + 1}", theta.poisson_scale[:, i] > 0),
-            coded(f"jpeg {i + 1}", torch.full_like(direction, True)),
+            operation(f"blur {i + 1}", draw.chance(options.blur_prob)),
+            operation(f"resize {i + 1}", (direction < 2) | (i > 0)),
+            operation(f"gaussian {i + 1}", theta.gaussian_std[:, i] > 0)
+            + operation(f"poisson {i + 1}", theta.poisson_scale[:, i] > 0),
+            operation(f"jpeg {i + 1}", torch.full_like(direction, True)),
         ]
     theta.resize_mode[:, 2] = draw.mode(Round.modes)
     theta.blur_size[:, 2] = draw.one_of(Round.sizes)
     sinc, cutoff = draw.chance(second.final_sinc_prob), draw.uniform(math.pi / 3, math.pi)
     theta.sinc_cutoff[:, 2] = torch.where(sinc, cutoff, 0.0)
     # The last JPEG comes before or after the resize to LR and its filter.
-    jpeg, filtered = steps.pop(), coded("blur 3", sinc)
+    jpeg, filtered = steps.pop(), operation("blur 3", sinc)
     to_lr = torch.full_like(jpeg, OPERATIONS.index("resize 3"))
     jpeg_last = draw.chance(0.5)
     steps += [
@@ -591,12 +321,12 @@ def draw_camera(theta: Degradation, draw: Draw, options: Camera) -> None:
     theta.jpeg_quality[:, 1] = draw.one_of(range(options.jpeg[0], options.jpeg[1] + 1))
     noisy, gaussian = draw.chance(options.noise_prob), draw.chance(0.5)
     steps = [
-        coded("resize 3", torch.full_like(noisy, True)),
-        coded("blur 2", draw.chance(options.lens_prob)),
-        coded("gaussian 1", noisy & gaussian) + coded("poisson 1", noisy & ~gaussian),
-        coded("blur 3", draw.chance(options.sharpen_prob)),
-        coded("gaussian 2", draw.chance(options.late_noise_prob)),
-        coded("jpeg 2", draw.chance(options.jpeg_prob)),
+        operation("resize 3", torch.full_like(noisy, True)),
+        operation("blur 2", draw.chance(options.lens_prob)),
+        operation("gaussian 1", noisy & gaussian) + operation("poisson 1", noisy & ~gaussian),
+        operation("blur 3", draw.chance(options.sharpen_prob)),
+        operation("gaussian 2", draw.chance(options.late_noise_prob)),
+        operation("jpeg 2", draw.chance(options.jpeg_prob)),
     ]
     theta.order[:, : len(steps)] = torch.stack(steps, 1)
 
@@ -644,11 +374,11 @@ def draw_bsrgan(theta: Degradation, draw: Draw) -> None:
     place[:, 2:4] = place[:, 2:4].sort(1).values  # downsample 3 comes after downsample 2
     shuffled = place[:, [0, 1, 2, 2, 3, 4, 5]].argsort(dim=1, stable=True)
     names = ("blur 1", "blur 2", "blur 3", "resize 2", "resize 3", "gaussian 1", "jpeg 1")
-    codes = torch.tensor([OPERATIONS.index(name) for name in names]).repeat(B, 1)
-    codes[:, 2] *= ~resized
-    codes[:, 6] *= draw.chance(0.9)
-    theta.order[:, 0] = coded("resize 1", halved)
-    theta.order[:, 1:8] = codes.gather(1, shuffled)
+    operations = torch.tensor([OPERATIONS.index(name) for name in names]).repeat(B, 1)
+    operations[:, 2] *= ~resized
+    operations[:, 6] *= draw.chance(0.9)
+    theta.order[:, 0] = operation("resize 1", halved)
+    theta.order[:, 1:8] = operations.gather(1, shuffled)
     theta.order[:, 8] = OPERATIONS.index("jpeg 2")
 
 
@@ -660,8 +390,8 @@ def sample_degradation(
     theta and its generator are on the CPU, so that theta does not depend on the device.
     """
     if recipe not in RECIPES:
-        raise common.UserError(f"no recipe {recipe!r}; there are {', '.join(RECIPES)}.")
-    theta, draw = bicubic(batch, scale), Draw(batch, generator)
+        raise UserError(f"no recipe {recipe!r}; there are {', '.join(RECIPES)}.")
+    theta, draw = bicubic_reduction(batch, scale), Draw(batch, generator)
     if recipe == "bsrgan":
         draw_bsrgan(theta, draw)
     elif recipe in ROUNDS:
@@ -670,6 +400,53 @@ def sample_degradation(
         draw_camera(theta, draw, CAMERAS[recipe])
     theta.seed = torch.randint(2**62, (batch,), generator=generator)
     return theta
+
+
+# ---- what all operations share ----------------------------------------------------------------
+
+Size = tuple[int, int]  # height and width
+
+
+class Step(NamedTuple):
+    """What happens to one image in one operation."""
+
+    row: int  # of the batch
+    column: int  # of theta
+    size: Size  # before
+    new_size: Size  # afterwards
+    value: float  # kernel size, mode of resizing, std, scale or quality
+
+
+def canvas_size(sizes: list[Size]) -> Size:
+    """The size of a canvas that holds images of these sizes."""
+    return max(h for h, _ in sizes), max(w for _, w in sizes)
+
+
+def pick(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """x[b, :, rows[b], columns[b]] of every image b: (B, C, H', W')."""
+    index = rows[:, :, None] * x.shape[3] + columns[:, None]  # (B, H', W')
+    picked = x.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, x.shape[1], -1))
+    return picked.unflatten(2, index.shape[1:])
+
+
+def check_on_device(condition: Tensor, sentence: str) -> None:
+    """ValueError unless the condition () holds; on a GPU a device assertion, without a wait."""
+    if condition.device.type != "cpu":
+        torch._assert_async(condition, sentence)
+    elif not condition:
+        raise ValueError(sentence)
+
+
+@contextlib.contextmanager
+def plain_float32(device: torch.device) -> Iterator[None]:
+    """Compute in float32, without bf16 and TF32, whatever the training around it uses."""
+    matmul = torch.backends.cuda.matmul
+    allowed, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        matmul.allow_tf32 = allowed
 
 
 # ---- blur -------------------------------------------------------------------------------------
@@ -797,7 +574,7 @@ def resize_weights(
     weight = weight / weight.sum(3, keepdim=True)
     at = j.clamp(min=0).minimum(length - 1).long()
     counts = [len(turn) for turn in turns]
-    sizes = [largest([step.new_size for step in turn]) for turn in turns]
+    sizes = [canvas_size([step.new_size for step in turn]) for turn in turns]
     return zip(at.split(counts), weight.split(counts), sizes, strict=True)
 
 
@@ -968,12 +745,13 @@ def jpeg(x: Tensor, quality: Tensor | int, size: Tensor | None = None) -> Tensor
 
     x (B, 3, H, W) in [0, 1], first rounded to 8 bits; quality (B,) in 1..100; `size` (B, 2) are the
     sizes of images on a canvas, which by default they fill. Returns (B, 3, H, W) without a
-    gradient. ValueError for another quality; on a GPU, which is not waited for, a device assertion.
+    gradient. ValueError for another quality; on a GPU, which is not synchronised, a device
+    assertion.
     """
     H, W = x.shape[2:]
     H16, W16 = -(-H // 16) * 16, -(-W // 16) * 16
     quality = torch.as_tensor(quality).to(x.device, non_blocking=True).expand(len(x)).long()
-    check(((quality >= 1) & (quality <= 100)).all(), "JPEG quality must lie in 1..100")
+    check_on_device(((quality >= 1) & (quality <= 100)).all(), "JPEG quality must lie in 1..100")
     size = torch.tensor([[H, W]]).expand(len(x), 2) if size is None else size
     size = size.to(x.device, non_blocking=True)
     with plain_float32(x.device):
@@ -993,6 +771,140 @@ def jpeg(x: Tensor, quality: Tensor | int, size: Tensor | None = None) -> Tensor
         return rgb[:, :, :H, :W].clamp(0, 255).div_(255)
 
 
+# ---- D: many images on one canvas -------------------------------------------------------------
+
+CPU_PIXELS = 2**16  # of the images of one turn on a CPU, so that they fit into its cache
+
+
+def plan(theta: Degradation, H: int, W: int, room: int) -> list[tuple[str, list[Step]]]:
+    """The turns in which a batch is degraded: a kind of operation, and a step for each image.
+
+    Images do not depend on each other. So a turn runs the operation that most images need next, and
+    JPEG, the slowest, when all need it: the number of turns hardly grows with the batch. The images
+    of a turn have at most `room` pixels together, unless there is only one.
+    """
+    columns = {"blur": theta.blur_size, "resize": theta.resize_mode, "gaussian": theta.gaussian_std,
+               "poisson": theta.poisson_scale, "jpeg": theta.jpeg_quality}  # fmt: skip
+    values = {kind: column.tolist() for kind, column in columns.items()}
+    factors, scale = theta.resize.tolist(), theta.scale.tolist()[0]
+    waiting = [[OPERATIONS[k].split() for k in row if k] for row in theta.order.tolist()]
+    sizes, turns = [(H, W)] * len(theta), []
+
+    def step(b: int) -> Step:
+        """The next step of image b."""
+        (kind, number), size = waiting[b].pop(0), sizes[b]
+        i = int(number) - 1
+        if kind == "resize" and i == 2:
+            sizes[b] = (H // scale, W // scale)
+        elif kind == "resize":
+            h, w = (int(np.float32(n) * np.float32(factors[b][i])) for n in (H, W))
+            sizes[b] = (max(1, h), max(1, w))
+        return Step(b, i, size, sizes[b], values[kind][b][i])
+
+    while any(waiting):
+        needed = [operations[0][0] if operations else "" for operations in waiting]
+        kind = max(("blur", "resize", "gaussian", "poisson"), key=needed.count)
+        kind = kind if kind in needed else "jpeg"
+        rows = [b for b, name in enumerate(needed) if name == kind]
+        rows.sort(key=lambda b: -math.prod(sizes[b]))  # images of similar size share a canvas
+        while rows:
+            n = max(1, room // math.prod(sizes[rows[0]]))
+            turns.append((kind, [step(b) for b in sorted(rows[:n])]))
+            rows = rows[n:]
+    if not turns or set(sizes) != {(H // scale, W // scale)}:
+        raise ValueError("the last resize in each row of theta.order must be that to LR, resize 3")
+    return turns
+
+
+def on_canvas(hr: Tensor, theta: Degradation, generator: torch.Generator) -> Tensor:
+    """D for a batch: each turn applies one kind of operation to several images at once.
+
+    On the way images differ in size. Each lies in the top left corner of its row of one canvas
+    (B, 3, H', W'); the pixels beyond it have no effect. Noise is drawn on the generator's device.
+    """
+    (B, _, H, W), device = hr.shape, hr.device
+    turns = plan(theta, H, W, CPU_PIXELS if device.type == "cpu" else 2**62)
+    # The host knows all numbers in advance. They go to the device together; none comes back.
+    table = [(s.row, s.column, *s.size, s.value) for _, steps in turns for s in steps]
+    numbers = torch.tensor(table, dtype=torch.float64).to(device, non_blocking=True)
+    row, column, size = (n.squeeze(1) for n in numbers[:, :4].long().split([1, 1, 2], dim=1))
+    kernel = blur_kernels(theta, device)[row, column]
+    index = mirrored(size, max(fast_length(max(step.size)) for _, steps in turns for step in steps))
+    mix = theta.colour_mix.to(device, non_blocking=True)[row]
+    counts = [len(steps) for _, steps in turns]
+    columns = (row, size, numbers[:, 4].float(), kernel, index, mix)
+    of_turns = zip(*(column.split(counts) for column in columns), strict=True)
+    weights = resize_weights([steps for kind, steps in turns if kind == "resize"], device)
+    gray_noise = theta.gray_noise.tolist()
+    x = hr.clone()
+    for (kind, steps), (row, size, value, kernel, index, mix) in zip(turns, of_turns, strict=True):
+        first, last = steps[0].row, steps[-1].row
+        rows = slice(first, last + 1) if last - first < len(steps) else row  # a slice is faster
+        h, w = canvas_size([step.size for step in steps])
+        y = x[rows, :, :h, :w]
+        if kind == "blur":
+            y = blur(y, kernel, index)
+        elif kind == "resize":
+            y = resize(y, *next(weights))
+        elif kind == "jpeg":
+            y = jpeg(y, value, size)
+        else:
+            gray = [gray_noise[step.row][step.column] for step in steps]
+            if kind == "gaussian":
+                y = gaussian(y, value, gray, mix, generator)
+            else:
+                y = poisson(y, value, gray, size, generator)
+        h, w = y.shape[2:]
+        if len(steps) == B:
+            x = y
+        else:
+            right, below = max(0, w - x.shape[3]), max(0, h - x.shape[2])
+            x = F.pad(x, (0, right, 0, below)) if right or below else x
+            x[rows, :, :h, :w] = y
+    h, w = steps[0].new_size
+    return (x[:, :, :h, :w].clamp(0, 1) * 255).round() / 255
+
+
+def generator_on(device: torch.device, source: torch.Generator) -> torch.Generator:
+    """The given generator if it is on this device, else one on the device that it seeds."""
+    if source.device.type == device.type:
+        return source
+    seed = torch.randint(2**62, (), generator=source, device=source.device)
+    return torch.Generator(device).manual_seed(int(seed))
+
+
+@torch.no_grad()
+def degrade(hr: Tensor, theta: Degradation, generator: torch.Generator | None = None) -> Tensor:
+    """D(X, theta): hr (B, 3, H, W) -> lr (B, 3, H/scale, W/scale), both in [0, 1]; lr is 8-bit.
+
+    Row i of theta degrades image i. With a generator, noise is drawn anew for the whole batch.
+    Without one, each image is degraded alone with the noise of its theta.seed: on a CPU the result
+    is the same in every byte, in any batch and with any number of threads. A GPU, or a batch with
+    a generator, may differ in the last bit of the arithmetic, so that a few pixels round the other
+    way. ValueError for sizes that do not fit and for hr outside [0, 1]; with a generator hr outside
+    [0, 1] is a device assertion on a GPU, which is then not synchronised.
+    """
+    (B, _, H, W), theta = hr.shape, theta.to("cpu")
+    if len(theta) != B:
+        raise ValueError(f"{B} images, but {len(theta)} rows of parameters")
+    scales = set(theta.scale.tolist())
+    if len(scales) != 1:
+        raise ValueError("a batch needs at least one image, and the same scale for all")
+    if H % max(scales) or W % max(scales):
+        raise ValueError(f"images of {H} x {W} pixels can't be degraded by scale {max(scales)}")
+    hr = hr.float().contiguous()
+    low, high = hr.aminmax()
+    in_range = (low >= -1e-3) & (high <= 1 + 1e-3)  # allows for rounding
+    in_range = in_range if generator is not None else in_range.cpu()
+    check_on_device(in_range, "HR images must lie in [0, 1]: divide 8-bit values by 255")
+    with plain_float32(hr.device):
+        if generator is not None:
+            return on_canvas(hr, theta, generator_on(hr.device, generator))
+        draws = map(make_generator, theta.seed.tolist())
+        rows = [on_canvas(hr[[b]], theta[b : b + 1], draw) for b, draw in enumerate(draws)]
+        return torch.cat(rows)
+
+
 # ---- the command ------------------------------------------------------------------------------
 
 
@@ -1009,45 +921,36 @@ class Config:
     device: str = "auto"  # cpu, cuda or auto
 
 
-def copy_file(source: str | Path, target: str | Path) -> None:
-    """Give a file a second name: a hard link, or a copy if the file system has no links."""
-    with common.replacing(target) as temporary:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-
-
-def save_preview(path: Path, out: Path, rows: list[dict]) -> None:
+def save_hr_beside_lr(path: Path, out: Path, rows: list[dict]) -> None:
     """Write a picture of these pairs: the middle of HR beside that of LR."""
     pictures = []
     for row in rows:
-        hr, lr = (common.load_image(out / row[side]) for side in ("hr", "lr"))
+        hr, lr = (load_image(out / row[side]) for side in ("hr", "lr"))
         scale = hr.shape[1] // lr.shape[1]
-        pictures.append([common.centre(hr, 96 * scale, 384), common.centre(lr, 96, 384)])
-    common.save_sheet(path, ("HR", "LR"), pictures)
+        pictures.append([centre(hr, 96 * scale, 384), centre(lr, 96, 384)])
+    save_sheet(path, ("HR", "LR"), pictures)
 
 
-def main(cfg: Config, rt: common.Runtime) -> None:
+def main(cfg: Config, rt: Runtime) -> None:
     """Degrade photos: write out/hr and out/lr with the same names, and out/pairs.jsonl with theta.
 
     A second run makes only the pairs that are missing and sets aside those not asked for any more.
     """
-    common.require(cfg.recipe in RECIPES, f"--recipe {cfg.recipe}: choose of {', '.join(RECIPES)}.")
+    require(cfg.recipe in RECIPES, f"--recipe {cfg.recipe}: choose of {', '.join(RECIPES)}.")
     for flag, value in (("--scale", cfg.scale), ("--per-image", cfg.per_image)):
-        common.require(value > 0, f"{flag} {value}: must be positive.")
+        require(value > 0, f"{flag} {value}: must be positive.")
     one_process = "degrade.py uses all CPU cores by itself: start it without torchrun."
-    common.require(rt.world_size == 1, one_process)
+    require(rt.world_size == 1, one_process)
     out = Path(cfg.out)
-    files = common.outside(common.find_photos(cfg.hr, "hr", "--hr"), out, "--hr")
+    files = outside(find_photos(cfg.hr, "hr", "--hr"), out, "--hr")
     ends = [""] if cfg.per_image == 1 else [f"_{k}" for k in range(cfg.per_image)]
-    photos = list(zip(files, common.photo_names(files, cfg.hr), strict=True))
+    photos = list(zip(files, photo_names(files, cfg.hr), strict=True))
     folder = PairFolder(out, [name + end for _, name in photos for end in ends], "theta", rt)
 
     def work(photo: tuple[Path, str]) -> list[dict] | str:
         """Make the pairs of a photo; return their rows of the table, or why it was skipped."""
         file, name = photo
-        draws = [common.generator(cfg.seed, name, k) for k in range(cfg.per_image)]
+        draws = [make_generator(cfg.seed, name, k) for k in range(cfg.per_image)]
         thetas = [sample_degradation(1, cfg.recipe, cfg.scale, draw) for draw in draws]
         rows = [
             folder.row(name + end, source=str(file), theta=json.loads(theta.to_json()[0]))
@@ -1056,14 +959,14 @@ def main(cfg: Config, rt: common.Runtime) -> None:
         if all(folder.earlier(row, [file]) for row in rows):
             return rows
         try:
-            hr = common.crop_to_multiple(common.load_image(file), cfg.scale, file)
+            hr = crop_to_multiple(load_image(file), cfg.scale, file)
         except ValueError as error:
             return f"skipped: {error}"
-        hr = common.to_uint8(hr).float() / 255  # as written to the file, also of a 16-bit photo
+        hr = to_uint8(hr).float() / 255  # as written to the file, also of a 16-bit photo
         folder.begin()
-        common.save_image(out / rows[0]["hr"], hr)
+        save_image(out / rows[0]["hr"], hr)
         for row, theta in zip(rows, thetas, strict=True):
-            common.save_image(out / row["lr"], degrade(hr[None].to(rt.device), theta)[0])
+            save_image(out / row["lr"], degrade(hr[None].to(rt.device), theta)[0])
             if row is not rows[0]:
                 copy_file(out / rows[0]["hr"], out / row["hr"])
         return rows
@@ -1071,7 +974,7 @@ def main(cfg: Config, rt: common.Runtime) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each thread below has one core
     with plain_float32(rt.device):  # for all threads: the setting is global
-        results = common.in_parallel(work, photos, threads)
+        results = in_parallel(work, photos, threads)
         for result in tqdm(results, total=len(photos), unit="photo"):
             if isinstance(result, str):
                 tqdm.write(result)
@@ -1080,11 +983,11 @@ def main(cfg: Config, rt: common.Runtime) -> None:
     rows = folder.finish()
     preview = out / "preview.png"
     if not preview.is_file():
-        save_preview(preview, out, rows[: 4 * cfg.per_image : cfg.per_image])
+        save_hr_beside_lr(preview, out, rows[: 4 * cfg.per_image : cfg.per_image])
     folder.unlock()
     skipped = len(files) - len(rows) // cfg.per_image
     print(f"{len(rows)} pairs in {out}, {skipped} images skipped; look at {preview}")
 
 
 if __name__ == "__main__":
-    common.launch(main, Config, {}, __doc__)
+    launch(main, Config, {}, __doc__)

@@ -9,24 +9,38 @@ this condition. M and the U-Net are trained, small parts of the extractors fine-
 
 --as-printed, which --preset paper sets, removes these additions to the paper:
 
-    Algorithm 1  half of a batch are synthetic pairs: content from HR, code from another scene
+    Algorithm 1  half of a batch are synthetic pairs: content from HR, F_deg from another scene
     M            also sees the output of Rec_lr, and the position in the 8 x 8 blocks of JPEG
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import common
-import degrade
 import extractors
-from data.pack import Crops, Photos
+from additions import Calibration
+from common import require
+from common.checkpoint import (
+    count_parameters,
+    find_checkpoint,
+    fingerprint,
+    load_checkpoint,
+    load_weights,
+    put_weights,
+)
+from common.cli import check_ranges, from_dict, launch
+from common.files import find_photos
+from common.photos import Crops, Photos, resized
+from common.run import TRAINING_RANGES, Run, TrainingConfig, check_micro_batches, compile_networks
+from common.runtime import Runtime, make_generator, randn_rows
 
 # ---- noise schedule -----------------------------------------------------------------------------
 
@@ -89,18 +103,21 @@ def ddim_step(
     return x_next if noise is None else x_next + variance.sqrt() * noise
 
 
-def randn_rows(like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Normal noise (B, C, h, w) for images like these; row b comes from generators[b] alone."""
-    rows = [torch.randn(like.shape[1:], generator=g, device=g.device) for g in generators]
-    return torch.stack(rows).to(like.device, non_blocking=True)
+def steps_of_noise(t_start: Sequence[int], num_steps: int) -> Tensor:
+    """The steps t at which a sampler stops, from t_start (B numbers) down to 0: (num_steps+1, B).
 
-
-def steps_of_noise(t_start: int, num_steps: int) -> list[int]:
-    """The num_steps + 1 values of t at which a sampler stops, from t_start down to 0."""
+    Where t_start is smaller than num_steps, the chain is shorter: the column begins with copies of
+    t_start, so that all chains end together.
+    """
     # Not in the paper: fewer than t_start steps, at quadratic distances (arXiv:2010.02502, D.3);
     # the last one must be small, because it removes all detail that is weaker than its noise.
-    k = range(num_steps, -1, -1)
-    return [max(i, round(t_start * (i / max(1, num_steps)) ** 2)) for i in k]
+    num_steps = min(num_steps, max(t_start))
+    columns = []
+    for T in t_start:
+        n = min(num_steps, T)
+        chain = [max(i, round(T * (i / max(1, n)) ** 2)) for i in range(n, -1, -1)]
+        columns.append([T] * (num_steps - n) + chain)
+    return torch.tensor(columns).T
 
 
 def sample(
@@ -119,21 +136,18 @@ def sample(
     the full chain of DDPM. Row b draws from generators[b]. Returns (B, 3, h, w) in [0, 1].
     """
 
-    def on_device(values: Sequence) -> Tensor:
-        return torch.tensor(values).to(start.device, non_blocking=True)
-
-    chains = [steps_of_noise(t, min(num_steps, t)) for t in t_start]
+    steps = steps_of_noise(t_start, num_steps)  # (N+1, B)
+    on_device = functools.partial(Tensor.to, device=start.device, non_blocking=True)
     x = to_signed(start)
-    x = q_sample(x, on_device(t_start), randn_rows(x, generators))
-    for left in range(max(map(len, chains)) - 1, 0, -1):  # evaluations that are left
-        rows = [b for b in range(len(x)) if len(chains[b]) > left]  # a short chain begins later
-        t, t_next = (on_device([chains[b][k] for b in rows]) for k in (-1 - left, -left))
-        index = on_device(rows)
-        x_t = x[index]
-        x_0 = predict_x_0(x_t, t, net(x_t, t, c[index]).float())
-        noise = randn_rows(x_t, [generators[b] for b in rows]) if eta > 0 else None
-        x[index] = ddim_step(x_t, t, t_next, x_0, eta, noise)
-    unchanged = on_device([t == 0 for t in t_start])[:, None, None, None]
+    x = q_sample(x, on_device(steps[0]), randn_rows(x, generators))
+    for t, t_next in itertools.pairwise(steps):
+        active = (t_next < t).nonzero()[:, 0]  # a short chain begins later
+        rows, t, t_next = (on_device(v) for v in (active, t[active], t_next[active]))
+        x_t = x[rows]
+        x_0 = predict_x_0(x_t, t, net(x_t, t, c[rows]).float())
+        noise = randn_rows(x_t, [generators[b] for b in active.tolist()]) if eta > 0 else None
+        x[rows] = ddim_step(x_t, t, t_next, x_0, eta, noise)
+    unchanged = on_device(steps[0] == 0)[:, None, None, None]
     return torch.where(unchanged, start.clamp(0, 1), to_image(x))
 
 
@@ -243,6 +257,7 @@ class DecoupledDDPM(nn.Module):
         super().__init__()
         self.extractors, self.widths, self.t_max = nets, cfg.widths, cfg.t_max
         self.without, self.as_printed, self.z = cfg.without, cfg.as_printed, stage_1.vq_z
+        self.calibration = Calibration()  # load() gives that of the weights
         c_in = stage_1.vq_z + 4 * (not cfg.as_printed)
         self.modulation = extractors.ModulationBlock(
             c_in, stage_1.deg_dim, cfg.mod_channels, cfg.cond_channels, not cfg.as_printed
@@ -255,10 +270,10 @@ class DecoupledDDPM(nn.Module):
             return image.new_zeros(len(image), self.z, image.shape[2] // 4, image.shape[3] // 4)
         return self.extractors.content(image)
 
-    def condition(self, degradation: Tensor, content: Tensor, answer: Tensor) -> Tensor:
+    def condition(self, degradation: Tensor, content: Tensor, lr_hat: Tensor) -> Tensor:
         """c = M(F_deg, F_cont): (B, D), (B, z, h, w) -> (B, C, h, w). Eq. (7)-(8).
 
-        `answer` (B, 4, h, w) is the output of Rec_lr, in the form of known(). The ablations (Table
+        lr_hat (B, 4, h, w) is the output of Rec_lr, in the form of masked(). The ablations (Table
         4) replace F_deg or F_cont by zeros; without both this is the diffusion of SynDiff
         (arXiv:2303.06994).
         """
@@ -266,7 +281,7 @@ class DecoupledDDPM(nn.Module):
         content = content * ("content" not in self.without)
         # Deviation: M also sees the output of Rec_lr, so that the U-Net has only to correct it.
         if not self.as_printed:
-            content = torch.cat([content, answer * (not self.without)], dim=1)
+            content = torch.cat([content, lr_hat * (not self.without)], dim=1)
         return self.modulation(degradation, content)
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
@@ -280,13 +295,13 @@ def finetuned(nets: extractors.Extractors) -> list[nn.Parameter]:
     return [*first.parameters(), *nets.e_deg.mapping[-1].parameters()]
 
 
-# x_0 (B, 3, h, w) in [0, 1], F_deg (B, D), F_cont (B, z, h, w), output of Rec_lr (B, 4, h, w)
+# x_0 (B, 3, h, w) in [0, 1], F_deg (B, D), F_cont (B, z, h, w), lr_hat of masked() (B, 4, h, w)
 Example = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def known(answer: Tensor) -> Tensor:
-    """The output of Rec_lr (B, 3, h, w) in [-1, 1] and a channel of ones; all 0 means no output."""
-    x = to_signed(answer.float().clamp(0, 1))
+def masked(lr_hat: Tensor) -> Tensor:
+    """The output of Rec_lr (B, 3, h, w) in [-1, 1], plus a mask: 1 present, 0 absent."""
+    x = to_signed(lr_hat.float().clamp(0, 1))
     return torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
 
 
@@ -297,7 +312,7 @@ def real_example(net: DecoupledDDPM, lr: Tensor) -> Example:
     """
     h, w = lr.shape[2:]
     # Not in the paper: E_cont reads an LR image at 4 times its size, as in stage 1.
-    content = net.content(extractors.resized(lr, 4 * h, 4 * w))
+    content = net.content(resized(lr, 4 * h, 4 * w))
     return lr, net.extractors.e_deg(lr), content, lr.new_zeros(len(lr), 4, h, w)
 
 
@@ -306,12 +321,11 @@ def synthetic_example(
     net: DecoupledDDPM, hr: Tensor, recipes: Sequence[str], generator: torch.Generator
 ) -> Example:
     """A synthetic pair as in generation: content from HR, degradation from another scene's LR."""
-    draw = common.generator(generator.initial_seed())  # on the CPU, so that no GPU is waited for
-    theta = extractors.sample_mixed(len(hr), recipes, draw)
     both = torch.cat([hr, hr.roll(1, dims=0)])
-    lr, reference = degrade.degrade(both, degrade.Degradation.cat([theta, theta]), draw).chunk(2)
-    code, content = net.extractors.e_deg(reference), net.content(hr)
-    return lr, code, content, known(net.extractors.reconstruct(code, hr, content))
+    lr, reference = extractors.degrade_randomly(both, recipes, generator, groups=2)[0].chunk(2)
+    degradation, content = net.extractors.e_deg(reference), net.content(hr)
+    lr_hat = net.extractors.reconstruct(degradation, hr, content)
+    return lr, degradation, content, masked(lr_hat)
 
 
 def ddpm_loss(
@@ -333,11 +347,12 @@ def decoupled_loss(
     """The loss of stage 2: on real LR images and, if HR images are given, on synthetic pairs."""
     examples = [real_example(net, lr)]
     # Deviation: half of the batch are synthetic pairs, where Algorithm 1 has real LR images alone,
-    # because the content of a real LR image shows its blur and noise: the U-Net could ignore F_deg.
+    # because the content of a real LR image already contains its blur and noise: the U-Net could
+    # ignore F_deg.
     if hr is not None:
         examples.append(synthetic_example(net, hr, cfg.recipes, generator))
-    x_0, degradation, content, answer = (torch.cat(parts) for parts in zip(*examples, strict=True))
-    return ddpm_loss(net, x_0, net.condition(degradation, content, answer), cfg, generator)
+    x_0, degradation, content, lr_hat = map(torch.cat, zip(*examples, strict=True))
+    return ddpm_loss(net, x_0, net.condition(degradation, content, lr_hat), cfg, generator)
 
 
 @torch.no_grad()
@@ -346,10 +361,9 @@ def swap_grid(net: DecoupledDDPM, lr: Tensor, hr: Tensor, path: Path) -> dict[st
     nets, B = net.extractors, len(hr)
     content, t_start = nets.content(hr), [min(net.t_max, 100)] * B
     made = []
-    for code in nets.e_deg(lr):
-        code = code.expand(B, -1)
-        start = nets.reconstruct(code, hr, content).float()
-        c, draws = net.condition(code, content, known(start)), map(common.generator, range(B))
+    for degradation in nets.e_deg(lr)[:, None].expand(-1, B, -1):
+        start = nets.reconstruct(degradation, hr, content).float()
+        c, draws = net.condition(degradation, content, masked(start)), map(make_generator, range(B))
         made.append(sample(net, start, c, t_start, 10, [*draws]))
     extractors.save_swap_grid(path, lr, made)
     return {}
@@ -359,14 +373,14 @@ def swap_grid(net: DecoupledDDPM, lr: Tensor, hr: Tensor, path: Path) -> dict[st
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TrainingConfig):
     """Settings of stage 2 (A.3-A.5); the defaults are the paper's where it gives any."""
 
     lr: tuple[str, ...] = ()  # folders of real LR photos (default: data/lr, else data/sample/lr)
     hr: tuple[str, ...] = ()  # folders of HR photos (default: data/hr, else data/sample/hr)
     out: str = "runs/diffusion"  # folder of checkpoints and log
     checkpoint: str = ""  # stage-1 weights (default: runs/extractors, else data/pretrained)
-    start_from: str = ""  # weights of M and the U-Net to go on from, of this file
+    start_from: str = ""  # weights of M and the U-Net, to train further
     as_printed: bool = True  # Algorithm 1 and M of the paper, without the additions listed above
     recipes: tuple[str, ...] = ("realesrgan",)  # of D, for synthetic pairs
     without: tuple[str, ...] = ()  # ablation: degradation, content or both are not given
@@ -383,14 +397,8 @@ class Config:
     mod_channels: int = 128
     cond_channels: int = 64  # channels of c
     ema_decay: float = 0.9999
-    cooldown: float = 0.0  # last share of the steps, in which the learning rate falls to 0
-    bf16: bool = True  # where the device has it
-    log_every: int = 50
-    save_every: int = 500
-    accumulate: int = 0  # parts into which a batch is divided; 0: as many as memory asks for
-    compile: bool = True  # torch.compile
-    seed: int = 0
-    device: str = "auto"
+
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (*TrainingConfig.MAY_CHANGE, "checkpoint")
 
 
 SMALL: dict = {
@@ -409,7 +417,7 @@ PRESETS: dict[str, dict] = {
     "paper": {},
     "as-printed": SMALL,
 }
-RANGES = common.TRAINING_RANGES | {
+RANGES = TRAINING_RANGES | {
     "steps": (0, 2**31), "batch_size": (2, 2**20), "crop": (1, 2**12), "learning_rate": (0, 1),
     "finetune_learning_rate": (0, 1), "t_max": (1, 1000), "t_power": (0.01, 100),
     "widths": (1, 2**12), "blocks": (1, 64), "attention": (0, 15), "mod_channels": (1, 2**12),
@@ -419,58 +427,59 @@ RANGES = common.TRAINING_RANGES | {
 
 def check(cfg: Config, name: str = "") -> None:
     """UserError for a wrong setting, naming its flag and the file `name` that it comes from."""
-    common.check_ranges(cfg, RANGES, name)
-    common.check_parts(cfg, sources=1 if cfg.as_printed else 2)
+    check_ranges(cfg, RANGES, name)
+    check_micro_batches(cfg, sources=1 if cfg.as_printed else 2)
     unknown = " ".join(set(cfg.without) - {"degradation", "content"})
-    common.require(not unknown, f"{name}--without {unknown}: choose degradation, content.")
-    common.require(len(cfg.widths) > 0, f"{name}--widths: give at least one.")
+    require(not unknown, f"{name}--without {unknown}: choose degradation, content.")
+    require(len(cfg.widths) > 0, f"{name}--widths: give at least one.")
     multiple = 2 ** (len(cfg.widths) - 1)
     wrong = f"{name}--crop {cfg.crop}: must be a multiple of {multiple}."
-    common.require(cfg.crop % multiple == 0, wrong)
+    require(cfg.crop % multiple == 0, wrong)
 
 
 def load(state: dict, name: str) -> DecoupledDDPM:
     """The model in a checkpoint of this stage, on the CPU; UserError if it can't be used."""
     config = state["config"]
     is_stage_2 = isinstance(config, dict) and "extractors" in config
-    common.require(is_stage_2, f"{name}: not a checkpoint of diffusion.py (give that one).")
+    require(is_stage_2, f"{name}: not a checkpoint of diffusion.py (give that one).")
     settings = {key: value for key, value in config.items() if key not in ("extractors", "began")}
-    cfg = common.from_dict(Config, settings, name)
+    cfg = from_dict(Config, settings, name)
     check(cfg, f"{name}: ")
     stage_1 = extractors.stored_config(config["extractors"], name)
     with torch.device("meta"):  # nothing is allocated before the shapes are checked
         net = DecoupledDDPM(extractors.Extractors(stage_1), stage_1, cfg)
-    common.put_weights(net, state, name)
+    put_weights(net, state, name)
+    net.calibration = from_dict(Calibration, state["calibration"], name)
     return net
 
 
-def train(cfg: Config, rt: common.Runtime) -> None:
+def train(cfg: Config, rt: Runtime) -> None:
     """Train M and the U-Net, fine-tune parts of the extractors. Algorithm 1."""
     cfg = replace(cfg, batch_size=cfg.batch_size or extractors.default_batch(rt))
     check(cfg)
     unconditional = set(cfg.without) == {"degradation", "content"}  # SynDiff: of real LR alone
     use_hr = not cfg.as_printed and not unconditional
     why = "as printed" if cfg.as_printed else "without a condition"
-    common.require(use_hr or not cfg.hr, f"--hr: training {why} takes real LR photos alone.")
-    path = common.find_checkpoint(cfg.checkpoint, "extractors", "python extractors.py")
-    state = common.load_checkpoint(path)
+    require(use_hr or not cfg.hr, f"--hr: training {why} takes real LR photos alone.")
+    path = find_checkpoint(cfg.checkpoint, "extractors", "python extractors.py")
+    state = load_checkpoint(path)
     nets = extractors.load(state, str(path))
     stage_1 = extractors.stored_config(state["config"], str(path))
     net, out = DecoupledDDPM(nets, stage_1, cfg), Path(cfg.out)
     if cfg.start_from:
-        common.load_weights(net, cfg.start_from, "--start-from")
+        load_weights(net, cfg.start_from, "--start-from")
         nets.load_state_dict(state["ema"])
-    began = common.fingerprint(net if cfg.start_from else nets)
+    began = fingerprint(net if cfg.start_from else nets)
 
     share = cfg.batch_size // (1 + use_hr)
-    photos = Photos(common.find_photos(cfg.lr, "lr", "--lr", packed=True), out / "photos/lr", rt)
+    photos = Photos(find_photos(cfg.lr, "lr", "--lr", packed=True), out / "photos/lr", rt)
     crops = [Crops(photos, cfg.crop, share, cfg.seed)]
     if use_hr:
-        files = common.find_photos(cfg.hr, "hr", "--hr", packed=True)
+        files = find_photos(cfg.hr, "hr", "--hr", packed=True)
         photos = Photos(files, out / "photos/hr", rt)
         crops.append(Crops(photos, cfg.crop, share, cfg.seed, stream=1, scale=4))
     shown = [c.batch(10**9, 3).to(rt.device).float() / 255 for c in crops]
-    shown_hr = shown[1] if use_hr else extractors.resized(shown[0], 4 * cfg.crop, 4 * cfg.crop)
+    shown_hr = shown[1] if use_hr else resized(shown[0], 4 * cfg.crop, 4 * cfg.crop)
     tuned = finetuned(nets)
     groups = [
         {"params": [*net.modulation.parameters(), *net.unet.parameters()], "lr": cfg.learning_rate},
@@ -480,14 +489,14 @@ def train(cfg: Config, rt: common.Runtime) -> None:
         counts = [f"{len(c.rows)} ({c.left_out} smaller than the crop)" for c in crops]
         print(cfg)
         print(f"stage-1 weights: {path}; photos, real LR and HR: {', '.join(counts)}")
-        print(f"M {common.count_parameters(net.modulation)}, "
-              f"U-Net {common.count_parameters(net.unet)}, "
+        print(f"M {count_parameters(net.modulation)}, "
+              f"U-Net {count_parameters(net.unet)}, "
               f"fine-tuned: {sum(p.numel() for p in tuned)} parameters")  # fmt: skip
     if cfg.compile:
         networks = [net.unet, net.modulation, nets.e_deg, nets.vqvae.encoder]
-        common.compile_networks(networks, rt)
-    # Not in the paper: common.Run takes AdamW, clipped gradients and an average of the weights.
-    run = common.Run(
+        compile_networks(networks, rt)
+    # Not in the paper: Run takes AdamW, clipped gradients and an average of the weights.
+    run = Run(
         cfg, rt, net, groups, out / "last.pt", cfg.steps, began=began, extractors=state["config"],
         preview=lambda: swap_grid(net, shown[0], shown_hr, out / "last.png"),
     )  # fmt: skip
@@ -498,4 +507,4 @@ def train(cfg: Config, rt: common.Runtime) -> None:
 
 
 if __name__ == "__main__":
-    common.launch(train, Config, PRESETS, __doc__)
+    launch(train, Config, PRESETS, __doc__)

@@ -1,30 +1,30 @@
 """Stage 1: extractors of content (E_cont) and of degradation (E_deg). Sections 2.1, A.1, A.2.
 
 In: clean HR photos, and real LR photos. Out: runs/extractors/last.pt, which holds E_cont, E_deg and
-Rec_lr. Three parts are trained one after the other: a VQ-VAE on HR photos; its encoder E_cont on
-degraded photos, with the decoder frozen (Eq. 1-2); E_deg together with Rec_lr (Eq. 3-6).
+Rec_lr. Training has three phases: a VQ-VAE on HR photos; its encoder E_cont on degraded photos,
+with the decoder frozen (Eq. 1-2); E_deg together with Rec_lr (Eq. 3-6).
 
     python extractors.py
     torchrun --nproc_per_node=8 extractors.py --hr data/hr --preset paper
 
---as-printed, which --preset paper sets, removes these additions to the paper:
+--as-printed, which --preset paper sets, removes these additions to the paper (additions.py):
 
     VQ-VAE     half of the images skip the codebook, because F_cont does
     E_cont     a quarter of the inputs is clean, as in generation
-    E_deg      also pools the sizes of DCT coefficients; a head predicts theta from its code;
-               two corners of a real LR photo must have the same code; D also takes real photos
+    E_deg      also pools the sizes of DCT coefficients; a head reads effects of theta from F_deg;
+               two corners of a real LR photo must have the same F_deg; D also takes real photos
     Rec_lr     corrects the bicubic reduction of the HR image, filtered as the head says
     Rec_lr, M  also see the position of each pixel in its 8 x 8 block of JPEG
-    Eq. (5)    the code of one scene must reconstruct other scenes
+    Eq. (5)    F_deg of one scene must reconstruct other scenes
     Eq. (6)    is the logarithm of each image's error
 """
 
 import itertools
-import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -33,9 +33,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import common
-import degrade
-from data.pack import Crops, Photos
+import additions
+from common import require
+from common.checkpoint import (
+    count_parameters,
+    fingerprint,
+    load_checkpoint,
+    load_weights,
+    put_weights,
+)
+from common.cli import check_ranges, from_dict, launch
+from common.files import find_photos
+from common.photos import Crops, Photos, centre, resized, save_sheet
+from common.run import TRAINING_RANGES, Run, TrainingConfig, check_micro_batches, compile_networks
+from common.runtime import Runtime, make_generator
+from common.tiles import TILE, in_tiles
+from degrade import RECIPES, Degradation, degrade, sample_degradation
 
 # ---- content extractor: a VQ-VAE with the structure and the keys of the public vq-f4 ------------
 
@@ -173,15 +186,15 @@ class Decoder(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """The codebook: replaces each latent vector by its nearest code."""
+    """The codebook: replaces each latent vector by its nearest entry."""
 
-    def __init__(self, codes: int, z: int) -> None:
+    def __init__(self, entries: int, z: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(codes, z)
-        nn.init.uniform_(self.embedding.weight, -1 / codes, 1 / codes)
+        self.embedding = nn.Embedding(entries, z)
+        nn.init.uniform_(self.embedding.weight, -1 / entries, 1 / entries)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, z, h, w) -> nearest codes (B, z, h, w) and their numbers (B, h, w)."""
+        """(B, z, h, w) -> nearest entries (B, z, h, w) and their numbers (B, h, w)."""
         with torch.autocast(z.device.type, enabled=False):
             flat = z.detach().float().permute(0, 2, 3, 1).flatten(0, 2).split(4096)
             number = torch.cat([torch.cdist(f, self.embedding.weight).argmin(1) for f in flat])
@@ -189,17 +202,17 @@ class Quantizer(nn.Module):
         return self.embedding(number).permute(0, 3, 1, 2), number
 
     def used(self, number: Tensor) -> Tensor:
-        """For each code 1 if it is among these numbers, else 0: (codes,)."""
+        """For each entry 1 if it is among these numbers, else 0: (entries,)."""
         return number.new_zeros(len(self.embedding.weight)).index_fill_(0, number.flatten(), 1)
 
 
 class VQVAE(nn.Module):
     """VQ-VAE whose encoder is E_cont and whose decoder is Rec_hr (A.1, A.2)."""
 
-    def __init__(self, widths: Sequence[int], blocks: int, z: int, codes: int) -> None:
+    def __init__(self, widths: Sequence[int], blocks: int, z: int, entries: int) -> None:
         super().__init__()
         self.encoder, self.decoder = Encoder(widths, blocks, z), Decoder(widths, blocks, z)
-        self.quantize = Quantizer(codes, z)
+        self.quantize = Quantizer(entries, z)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(z, z, 1), nn.Conv2d(z, z, 1)
 
     def encode(self, image: Tensor) -> Tensor:
@@ -211,65 +224,16 @@ class VQVAE(nn.Module):
         return (self.decoder(self.post_quant_conv(z)) + 1) / 2
 
     @torch.no_grad()
-    def restart_codes(self, image: Tensor, generator: torch.Generator) -> None:
-        """Move the codes that are nearest to no latent of the images onto random latents."""
-        # Not in the paper: without it most of the codes are never used.
+    def restart_entries(self, image: Tensor, generator: torch.Generator) -> None:
+        """Move the entries that are nearest to no latent of the images onto random latents."""
+        # Not in the paper: without it most entries of the codebook are never used.
         z, weight = self.encode(image).float(), self.quantize.embedding.weight
         unused = self.quantize.used(self.quantize(z)[1]) == 0
         flat = z.permute(0, 2, 3, 1).flatten(0, 2)
         chosen = torch.randint(len(flat), (len(weight),), generator=generator, device=z.device)
         weight.copy_(torch.where(unused[:, None], flat[chosen], weight))
-        if dist.is_initialized():  # the same codes in all processes
+        if dist.is_initialized():  # the same entries in all processes
             dist.broadcast(weight, 0)
-
-
-TILE, OVERLAP = 144, 32  # LR pixels; attention over a tile costs the fourth power of its side
-
-
-def in_tiles(
-    function: Callable[..., Tensor],
-    grid: tuple[int, int],
-    *inputs: Tensor,
-    tile: int = 0,
-    overlap: int = 0,
-) -> Tensor:
-    """function(*inputs) -> (B, C, h, w), computed in overlapping tiles to save memory.
-
-    grid is (h, w); inputs (B, C', f h, f w) with whole factors f. tile and overlap are in pixels of
-    the grid (default: TILE, OVERLAP). An image that is no larger than a tile is computed at once.
-    """
-    h, w = grid
-    th, tw, overlap = min(h, tile or TILE), min(w, tile or TILE), overlap or OVERLAP
-    if (th, tw) == (h, w):
-        return function(*inputs)
-
-    def starts(n: int, side: int) -> list[int]:
-        return [*range(0, n - side, side - overlap), n - side]
-
-    def fade(start: int, side: int, n: int) -> Tensor:
-        """Weights (side,) that rise from almost 0 to 1 in the middle half of the overlap.
-
-        Pixels at the edge of a tile see too little of their surroundings. At the edge of the image
-        the weight stays 1, because no tile sees more there.
-        """
-        i = torch.arange(1, side + 1, device=inputs[0].device)
-        before, after = i + overlap * (start == 0), i.flip(0) + overlap * (start + side == n)
-        rising = (2 * torch.minimum(before, after) / overlap - 0.5).clamp(0.02, 1)
-        return rising.square() * (3 - 2 * rising)
-
-    total, weight = None, torch.zeros(h, w, device=inputs[0].device)
-    for top, left in itertools.product(starts(h, th), starts(w, tw)):
-        crops = []
-        for x in inputs:
-            f = x.shape[2] // h
-            crops.append(x[:, :, top * f : (top + th) * f, left * f : (left + tw) * f])
-        part = function(*crops).float()
-        mask = fade(top, th, h)[:, None] * fade(left, tw, w)
-        total = part.new_zeros(*part.shape[:2], h, w) if total is None else total
-        total[:, :, top : top + th, left : left + tw] += part * mask
-        weight[top : top + th, left : left + tw] += mask
-    assert total is not None
-    return total / weight
 
 
 # ---- degradation extractor and modulation block -------------------------------------------------
@@ -285,29 +249,6 @@ class PlainBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         return x + self.conv2(F.relu(self.conv1(x)))
-
-
-YCC = ((0.299, 0.587, 0.114), (-0.1687, -0.3313, 0.5), (0.5, -0.4187, -0.0813))  # of RGB, BT.601
-
-
-def dct_statistics(lr: Tensor) -> Tensor:
-    """Sizes of the DCT coefficients of LR (B, 3, h, w) in [0, 1]: (B, 384) in about [-1, 1].
-
-    For each of Y, Cb, Cr and each of the 64 frequencies of 8 x 8 blocks: the mean logarithm of the
-    size, and the logarithm of its root mean square, in levels of 255. Blur lowers them towards high
-    frequencies, noise raises the lowest of them, JPEG sets coefficients to 0.
-    """
-    with torch.autocast(lr.device.type, enabled=False):
-        to_ycc = torch.tensor(YCC).to(lr.device, non_blocking=True)
-        ycc = 255 * torch.einsum("oc,bchw->bohw", to_ycc, lr.float())
-        below, right = (max(0, 8 - side) for side in lr.shape[2:])  # at least one block
-        ycc = F.pad(ycc, (0, right, 0, below), mode="replicate")
-        rows = degrade.DCT.to(ycc, non_blocking=True) / (8192 * math.sqrt(8))  # orthonormal
-        basis = torch.einsum("uy,vx->uvyx", rows, rows).reshape(64, 1, 8, 8)
-        size = F.conv2d(ycc.flatten(0, 1)[:, None], basis, stride=8).abs()  # (3B, 64, h/8, w/8)
-        typical = (size + 0.5).log().mean((2, 3)).view(len(lr), -1)
-        spread = (size.square().mean((2, 3)) + 0.25).log().view(len(lr), -1) / 2
-        return (torch.cat([typical, spread], dim=1) - 1.5) / 1.5
 
 
 class DegradationExtractor(nn.Module):
@@ -329,16 +270,8 @@ class DegradationExtractor(nn.Module):
         pooled = self.body(self.first(lr - 0.5)).float().mean((2, 3))
         # Deviation: the sizes of DCT coefficients join the means, which hardly show noise and JPEG.
         if self.statistics:
-            pooled = torch.cat([pooled, dct_statistics(lr)], dim=1)
+            pooled = torch.cat([pooled, additions.dct_statistics(lr)], dim=1)
         return self.mapping(pooled[:, :, None, None]).flatten(1)
-
-
-def place_in_block(height: int, width: int, device: torch.device) -> Tensor:
-    """Sine and cosine of a pixel's place in its block of 8 x 8, along both axes: (1, 4, h, w)."""
-    y, x = (torch.arange(n, device=device) * (2 * math.pi / 8) for n in (height, width))
-    rows = torch.stack([y.sin(), y.cos()])[:, :, None].expand(2, height, width)
-    columns = torch.stack([x.sin(), x.cos()])[:, None].expand(2, height, width)
-    return torch.cat([rows, columns])[None]
 
 
 class ModulationBlock(nn.Module):
@@ -362,7 +295,7 @@ class ModulationBlock(nn.Module):
         x = content
         # Deviation: each pixel also gets its position in its block of JPEG, to compress there.
         if self.jpeg_grid:
-            place = place_in_block(x.shape[2], x.shape[3], x.device).to(x.dtype)
+            place = additions.place_in_block(x.shape[2], x.shape[3], x.device).to(x.dtype)
             x = torch.cat([x, place.expand(len(x), -1, -1, -1)], dim=1)
         for conv, unit in zip(self.convs, self.units, strict=True):
             scale, shift = unit(degradation)[:, :, None, None].chunk(2, dim=1)
@@ -373,40 +306,8 @@ class ModulationBlock(nn.Module):
 # ---- the networks of stage 1 --------------------------------------------------------------------
 
 
-def filtered(image: Tensor, kernels: Tensor) -> Tensor:
-    """Image b (3, h, w) correlated with kernels[b] (k, k), k odd; edges are repeated."""
-    B, C, h, w = image.shape
-    weight = kernels.to(image)[:, None].repeat_interleave(C, dim=0)
-    padded = F.pad(image, [kernels.shape[-1] // 2] * 4, mode="replicate").flatten(0, 1)
-    with torch.autocast(image.device.type, enabled=False):  # bf16 would round the image itself
-        return F.conv2d(padded[None], weight, groups=B * C).view(B, C, h, w)
-
-
-def resized(image: Tensor, height: int, width: int) -> Tensor:
-    """Resize (B, 3, H, W) bicubically with antialiasing, as Pillow does but without rounding."""
-    return F.interpolate(image.float(), (height, width), mode="bicubic", antialias=True)
-
-
-# Amplitude of a bicubic reduction by 4 at degrade.FREQUENCIES
-BICUBIC = degrade.bicubic(1, 4).physical()[:, :5]  # (1, 5)
-
-
-def radial_kernels(gain: Tensor) -> Tensor:
-    """Kernels (B, 15, 15) that amplify degrade.FREQUENCIES by gain (B, 5), and 0 by 1.
-
-    Between these frequencies the gain is interpolated, beyond them it stays as it is.
-    """
-    place = torch.fft.fftfreq(15, device=gain.device)
-    radius = (place.square() + place[:, None].square()).sqrt()  # cycles per pixel
-    knots = torch.cat([torch.ones_like(gain[:, :1]), gain, gain[:, -1:]], dim=1)  # at 0, .1, ... .6
-    below = (10 * radius).long().clamp(max=5)
-    share = (10 * radius - below).clamp(max=1)
-    amplitude = knots[:, below].lerp(knots[:, below + 1], share)  # (B, 15, 15)
-    return torch.fft.fftshift(torch.fft.ifft2(amplitude).real, dim=(1, 2))
-
-
 class Extractors(nn.Module):
-    """The networks of stage 1: E_cont, E_deg, Rec_lr, and a head that predicts theta from F_deg."""
+    """The networks of stage 1: E_cont, E_deg, Rec_lr, and a head that reads effects of theta."""
 
     def __init__(self, cfg: "Config") -> None:
         super().__init__()
@@ -418,10 +319,7 @@ class Extractors(nn.Module):
         c_in = cfg.vq_z + 3 * ours
         self.rec_lr = ModulationBlock(c_in, cfg.deg_dim, cfg.mod_channels, 3, ours)
         if ours:
-            self.head = nn.Sequential(  # codes are small: without the norm it hardly learns
-                nn.LayerNorm(cfg.deg_dim), nn.Linear(cfg.deg_dim, 128), nn.SiLU(),
-                nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 9),
-            )  # fmt: skip
+            self.head = additions.effects_head(cfg.deg_dim)
 
     def content(self, image: Tensor) -> Tensor:
         """F_cont = E_cont(X): (B, z, H/4, W/4) of images (B, 3, H, W) of HR size, in [0, 1].
@@ -439,38 +337,38 @@ class Extractors(nn.Module):
             )
 
         # 9 tiles of 256 x 256 LR pixels take a third of the work of attention over all pixels.
-        parts = [in_tiles(encode, grid, x, tile=2 * TILE // 3, overlap=16) for x in image.split(1)]
-        return torch.cat(parts)
+        rows = [in_tiles(encode, grid, x, tile=2 * TILE // 3, overlap=16) for x in image.split(1)]
+        return torch.cat(rows)
 
     def reconstruct(self, degradation: Tensor, hr: Tensor, content: Tensor) -> Tensor:
         """Rec_lr(F_deg, F_cont): the LR image (B, 3, H/4, W/4), not clamped. Eq. (5)."""
         if self.as_printed:
             return self.rec_lr(degradation, content)
         # Deviation: Rec_lr corrects the bicubic reduction of the HR image, filtered so that it gets
-        # the transfer function that the head names: no detail is lost in F_cont.
-        gain = self.named(degradation)[0] / BICUBIC.to(hr.device, non_blocking=True)
-        lr = filtered(resized(hr, *content.shape[2:]), radial_kernels(gain.clamp(max=4)))
+        # the transfer function that the head reads: no detail is lost in F_cont.
+        lr = resized(hr, *content.shape[2:])
+        lr = additions.with_transfer(lr, self.effects(degradation).transfer)
         return lr + self.rec_lr(degradation, torch.cat([content, lr], dim=1))
 
-    def named(self, degradation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the head says of codes (B, D): transfer function, noise, JPEG (degrade.named)."""
-        return degrade.named(self.head(degradation).float())
+    def effects(self, degradation: Tensor) -> additions.Effects:
+        """What the head reads in F_deg (B, D): transfer function, noise, JPEG."""
+        return additions.effects_from(self.head(degradation).float())
 
 
 def load_vqvae(vqvae: VQVAE, path: str) -> None:
     """Read weights with the keys of vq-f4, or those in a checkpoint of this file; ignore others."""
     # Deviation: the public vq-f4 was trained with a GAN, which A.1 rejects.
-    weights = common.load_checkpoint(path)["ema"]
+    weights = load_checkpoint(path)["ema"]
     weights = {key.removeprefix("vqvae."): value for key, value in weights.items()}
     needed = vqvae.state_dict().keys()
     weights = {key: value for key, value in weights.items() if key in needed}
-    common.put_weights(vqvae, {"ema": weights}, f"--vqvae {path}")
+    put_weights(vqvae, {"ema": weights}, f"--vqvae {path}")
 
 
 # ---- losses -------------------------------------------------------------------------------------
 
 
-def psnr(mse: Tensor) -> Tensor:
+def psnr_of(mse: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of a mean squared error on [0, 1]."""
     return -10 * mse.detach().log10()
 
@@ -478,106 +376,156 @@ def psnr(mse: Tensor) -> Tensor:
 def vqvae_loss(net: Extractors, hr: Tensor) -> dict[str, Tensor]:
     """Reconstruction, codebook and commitment terms of the VQ-VAE (arXiv:1711.00937, Eq. 3)."""
     z = net.vqvae.encode(hr)
-    codes, number = net.vqvae.quantize(z)
-    latents, target = z + (codes - z).detach(), hr  # straight through
+    entries, number = net.vqvae.quantize(z)
+    latents, target = z + (entries - z).detach(), hr  # straight through
     if not net.as_printed:  # Deviation: every other image skips the codebook, because F_cont does.
         latents, target = torch.cat([latents[::2], z[1::2]]), torch.cat([hr[::2], hr[1::2]])
     mse = F.mse_loss(net.vqvae.decode(latents).float(), target)
-    codebook = F.mse_loss(codes, z.detach().float())
-    commitment = F.mse_loss(z.float(), codes.detach())
+    codebook = F.mse_loss(entries, z.detach().float())
+    commitment = F.mse_loss(z.float(), entries.detach())
     used = net.vqvae.quantize.used(number).sum()
-    return {"loss": mse + codebook + 0.25 * commitment, "psnr": psnr(mse), "codes": used}
+    return {"loss": mse + codebook + 0.25 * commitment, "psnr": psnr_of(mse), "entries": used}
 
 
-def sample_mixed(
-    batch: int, recipes: Sequence[str], generator: torch.Generator
-) -> degrade.Degradation:
+def sample_mixed(batch: int, recipes: Sequence[str], generator: torch.Generator) -> Degradation:
     """Parameters theta for a batch, an equal share from each recipe; a generator of the CPU."""
     first, thetas = int(torch.randint(len(recipes), (), generator=generator)), []
-    for i, part in enumerate(torch.arange(batch).tensor_split(len(recipes))):
+    for i, share in enumerate(torch.arange(batch).tensor_split(len(recipes))):
         recipe = recipes[(first + i) % len(recipes)]
-        thetas.append(degrade.sample_degradation(len(part), recipe, generator=generator))
-    return degrade.Degradation.cat(thetas)
+        thetas.append(sample_degradation(len(share), recipe, generator=generator))
+    return Degradation.cat(thetas)
+
+
+def degrade_randomly(
+    hr: Tensor, recipes: Sequence[str], generator: torch.Generator, groups: int = 1
+) -> tuple[Tensor, Degradation]:
+    """D(X, theta) with theta drawn from the recipes: lr (B, 3, H/4, W/4), theta of B / groups rows.
+
+    hr (B, 3, H, W) consists of groups of equal size; image b of each group gets theta b.
+    """
+    draw = make_generator(generator.initial_seed())  # of the CPU: does not synchronise the GPU
+    theta = sample_mixed(len(hr) // groups, recipes, draw)
+    return degrade(hr, Degradation.cat([theta] * groups), draw), theta
 
 
 def content_loss(
     net: Extractors, hr: Tensor, cfg: "Config", generator: torch.Generator
 ) -> dict[str, Tensor]:
     """L_rh: the frozen decoder must find the clean image in degraded content. Eq. (1)-(2)."""
-    draw = common.generator(generator.initial_seed())  # on the CPU, so that no GPU is waited for
-    lr = degrade.degrade(hr, sample_mixed(len(hr), cfg.recipes, draw), draw)
+    lr, _ = degrade_randomly(hr, cfg.recipes, generator)
     # Deviation: Eq. (1) gives E_cont the LR image; here it is first enlarged bicubically to the
     # size of HR, because a VQ-VAE returns images of the size that it is given.
     degraded = resized(lr, *hr.shape[2:])
     if not net.as_printed:  # Deviation: every fourth input is clean, as HR is in generation.
         degraded[::4] = hr[::4]
-    mse = F.mse_loss(net.vqvae.decode(net.content(degraded)).float(), hr)  # Eq. (2)
-    return {"loss": mse, "psnr": psnr(mse)}
+    hr_hat = net.vqvae.decode(net.content(degraded)).float()  # Eq. (1)
+    mse = F.mse_loss(hr_hat, hr)  # Eq. (2)
+    return {"loss": mse, "psnr": psnr_of(mse)}
+
+
+def contrastive_samples(
+    hr: Tensor, cfg: "Config", generator: torch.Generator
+) -> tuple[Tensor, Tensor, Degradation]:
+    """One batch gives anchors, positives and negatives. Eq. (3).
+
+    hr (B, 3, H, W) -> lr (n+1, B, 3, H/4, W/4), scene (n+1, B), theta of B rows, n = num_samples:
+    lr[k, b] = D(X_{b+k}, theta_b), whose scene is b + k modulo B.
+    """
+    B, n = len(hr), cfg.num_samples
+    assert n < B, "the batch must be larger than the number of samples n"
+    scene = (torch.arange(n + 1)[:, None] + torch.arange(B)) % B
+    scene = scene.to(hr.device, non_blocking=True)
+    lr, theta = degrade_randomly(hr[scene.flatten()], cfg.recipes, generator, groups=n + 1)
+    return lr.unflatten(0, (n + 1, B)), scene, theta
 
 
 def contrastive_loss(anchor: Tensor, positives: Tensor, negatives: Tensor, margin: float) -> Tensor:
-    """L_cl of codes (B, D), (n, B, D), (n, B, D): a hinge on L2 distances, mean over B. Eq. (4)."""
+    """L_cl of F_deg (B, D), (n, B, D), (n, B, D): a hinge on L2 distances, mean over B. Eq. (4)."""
     to_positive = (anchor - positives).square().sum(-1).add(1e-12).sqrt()  # (n, B)
     to_negative = (anchor - negatives).square().sum(-1).add(1e-12).sqrt()
     return (to_positive - to_negative + margin).clamp(min=0).sum(0).mean()
 
 
-def degradation_loss(
-    net: Extractors, hr: Tensor, real_lr: Tensor | None, cfg: "Config", generator: torch.Generator
-) -> dict[str, Tensor]:
-    """L_cl + L_rl for E_deg and Rec_lr. Eq. (3)-(6).
+def by_role(degradation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Anchors (B, D), positives and negatives (n, B, D) among F_deg of contrastive_samples().
 
-    One batch gives all samples: lr[k, b] = D(X_{b+k}, theta_b), indices modulo B. Row k = 0 holds
-    the anchors; lr[k, b] is a positive of anchor b (same theta, another image), and
-    lr[k, b-k] = D(X_b, theta_{b-k}) a negative (same image, another theta). real_lr (B, 3, H, W)
-    are crops of real LR photos, of the size of hr.
+    degradation[0, b] is an anchor. degradation[k, b] is a positive of it (same theta, another
+    scene), degradation[k, b-k] a negative (same scene, another theta).
     """
-    # Not in the paper: real photos are scenes for D, too, since D takes a quarter of their size.
-    hr = hr if real_lr is None else torch.stack([hr, real_lr], dim=1).flatten(0, 1)
-    B, n = len(hr), cfg.num_samples
-    assert n < B, "the batch must be larger than the number of samples n"
-    draw = common.generator(generator.initial_seed())  # on the CPU, so that no GPU is waited for
-    theta = sample_mixed(B, cfg.recipes, draw)
-    image = (torch.arange(n + 1)[:, None] + torch.arange(B)) % B  # (n+1, B), b + k
-    image = image.to(hr.device, non_blocking=True)
-    pairs = degrade.Degradation.cat([theta] * (n + 1))
-    lr = degrade.degrade(hr[image.flatten()], pairs, draw)  # Eq. (3)
-    code = net.e_deg(lr).float().view(n + 1, B, -1)
-    negatives = torch.stack([code[k].roll(k, dims=0) for k in range(1, n + 1)])
-    contrastive = contrastive_loss(code[0], code[1:], negatives, cfg.margin)
-    # Not in the paper: two corners of a real photo are positives, one of another a negative.
-    if real_lr is not None:
-        h, w = lr.shape[2:]
-        y, x = (side // 4 * 3 // 8 * 8 for side in real_lr.shape[2:])  # where blocks of JPEG begin
-        corners = torch.cat([real_lr[:, :, :h, :w], real_lr[:, :, y : y + h, x : x + w]])
-        one, other = net.e_deg(corners).float().chunk(2)
-        contrastive += contrastive_loss(one, other[None], other.roll(1, dims=0)[None], cfg.margin)
+    negatives = [degradation[k].roll(k, dims=0) for k in range(1, len(degradation))]
+    return degradation[0], degradation[1:], torch.stack(negatives)
 
-    if not net.as_printed:  # Not in the paper: a quarter is enough, and E_cont takes most time.
-        hr, lr = (x[:, :, : x.shape[2] // 2, : x.shape[3] // 2] for x in (hr, lr))
+
+def reconstruction_errors(lr_hat: Tensor, lr: Tensor) -> Tensor:
+    """L_rl of each image (B,): the mean square error of Rec_lr's output (B, 3, h, w). Eq. (6)."""
+    return (lr_hat.float() - lr).square().mean((1, 2, 3))
+
+
+def degradation_loss(
+    net: Extractors, hr: Tensor, cfg: "Config", generator: torch.Generator
+) -> dict[str, Tensor]:
+    """L_cl + L_rl for E_deg and Rec_lr, as printed. Eq. (3)-(6)."""
+    lr, _, _ = contrastive_samples(hr, cfg, generator)  # Eq. (3)
+    degradation = net.e_deg(lr.flatten(0, 1)).float().unflatten(0, lr.shape[:2])  # (n+1, B, D)
+    contrastive = contrastive_loss(*by_role(degradation), cfg.margin)  # Eq. (4)
     with torch.no_grad():
         content = net.content(hr)
-    # Deviation: Eq. (5) reconstructs the image whose code is F_deg; here the code of an anchor must
-    # reconstruct its positives, so that it can hold neither content nor one sample of noise.
-    rows = slice(0, 1) if net.as_printed else slice(1, n + 1)
-    chosen, target = image[rows].flatten(), lr.view(n + 1, B, *lr.shape[1:])[rows].flatten(0, 1)
-    lr_hat = net.reconstruct(code[0].repeat(len(chosen) // B, 1), hr[chosen], content[chosen])
-    mse = (lr_hat.float() - target).square().mean((1, 2, 3))  # Eq. (6), per image
-    numbers = {"contrastive": contrastive, "psnr": psnr(mse).mean()}
-    if net.as_printed:  # Not in the paper: how to weight L_cl and L_rl; here they are summed.
-        return {"loss": contrastive + mse.mean(), **numbers}
+    lr_hat = net.reconstruct(degradation[0], hr, content)  # Eq. (5)
+    mse = reconstruction_errors(lr_hat, lr[0])  # Eq. (6)
+    # Not in the paper: how to weight L_cl and L_rl; here they are summed.
+    loss = contrastive + mse.mean()
+    return {"loss": loss, "contrastive": contrastive, "psnr": psnr_of(mse).mean()}
 
+
+# ---- the same with our additions ----------------------------------------------------------------
+
+
+def same_photo_loss(net: Extractors, real_lr: Tensor, h: int, w: int, margin: float) -> Tensor:
+    """L_cl of two corners of h x w pixels of real LR photos (B, 3, H, W); negatives: other photos.
+
+    Corners begin where blocks of JPEG begin.
+    """
+    y, x = (side // 4 * 3 // 8 * 8 for side in real_lr.shape[2:])
+    corners = torch.cat([real_lr[:, :, :h, :w], real_lr[:, :, y : y + h, x : x + w]])
+    anchor, positive = net.e_deg(corners).float().chunk(2)
+    return contrastive_loss(anchor, positive[None], positive.roll(1, dims=0)[None], margin)
+
+
+def degradation_loss_with_additions(
+    net: Extractors, hr: Tensor, real_lr: Tensor, cfg: "Config", generator: torch.Generator
+) -> dict[str, Tensor]:
+    """degradation_loss() with what the docstring of this file lists; real_lr like hr (B, 3, H, W).
+
+    real_lr are crops of real LR photos.
+    """
+    # Not in the paper: real photos are scenes for D, too, since D takes a quarter of their size.
+    hr = torch.stack([hr, real_lr], dim=1).flatten(0, 1)
+    lr, scene, theta = contrastive_samples(hr, cfg, generator)
+    degradation = net.e_deg(lr.flatten(0, 1)).float().unflatten(0, lr.shape[:2])  # (n+1, B, D)
+    contrastive = contrastive_loss(*by_role(degradation), cfg.margin)
+    # Not in the paper: two corners of a real photo are positives, one of another a negative.
+    contrastive += same_photo_loss(net, real_lr, lr.shape[3], lr.shape[4], cfg.margin)
+
+    # Not in the paper: a quarter is enough, and E_cont takes most time.
+    hr, lr = (x[..., : x.shape[-2] // 2, : x.shape[-1] // 2] for x in (hr, lr))
+    with torch.no_grad():
+        content = net.content(hr)
+    # Deviation: Eq. (5) reconstructs the image whose F_deg it is given; here F_deg of an anchor
+    # must reconstruct its positives, so that it cannot memorise the image or its noise.
+    positive = scene[1:].flatten()
+    anchor = degradation[0].repeat(cfg.num_samples, 1)
+    lr_hat = net.reconstruct(anchor, hr[positive], content[positive])
+    mse = reconstruction_errors(lr_hat, lr[1:].flatten(0, 1))
     # Deviation: the logarithm of Eq. (6), with a floor of 1e-5, so that noisy images do not
     # outweigh clean ones.
     reconstruction = (mse + 1e-5).log().mean()
-    # Not in the paper: a head predicts theta, which is known here; without it E_deg hardly learns.
-    physical = theta.to(hr.device).physical().repeat(n + 1, 1)
-    predicted = net.head(code.flatten(0, 1)).float()
-    visible = physical.isfinite()  # a later resize hides some of it
-    named = F.mse_loss(predicted, physical.where(visible, predicted.detach()))
+    # Not in the paper: a head predicts effects of theta, which is known in training; without it
+    # E_deg hardly learns.
+    effects = additions.effects_loss(net.head(degradation.flatten(0, 1)).float(), theta)
     # Not in the paper: the weights 0.02, 1/10 and 1 of the three terms.
-    loss = 0.02 * contrastive + reconstruction / 10 + named
-    return {"loss": loss, **numbers, "head": named}
+    loss = 0.02 * contrastive + reconstruction / 10 + effects
+    numbers = {"contrastive": contrastive, "psnr": psnr_of(mse).mean(), "head": effects}
+    return {"loss": loss, **numbers}
 
 
 # ---- previews -----------------------------------------------------------------------------------
@@ -585,54 +533,54 @@ def degradation_loss(
 
 @torch.no_grad()
 def vqvae_report(net: Extractors, hr: Tensor, path: Path) -> dict[str, Tensor]:
-    """A picture of reconstructed photos with and without the codebook; PSNR and codes in use."""
+    """A picture of reconstructed photos with and without the codebook; PSNR and entries in use."""
     z = net.vqvae.encode(hr)
-    codes, number = net.vqvae.quantize(z)
-    with_codes, without = (net.vqvae.decode(x).float().clamp(0, 1) for x in (codes, z))
-    rows = list(zip(hr, with_codes, without, strict=True))[:4]
-    common.save_sheet(path, ("HR", "with the codebook", "without"), rows)
+    entries, number = net.vqvae.quantize(z)
+    quantised, without = (net.vqvae.decode(x).float().clamp(0, 1) for x in (entries, z))
+    rows = list(zip(hr, quantised, without, strict=True))[:4]
+    save_sheet(path, ("HR", "with the codebook", "without"), rows)
     return {
-        "shown psnr": psnr(F.mse_loss(with_codes, hr)),
-        "without codebook": psnr(F.mse_loss(without, hr)),
-        "codes used": net.vqvae.quantize.used(number).sum(),
+        "shown psnr": psnr_of(F.mse_loss(quantised, hr)),
+        "without codebook": psnr_of(F.mse_loss(without, hr)),
+        "entries used": net.vqvae.quantize.used(number).sum(),
     }
 
 
 def save_swap_grid(path: Path, references: Tensor, made: Sequence[Tensor]) -> None:
-    """Picture of LR: each row has a reference (3, h, w) and scenes (B, 3, h, w) with its code."""
+    """Picture of LR: rows of a reference (3, h, w) and scenes (B, 3, h, w) with its F_deg."""
     side = references.shape[2]
     rows = [
-        [common.centre(image, side, 2 * side) for image in (reference, *row.float().clamp(0, 1))]
+        [centre(image, side, 2 * side) for image in (reference, *row.float().clamp(0, 1))]
         for reference, row in zip(references, made, strict=True)
     ]
     titles = ("LR", "its degradation, other scenes", *[""] * (len(made[0]) - 1))
-    common.save_sheet(path, titles, rows)
+    save_sheet(path, titles, rows)
 
 
 @torch.no_grad()
 def swap_grid(net: Extractors, hr: Tensor, cfg: "Config", path: Path) -> dict[str, Tensor]:
     """Picture of Rec_lr: the degradation of each row's LR, the content of each column."""
-    draw = common.generator(cfg.seed)
-    lr = degrade.degrade(hr, sample_mixed(len(hr), cfg.recipes, draw), draw)
+    draw = make_generator(cfg.seed)
+    lr = degrade(hr, sample_mixed(len(hr), cfg.recipes, draw), draw)
     content = net.content(hr)
-    made = [net.reconstruct(c.expand(len(hr), -1), hr, content) for c in net.e_deg(lr)]
+    made = [net.reconstruct(d.expand(len(hr), -1), hr, content) for d in net.e_deg(lr)]
     save_swap_grid(path, lr, made)
-    same_scene = torch.stack(made).float()[range(len(hr)), range(len(hr))]
-    return {"shown psnr": psnr((same_scene - lr).square().mean((1, 2, 3))).mean()}
+    same_scene = torch.stack(made)[range(len(hr)), range(len(hr))]
+    return {"shown psnr": psnr_of(reconstruction_errors(same_scene, lr)).mean()}
 
 
 # ---- configuration and training -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TrainingConfig):
     """Settings of stage 1 (A.1); the defaults are the paper's where it gives any."""
 
     hr: tuple[str, ...] = ()  # folders of HR photos (default: data/hr, else data/sample/hr)
     lr: tuple[str, ...] = ()  # folders of real LR photos (default: data/lr, else data/sample/lr)
     out: str = "runs/extractors"  # folder of checkpoints and log
     vqvae: str = ""  # start from these VQ-VAE weights; those of vq-f4 need --preset paper
-    start_from: str = ""  # weights of all parts to go on from, of this file
+    start_from: str = ""  # weights of all networks of this file, to train further
     steps: tuple[int, ...] = (200_000, 200_000, 200_000)  # of the VQ-VAE, of E_cont, of E_deg
     batch_size: int = 8  # HR crops per process, 8 of which give 64; 0: 256 on a GPU, else 16
     crop: int = 256  # HR crop for E_deg, pixels
@@ -644,7 +592,7 @@ class Config:
     vq_multipliers: tuple[int, ...] = (1, 2, 4)
     vq_blocks: int = 2
     vq_z: int = 3  # channels of the content
-    vq_codes: int = 8192
+    vq_codes: int = 8192  # entries of the codebook
     deg_channels: int = 64
     deg_blocks: int = 16
     deg_dim: int = 2048
@@ -653,15 +601,8 @@ class Config:
     margin: float = 0.01
     recipes: tuple[str, ...] = ("realesrgan",)  # of D
     as_printed: bool = True  # losses and networks of the paper, without the additions listed above
-    ema_decay: float = 0.999
-    cooldown: float = 0.0  # last share of the steps, in which the learning rate falls to 0
-    bf16: bool = True  # where the device has it
-    log_every: int = 50
-    save_every: int = 500
-    accumulate: int = 0  # parts into which a batch is divided; 0: as many as memory asks for
-    compile: bool = True  # torch.compile
-    seed: int = 0
-    device: str = "auto"
+
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (*TrainingConfig.MAY_CHANGE, "vqvae")
 
 
 # Deviation: the small presets take one positive and one negative per anchor, the paper three.
@@ -684,7 +625,7 @@ PRESETS: dict[str, dict] = {
     "paper": {},
     "as-printed": SMALL,
 }
-RANGES = common.TRAINING_RANGES | {
+RANGES = TRAINING_RANGES | {
     "steps": (0, 2**31), "batch_size": (2, 2**20), "crop": (16, 2**14), "vq_crop": (16, 2**14),
     "vqvae_learning_rate": (0, 1), "content_learning_rate": (0, 1),
     "degradation_learning_rate": (0, 1), "vq_channels": (1, 2**12), "vq_multipliers": (1, 64),
@@ -694,7 +635,7 @@ RANGES = common.TRAINING_RANGES | {
 }  # fmt: skip
 
 
-def default_batch(rt: common.Runtime) -> int:
+def default_batch(rt: Runtime) -> int:
     """The batch size of the small presets on this device."""
     return 256 if rt.device.type == "cuda" else 16
 
@@ -702,10 +643,10 @@ def default_batch(rt: common.Runtime) -> int:
 def stored_config(config: dict, name: str) -> Config:
     """The settings in the checkpoint `name`; UserError if they are of another stage, or wrong."""
     is_stage_1 = isinstance(config, dict) and "deg_dim" in config
-    common.require(is_stage_1, f"{name}: not a checkpoint of extractors.py (give that one).")
+    require(is_stage_1, f"{name}: not a checkpoint of extractors.py (give that one).")
     settings = {key: value for key, value in config.items() if key != "began"}
-    cfg = common.from_dict(Config, settings, name)
-    common.check_ranges(cfg, RANGES, f"{name}: ")
+    cfg = from_dict(Config, settings, name)
+    check_ranges(cfg, RANGES, f"{name}: ")
     return cfg
 
 
@@ -714,7 +655,7 @@ def load(state: dict, name: str) -> Extractors:
     cfg = stored_config(state["config"], name)
     with torch.device("meta"):  # nothing is allocated before the shapes are checked
         net = Extractors(cfg)
-    common.put_weights(net, state, name)
+    put_weights(net, state, name)
     return net
 
 
@@ -723,38 +664,38 @@ def step_of(path: Path) -> int:
     return torch.load(path, mmap=True, weights_only=True)["step"] if path.is_file() else 0
 
 
-def checked(cfg: Config, rt: common.Runtime) -> Config:
+def checked(cfg: Config, rt: Runtime) -> Config:
     """The settings with the batch size of this device, and three numbers of steps, or UserError."""
-    numbers = "--steps takes one number, or one for each of the three parts."
-    common.require(len(cfg.steps) in (1, 3), numbers)
+    numbers = "--steps takes one number, or one for each of the three phases."
+    require(len(cfg.steps) in (1, 3), numbers)
     steps = cfg.steps if len(cfg.steps) == 3 else cfg.steps * 3
     cfg = replace(cfg, steps=steps, batch_size=cfg.batch_size or default_batch(rt))
-    common.check_ranges(cfg, RANGES)
+    check_ranges(cfg, RANGES)
     for flag, crop in (("--crop", cfg.crop), ("--vq-crop", cfg.vq_crop)):
-        common.require(crop % 16 == 0, f"{flag} {crop}: must be a multiple of 16.")
+        require(crop % 16 == 0, f"{flag} {crop}: must be a multiple of 16.")
     more = f"--batch-size {cfg.batch_size}: must be larger than --num-samples {cfg.num_samples}."
-    common.require(cfg.batch_size > cfg.num_samples, more)
-    common.require(not (cfg.as_printed and cfg.lr), "--lr: training as printed takes no real LR.")
-    common.check_parts(cfg, least=cfg.num_samples + 1, sources=1 if cfg.as_printed else 2)
-    unknown = " ".join(set(cfg.recipes) - set(degrade.RECIPES))
-    common.require(not unknown, f"--recipes {unknown}: no such recipe of degrade.py.")
-    files = [Path(cfg.out) / f"{part}.pt" for part in ("vqvae", "content", "last")]
+    require(cfg.batch_size > cfg.num_samples, more)
+    require(not (cfg.as_printed and cfg.lr), "--lr: training as printed takes no real LR.")
+    check_micro_batches(cfg, least=cfg.num_samples + 1, sources=1 if cfg.as_printed else 2)
+    unknown = " ".join(set(cfg.recipes) - set(RECIPES))
+    require(not unknown, f"--recipes {unknown}: no such recipe of degrade.py.")
+    files = [Path(cfg.out) / f"{phase}.pt" for phase in ("vqvae", "content", "last")]
     for (i, earlier), (_, later) in itertools.combinations(enumerate(files), 2):
         goes_on = step_of(earlier) < steps[i] and not (cfg.vqvae and i == 0)
-        began = f"{later} began from another {earlier.name} than this command would leave"
-        way_out = "delete it to train that part again, or give another --out"
-        common.require(not (goes_on and later.is_file()), f"{began}: {way_out}.")
+        began = f"{later} was trained from a different {earlier.name}"
+        way_out = "delete it to train that phase again, or give another --out"
+        require(not (goes_on and later.is_file()), f"{began}: {way_out}.")
     return cfg
 
 
-def prepare(cfg: Config, rt: common.Runtime) -> tuple[Extractors, Crops, list[Crops], Tensor]:
+def prepare(cfg: Config, rt: Runtime) -> tuple[Extractors, Crops, list[Crops], Tensor]:
     """The networks, crops for the VQ-VAE and E_cont, crops of HR and LR for E_deg, 8 photos."""
     net, out = Extractors(cfg), Path(cfg.out)
     if cfg.start_from:
-        common.load_weights(net, cfg.start_from, "--start-from")
+        load_weights(net, cfg.start_from, "--start-from")
     if cfg.vqvae:
         load_vqvae(net.vqvae, cfg.vqvae)
-    photos = Photos(common.find_photos(cfg.hr, "hr", "--hr", packed=True), out / "photos/hr", rt)
+    photos = Photos(find_photos(cfg.hr, "hr", "--hr", packed=True), out / "photos/hr", rt)
     rows = np.arange(len(photos.table))
     held_out = rows[::50] if len(rows) >= 50 else rows[:0]  # shown, not trained on
     rows = np.setdiff1d(rows, held_out)
@@ -764,7 +705,7 @@ def prepare(cfg: Config, rt: common.Runtime) -> tuple[Extractors, Crops, list[Cr
     shown_rows = held_out if len(held_out) else rows
     shown = Crops(photos, cfg.crop, 8, cfg.seed, stream=9, rows=shown_rows).batch(0, 8)
     if not cfg.as_printed:
-        files = common.find_photos(cfg.lr, "lr", "--lr", packed=True)
+        files = find_photos(cfg.lr, "lr", "--lr", packed=True)
         crops.append(
             Crops(Photos(files, out / "photos/lr", rt), cfg.crop, share, cfg.seed, stream=1)
         )
@@ -772,43 +713,43 @@ def prepare(cfg: Config, rt: common.Runtime) -> tuple[Extractors, Crops, list[Cr
         print(cfg)
         counts = [f"{len(c.rows)} ({c.left_out} smaller than the crop)" for c in crops]
         print(f"photos, HR and real LR: {', '.join(counts)}, {len(held_out)} held out; "
-              f"VQ-VAE {common.count_parameters(net.vqvae)}, "
-              f"E_deg {common.count_parameters(net.e_deg)}, "
-              f"Rec_lr {common.count_parameters(net.rec_lr)}")  # fmt: skip
+              f"VQ-VAE {count_parameters(net.vqvae)}, "
+              f"E_deg {count_parameters(net.e_deg)}, "
+              f"Rec_lr {count_parameters(net.rec_lr)}")  # fmt: skip
     if cfg.compile:
         networks = [net.vqvae.encoder, net.vqvae.decoder, net.e_deg, net.rec_lr]
-        common.compile_networks(networks, rt)
+        compile_networks(networks, rt)
     return net, vq_crops, crops, shown.to(rt.device).float() / 255
 
 
-def train(cfg: Config, rt: common.Runtime) -> None:
-    """The three parts of stage 1, each of which resumes from its own checkpoint."""
+def train(cfg: Config, rt: Runtime) -> None:
+    """The three phases of stage 1, each of which resumes from its own checkpoint."""
     cfg = checked(cfg, rt)
     net, vq_crops, crops, shown = prepare(cfg, rt)
     out, vqvae = Path(cfg.out), net.vqvae
     steps_vqvae, steps_content, steps_degradation = cfg.steps
 
-    # Not in the paper: in all trainings common.Run takes AdamW, clips the norm of the gradient at 1
+    # Not in the paper: in all trainings Run takes AdamW, clips the norm of the gradient at 1
     # and averages the weights over the steps (EMA).
-    if not cfg.vqvae:  # part 1: the VQ-VAE on HR photos
+    if not cfg.vqvae:  # phase 1: the VQ-VAE on HR photos
         groups = [{"params": [*vqvae.parameters()], "lr": cfg.vqvae_learning_rate}]
-        began = common.fingerprint(net) if cfg.start_from else ""
-        run = common.Run(
+        began = fingerprint(net) if cfg.start_from else ""
+        run = Run(
             cfg, rt, net, groups, out / "vqvae.pt", steps_vqvae, began=began,
             preview=lambda: vqvae_report(net, shown, out / "vqvae.png"),
         )  # fmt: skip
         for hr, draw in run.batches(vq_crops, least=2):
             with rt.autocast(cfg.bf16):
-                if run.step % 10 == 0 and run.part == 0:
-                    vqvae.restart_codes(hr, draw)
+                if run.step % 10 == 0 and run.micro_batch == 0:
+                    vqvae.restart_entries(hr, draw)
                 losses = vqvae_loss(net, hr)
             run.update(losses)
 
-    # Part 2: E_cont, the encoder, on degraded photos, against the frozen decoder. Eq. (1)-(2).
+    # Phase 2: E_cont, the encoder, on degraded photos, against the frozen decoder. Eq. (1)-(2).
     tuned = [*vqvae.encoder.parameters(), *vqvae.quant_conv.parameters()]
     groups = [{"params": tuned, "lr": cfg.content_learning_rate}]
-    run = common.Run(
-        cfg, rt, net, groups, out / "content.pt", steps_content, began=common.fingerprint(vqvae),
+    run = Run(
+        cfg, rt, net, groups, out / "content.pt", steps_content, began=fingerprint(vqvae),
         preview=lambda: vqvae_report(net, shown, out / "content.png"),
     )  # fmt: skip
     for hr, draw in run.batches(vq_crops):
@@ -816,18 +757,21 @@ def train(cfg: Config, rt: common.Runtime) -> None:
             losses = content_loss(net, hr, cfg, draw)
         run.update(losses)
 
-    # Part 3: E_deg, Rec_lr and the head; E_cont stays as it is. Eq. (3)-(6).
+    # Phase 3: E_deg, Rec_lr and the head; E_cont stays as it is. Eq. (3)-(6).
     tuned = [p for name, p in net.named_parameters() if not name.startswith("vqvae.")]
     groups = [{"params": tuned, "lr": cfg.degradation_learning_rate}]
-    run = common.Run(
-        cfg, rt, net, groups, out / "last.pt", steps_degradation, began=common.fingerprint(vqvae),
+    run = Run(
+        cfg, rt, net, groups, out / "last.pt", steps_degradation, began=fingerprint(vqvae),
         preview=lambda: swap_grid(net, shown[:4], cfg, out / "last.png"),
     )  # fmt: skip
     for hr, *real_lr, draw in run.batches(*crops, least=cfg.num_samples + 1):
         with rt.autocast(cfg.bf16):
-            losses = degradation_loss(net, hr, real_lr[0] if real_lr else None, cfg, draw)
+            if cfg.as_printed:
+                losses = degradation_loss(net, hr, cfg, draw)
+            else:
+                losses = degradation_loss_with_additions(net, hr, real_lr[0], cfg, draw)
         run.update(losses)
 
 
 if __name__ == "__main__":
-    common.launch(train, Config, PRESETS, __doc__)
+    launch(train, Config, PRESETS, __doc__)

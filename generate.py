@@ -2,7 +2,7 @@
 
 Input: HR photos, real LR photos whose camera is to be imitated, and the weights of stage 2.
 Output: a folder of pairs (hr/NAME.png, lr/NAME.png), pairs.jsonl and preview.png. Each HR image
-draws one reference; its code is averaged with those of others in its folder. K candidates are
+draws one reference; its F_deg is averaged with those of others in its folder. K candidates are
 denoised from a noised start image (Algorithm 2), and the filter keeps the best one.
 
     python generate.py
@@ -24,23 +24,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import common
-import degrade
+import additions
 import diffusion
-import extractors
-from data.folder import PairFolder
+from common import UserError, require
+from common.checkpoint import find_checkpoint, fingerprint, load_checkpoint
+from common.cli import check_ranges, launch
+from common.files import find_photos, outside, photo_names, write_text
+from common.pairs import PairFolder
+from common.photos import (
+    centre,
+    crop_to_multiple,
+    load_image,
+    resized,
+    save_image,
+    save_sheet,
+    to_uint8,
+)
+from common.runtime import Runtime, in_parallel, make_generator, print_once, wait_for_all
+from common.tiles import TILE, in_tiles
+from degrade import Degradation, degrade, sample_degradation
 from diffusion import DecoupledDDPM
 
 SCALE = 4  # HR size / LR size. It is the VQ-VAE's factor, so content and LR have the same grid.
-# The head of the shipped weights can't tell less noise (std) than FAINT from no noise, nor a JPEG
-# quality above UNCOMPRESSED from no compression.
-FAINT, UNCOMPRESSED = 3 / 255, 88
-# What real LR has beside filtered HR looks like sharpness to E_deg. So Rec_lr's answer is filtered
-# by these amplitudes at degrade.FREQUENCIES: the mean transfer function of LR of the recipe camera
-# over the mean that the head reads in it behind add_remainder. That takes no pairs;
-# `benchmark.py --table extractors` prints it, also for other weights.
-SOFTER = (1.07, 1.02, 0.94, 0.79, 0.62)
-AS_READ = (1.0,) * 5  # no softening
 
 # ---- the method -------------------------------------------------------------------------------
 
@@ -55,38 +60,21 @@ class Sampler:
     eta: float = 0.0  # 0 is DDIM; 1 with as many evaluations as steps is DDPM (the paper)
     candidates: int = 1  # K, of which the filter keeps the best
     grain: bool = True  # add the noise and JPEG that E_deg reads in the reference; the paper: no
-    soften: tuple[float, ...] = SOFTER  # undo what E_deg takes for sharpness; the paper: 1 1 1 1 1
-    remainder: float = 1.1  # noise for what real LR has beside filtered HR, in detail; paper: 0
-    average: int = 8  # use the mean code of up to this many references of the same folder; paper: 1
+    soften: tuple[float, ...] = ()  # five amplitudes (default: the weights' own); paper: 1 1 1 1 1
+    remainder: float = 1.1  # strength of the noise that replaces unexplained detail; the paper: 0
+    average: int = 8  # mean F_deg of up to this many references of the same folder; the paper: 1
 
 
+NOT_SOFTENED = (1.0,) * 5
 STARTS = ("reconstruct", "realesrgan", "light")
 CANDIDATES = 4  # K where the filter is to have a choice
 
 
-def load_generator(checkpoint: str, device: torch.device, grain: bool = False) -> DecoupledDDPM:
-    """The trained model, ready to generate; "" looks in runs/diffusion, then in data/pretrained.
+def degradation_of(net: DecoupledDDPM, lr_ref: Tensor) -> Tensor:
+    """F_deg (1, D) of a reference (3, h, w) of any size, or F_deg (D,) itself.
 
-    UserError if it can't be used; with `grain` also if it has no head to read noise and JPEG.
-    """
-    path = common.find_checkpoint(checkpoint, "diffusion", "python diffusion.py")
-    net = diffusion.load(common.load_checkpoint(path), str(path))
-    headless = f"{path}: weights of --as-printed can't read noise and JPEG: give --no-grain."
-    common.require(not (grain and net.extractors.as_printed), headless)
-    net.eval().requires_grad_(False)
-    return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def precision(device: torch.device) -> torch.autocast:
-    """bf16 on a GPU. On a CPU float32: sums in bf16 depend on the number of threads."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def code_of(net: DecoupledDDPM, lr_ref: Tensor) -> Tensor:
-    """F_deg (1, D) of a reference (3, h, w) of any size, or of its code (D,) itself.
-
-    Of a large photo only the middle is read, because its code is an average over the image. The
-    middle begins at a corner of JPEG's blocks of 8 x 8.
+    Only the middle of a large photo is read, because F_deg is an average over the image. The middle
+    begins at a corner of JPEG's blocks of 8 x 8.
     """
     device = next(net.parameters()).device
     if lr_ref.ndim == 1:
@@ -97,69 +85,41 @@ def code_of(net: DecoupledDDPM, lr_ref: Tensor) -> Tensor:
         return net.extractors.e_deg(middle).float()
 
 
-def add_grain(
-    net: DecoupledDDPM, lr: Tensor, code: Tensor, draws: Sequence[torch.Generator]
-) -> Tensor:
-    """Give images (B, 3, h, w) the noise and the JPEG compression that E_deg reads in code (B, D).
+def start_images(
+    hr: Tensor, lr_hat: Tensor, sampler: Sampler, seeds: Sequence[int]
+) -> tuple[Tensor, list[int]]:
+    """Start images (B, 3, h, w) and the steps of noise on each: D(HR) and up to T, or lr_hat and T.
 
-    Not in the paper: Rec_lr's answer is an average over all noise, a short chain adds little noise,
-    and a network hardly learns to round in blocks of 8 x 8. E_deg takes some compression for noise,
-    so the noise that is missing is measured in the compressed image.
+    Deviation: the paper starts from D(HR). A few steps do not remove D's blur and noise.
     """
-    _, noise_std, quality = net.extractors.named(code)
-    noisy, packed = noise_std.mean(1) > FAINT, quality < UNCOMPRESSED
-    if lr.device.type == "cpu" and not (noisy | packed).any():  # a GPU would have to wait for this
-        return lr
-
-    def compress(x: Tensor) -> Tensor:
-        return torch.where(packed[:, None, None, None], degrade.jpeg(x, quality), x)
-
-    _, found, _ = net.extractors.named(net.extractors.e_deg(compress(lr)))
-    missing = noisy[:, None] * (noise_std.square() - found.square()).clamp(min=0).sqrt()
-    noise = coloured(diffusion.randn_rows(lr, draws), missing)
-    return compress((lr + noise).clamp(0, 1))
+    if sampler.start == "reconstruct":
+        return lr_hat, [sampler.t_start] * len(hr)
+    draws = [make_generator(seed) for seed in seeds]
+    thetas = [sample_degradation(1, sampler.start, SCALE, draw) for draw in draws]
+    t_start = [int(torch.randint(sampler.t_start + 1, (), generator=draw)) for draw in draws]
+    return degrade(hr, Degradation.cat(thetas)), t_start
 
 
-def coloured(eps: Tensor, std: Tensor) -> Tensor:
-    """White noise (B, 3, h, w) with the std (B, 3) in degrade.BANDS, interpolated between them."""
-    h, w = eps.shape[2:]
-    down, across = torch.fft.fftfreq(h), torch.fft.rfftfreq(w)
-    radius = (down[:, None].square() + across.square()).sqrt()  # cycles per pixel
-    low, middle, high = (degrade.RINGS[band].mean() for band in degrade.BANDS)
-    first, second = ((radius - low) / (middle - low)), (radius - middle) / (high - middle)
-    shares = torch.stack([first, second]).clamp(0, 1).to(eps.device, non_blocking=True)
-    knots = std[:, :, None, None]  # (B, 3, 1, 1)
-    amplitude = knots[:, 0] + shares[0] * (knots[:, 1] - knots[:, 0])
-    amplitude = amplitude + shares[1] * (knots[:, 2] - knots[:, 1])  # (B, h, w/2 + 1)
-    return torch.fft.irfft2(torch.fft.rfft2(eps) * amplitude[:, None], (h, w))
-
-
-def add_remainder(lr: Tensor, size: float, draws: Sequence[torch.Generator]) -> Tensor:
-    """Noise in place of all that tells real LR from a filtered HR image.
-
-    Not in the paper. Networks that are trained on LR without it learn to invert the filter, which
-    real LR does not allow. Measured on RealSR and DRealSR, its std above .15 cycles per pixel is
-    1.1 times the root of the local std of brightness (5 x 5 pixels), both in levels, from flat
-    surfaces to edges; its channels have a correlation of .7.
-    """
-
-    def mean(x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, 5, 1, padding=2, count_include_pad=False)
-
-    value = 255 * lr.mean(1, keepdim=True)
-    std = size / 255 * mean((value - mean(value)).square()).pow(1 / 4)
-    colour, gray = diffusion.randn_rows(lr, draws), diffusion.randn_rows(lr[:, :1], draws)
-    return (lr + std * (math.sqrt(0.3) * colour + math.sqrt(0.7) * gray)).clamp(0, 1)
-
-
-def errors(net: DecoupledDDPM, lr: Tensor, code: Tensor, content: Tensor) -> tuple[Tensor, Tensor]:
+def errors(
+    net: DecoupledDDPM, lr: Tensor, degradation: Tensor, content: Tensor
+) -> tuple[Tensor, Tensor]:
     """How far images (B, 3, h, w) are from their HR content and their reference's degradation.
 
     ||E_cont(up(lr)) - E_cont(hr)|| (root mean square), ||E_deg(lr) - E_deg(ref)||: (B,) each. A.6.
     """
-    lr_content = net.extractors.content(extractors.resized(lr, *(4 * n for n in lr.shape[2:])))
+    lr_content = net.extractors.content(resized(lr, *(4 * n for n in lr.shape[2:])))
     content_error = (lr_content - content).float().square().mean((1, 2, 3)).sqrt()
-    return content_error, (net.extractors.e_deg(lr) - code).float().norm(dim=1)
+    return content_error, (net.extractors.e_deg(lr) - degradation).float().norm(dim=1)
+
+
+def keep_best(content_error: Tensor, degradation_error: Tensor) -> Tensor:
+    """The filter: the candidate (B,) with the smallest sum of both errors (B, K). A.6.
+
+    Not in the paper: each error is divided by its mean over the candidates.
+    """
+    both = (content_error, degradation_error)
+    relative = [e / e.mean(1, keepdim=True).clamp(min=1e-12) for e in both]
+    return (relative[0] + relative[1]).argmin(1)
 
 
 @torch.no_grad()
@@ -174,63 +134,41 @@ def generate(
     """LR images with the content of hr and the degradation of lr_ref. Algorithm 2, A.6.
 
     hr (B, 3, H, W) in [0, 1], sizes multiples of 4; lr_ref: B images (3, h, w) of any size, or
-    codes (D,); seeds: B numbers, from which image b draws. Returns candidates (B, K, 3, H/4, W/4)
+    F_deg (D,); seeds: B numbers, from which image b draws. Returns candidates (B, K, 3, H/4, W/4)
     and "kept" (B,), the best of them; where K > 1, or if `scored`, also the "content" and the
     "degradation" errors (B, K). On a CPU no result depends on the other images, bit for bit.
     """
     assert len(lr_ref) == len(seeds) == len(hr), "one reference and one seed for each image"
     if hr.device.type == "cpu" and len(hr) > 1:
-        rows = [slice(b, b + 1) for b in range(len(hr))]
-        made = [generate(net, hr[b], lr_ref[b], sampler, seeds[b], scored) for b in rows]
-        scores = {key: torch.cat([score[key] for _, score in made]) for key in made[0][1]}
-        return torch.cat([lr for lr, _ in made]), scores
+        return one_by_one(net, hr, lr_ref, sampler, seeds, scored)
     with precision(hr.device):
-        (B, _, H, W), K = hr.shape, sampler.candidates
-        h, w = H // SCALE, W // SCALE
-        # Pad to a multiple, because the U-Net halves the grid and tiles keep to blocks of 8 pixels.
-        large = max(h, w) > extractors.TILE
-        multiple = SCALE * max(2 ** (len(net.widths) - 1), 8 if large else 1)
-        hr = F.pad(hr, (0, -W % multiple, 0, -H % multiple), mode="replicate")
-        grid = (hr.shape[2] // SCALE, hr.shape[3] // SCALE)
-
-        code = torch.cat([code_of(net, ref) for ref in lr_ref])  # F_deg (B, D)
-        content = net.extractors.content(hr)  # F_cont (B, z, H/4, W/4)
-        rec_lr = partial(net.extractors.reconstruct, code)
-        answer = extractors.in_tiles(rec_lr, grid, hr, content).float()
-        if sampler.soften != AS_READ:
-            gain = torch.tensor([sampler.soften] * B).to(hr.device, non_blocking=True)
-            answer = extractors.filtered(answer, extractors.radial_kernels(gain))
-        answer = answer.clamp(0, 1)
-        condition = partial(net.condition, code)
-        c = extractors.in_tiles(condition, grid, content, diffusion.known(answer))
-        x, t_start = answer, [sampler.t_start] * B
-        if sampler.start != "reconstruct":  # few steps would not remove D's blur and noise
-            draws = [common.generator(seed) for seed in seeds]
-            thetas = [degrade.sample_degradation(1, sampler.start, SCALE, g) for g in draws]
-            x = degrade.degrade(hr, degrade.Degradation.cat(thetas))
-            t_start = [int(torch.randint(sampler.t_start + 1, (), generator=g)) for g in draws]
+        B, K, (h, w) = len(hr), sampler.candidates, (n // SCALE for n in hr.shape[2:])
+        hr, nets = padded(hr, net), net.extractors
+        degradation = torch.cat([degradation_of(net, ref) for ref in lr_ref])  # F_deg (B, D)
+        content = nets.content(hr)  # F_cont (B, z, H/4, W/4)
+        grid = content.shape[2:]
+        lr_hat = in_tiles(partial(nets.reconstruct, degradation), grid, hr, content).float()
+        lr_hat = additions.soften(lr_hat, sampler.soften or net.calibration.soften).clamp(0, 1)
+        masked = diffusion.masked(lr_hat)
+        c = in_tiles(partial(net.condition, degradation), grid, content, masked)
+        x, t_start = start_images(hr, lr_hat, sampler, seeds)
 
         def eps(x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
-            return extractors.in_tiles(lambda x_t, c: net(x_t, t, c), grid, x_t, c)
+            return in_tiles(lambda x_t, c: net(x_t, t, c), grid, x_t, c)
 
-        x, c, code, content = (v.repeat_interleave(K, 0) for v in (x, c, code, content))
-        t_start = [t for t in t_start for _ in range(K)]
-        draws = [common.generator(seed, k) for seed in seeds for k in range(K)]
+        x, c, degradation, content = (
+            v.repeat_interleave(K, 0) for v in (x, c, degradation, content)
+        )
+        t_start, draws = [t for t in t_start for _ in range(K)], generators(seeds, K)
         lr = diffusion.sample(eps, x, c, t_start, sampler.num_steps, draws, sampler.eta)
-        lr = lr[..., :h, :w]
-        if sampler.remainder > 0:
-            draws = [common.generator(seed, k, 2) for seed in seeds for k in range(K)]
-            lr = add_remainder(lr, sampler.remainder, draws)
-        if sampler.grain:
-            draws = [common.generator(seed, k, 1) for seed in seeds for k in range(K)]
-            lr = add_grain(net, lr, code, draws)
+        lr = with_remainder_and_grain(net, lr[..., :h, :w], degradation, sampler, seeds)
+
         candidates = lr.unflatten(0, (B, K))
         if K == 1 and not scored:
             return candidates, {"kept": torch.zeros(B, dtype=torch.long, device=hr.device)}
-        content_error, degradation_error = errors(net, lr, code, content[..., :h, :w])
+        content_error, degradation_error = errors(net, lr, degradation, content[..., :h, :w])
         scores = {"content": content_error.view(B, K), "degradation": degradation_error.view(B, K)}
-        relative = [e / e.mean(1, keepdim=True).clamp(min=1e-12) for e in scores.values()]
-        return candidates, scores | {"kept": (relative[0] + relative[1]).argmin(1)}  # the filter
+        return candidates, scores | {"kept": keep_best(*scores.values())}
 
 
 def chosen(lr: Tensor, scores: dict[str, Tensor]) -> Tensor:
@@ -238,15 +176,84 @@ def chosen(lr: Tensor, scores: dict[str, Tensor]) -> Tensor:
     return lr[torch.arange(len(lr)), scores["kept"].to(lr.device)]
 
 
+# ---- helpers of generate() ----------------------------------------------------------------------
+
+
+def precision(device: torch.device) -> torch.autocast:
+    """bf16 on a GPU. On a CPU float32: sums in bf16 depend on the number of threads."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def one_by_one(
+    net: DecoupledDDPM,
+    hr: Tensor,
+    lr_ref: Sequence[Tensor],
+    sampler: Sampler,
+    seeds: Sequence[int],
+    scored: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """generate() of each image alone."""
+    rows = [slice(b, b + 1) for b in range(len(hr))]
+    made = [generate(net, hr[b], lr_ref[b], sampler, seeds[b], scored) for b in rows]
+    scores = {key: torch.cat([score[key] for _, score in made]) for key in made[0][1]}
+    return torch.cat([lr for lr, _ in made]), scores
+
+
+def padded(hr: Tensor, net: DecoupledDDPM) -> Tensor:
+    """hr (B, 3, H, W), extended at the right and the bottom to sizes that all networks take.
+
+    The U-Net halves the grid, and tiles keep to blocks of 8 pixels.
+    """
+    H, W = hr.shape[2:]
+    large = max(H, W) > SCALE * TILE
+    multiple = SCALE * max(2 ** (len(net.widths) - 1), 8 if large else 1)
+    return F.pad(hr, (0, -W % multiple, 0, -H % multiple), mode="replicate")
+
+
+def generators(seeds: Sequence[int], K: int, *purpose: int) -> list[torch.Generator]:
+    """A generator for each candidate of each image."""
+    return [make_generator(seed, k, *purpose) for seed in seeds for k in range(K)]
+
+
+def with_remainder_and_grain(
+    net: DecoupledDDPM, lr: Tensor, degradation: Tensor, sampler: Sampler, seeds: Sequence[int]
+) -> Tensor:
+    """Not in the paper: noise and JPEG on generated LR (B K, 3, h, w), as the sampler says."""
+    K, nets = sampler.candidates, net.extractors
+    if sampler.remainder > 0:
+        lr = additions.add_remainder(lr, sampler.remainder, generators(seeds, K, 2))
+    if sampler.grain:
+        wanted, draws = nets.effects(degradation), generators(seeds, K, 1)
+        read = lambda x: nets.effects(nets.e_deg(x))  # noqa: E731
+        lr = additions.add_grain(lr, wanted, read, net.calibration, draws)
+    return lr
+
+
+def load_generator(checkpoint: str, device: torch.device, grain: bool = False) -> DecoupledDDPM:
+    """The trained model, ready to generate; "" looks in runs/diffusion, then in data/pretrained.
+
+    UserError if it can't be used; with `grain` also if it has no head to read noise and JPEG.
+    """
+    path = find_checkpoint(checkpoint, "diffusion", "python diffusion.py")
+    net = diffusion.load(load_checkpoint(path), str(path))
+    headless = f"{path}: weights of --as-printed can't read noise and JPEG: give --no-grain."
+    require(not (grain and net.extractors.as_printed), headless)
+    if grain and net.calibration == additions.Calibration():
+        no = "not calibrated, so nothing is softened, and noise and JPEG are added even if faint"
+        print_once(f"{path}: {no}: python -m tools.calibrate --checkpoint {path}")
+    net.eval().requires_grad_(False)
+    return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 # ---- references ---------------------------------------------------------------------------------
 
 
 class References:
-    """Reference photos and their codes. A code is made when it is first needed."""
+    """Reference photos and their F_deg, which is computed when it is first needed."""
 
     def __init__(self, files: list[Path], names: list[str], net: DecoupledDDPM, average: int):
         self.files, self.net, self.average = files, net, average
-        self.codes: dict[int, Tensor | None] = {}  # None: not usable
+        self.degradations: dict[int, Tensor | None] = {}  # None: not usable
         self.lock = threading.Lock()
         self.hashes = np.array([zlib.crc32(os.fsencode(name)) for name in names], np.uint64)
         self.folders: dict[Path, list[int]] = {}  # a folder usually holds the photos of one camera
@@ -254,19 +261,19 @@ class References:
             self.folders.setdefault(file.parent, []).append(r)
 
     @torch.no_grad()
-    def code(self, r: int) -> Tensor | None:
+    def degradation(self, r: int) -> Tensor | None:
         """F_deg (D,) of reference r; None if it can't be used. The reason is printed once."""
         with self.lock:
-            if r not in self.codes:
-                self.codes[r] = None
+            if r not in self.degradations:
+                self.degradations[r] = None
                 try:
-                    lr_ref = common.load_image(self.files[r])
+                    lr_ref = load_image(self.files[r])
                     if min(lr_ref.shape[1:]) < 16:
                         raise ValueError(f"{self.files[r]}: a reference needs 16 x 16 pixels")
-                    self.codes[r] = code_of(self.net, lr_ref)[0].cpu()
+                    self.degradations[r] = degradation_of(self.net, lr_ref)[0].cpu()
                 except ValueError as error:
                     tqdm.write(f"skipped: {error}")
-            return self.codes[r]
+            return self.degradations[r]
 
     def averaged(self, r: int) -> list[int]:
         """Reference r and the next ones in its folder, the first after the last."""
@@ -274,12 +281,10 @@ class References:
         first = folder.index(r)
         return (folder[first:] + folder[:first])[: self.average]
 
-    def mean_code(self, r: int) -> Tensor | None:
-        """The mean code (D,) of those that can be used of averaged(r); None without r."""
-        if self.code(r) is None:
-            return None
-        codes = [code for i in self.averaged(r) if (code := self.code(i)) is not None]
-        return torch.stack(codes).mean(0)
+    def mean_degradation(self, r: int) -> Tensor:
+        """The mean F_deg (D,) of those that can be used of averaged(r)."""
+        usable = [d for i in self.averaged(r) if (d := self.degradation(i)) is not None]
+        return torch.stack(usable).mean(0)
 
     def draw(self, seed: int) -> int:
         """A usable reference for this seed; UserError if there is none.
@@ -290,9 +295,9 @@ class References:
         mixed = (self.hashes ^ np.uint64(seed % 2**64)) * np.uint64(0x9E3779B97F4A7C15)
         mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
         for r in np.argsort(mixed ^ (mixed >> np.uint64(32)))[::-1].tolist():
-            if self.code(r) is not None:
+            if self.degradation(r) is not None:
                 return r
-        raise common.UserError("no usable image found in --lr-ref; see the files named above.")
+        raise UserError("no usable image found in --lr-ref; see the files named above.")
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -306,7 +311,6 @@ class Config(Sampler):
     lr_ref: tuple[str, ...] = ()  # real LR photos (default: data/lr, else data/sample/lr)
     out: str = "out/generated"  # folder of the pairs
     checkpoint: str = ""  # weights (default: runs/diffusion, else data/pretrained)
-    pairing: str = "random"  # reference of each HR image: random, round-robin, or all
     max_error: tuple[float, ...] = (math.inf, math.inf)  # drop pairs: content, degradation error
     seed: int = 0  # an image draws from (seed, its path below --hr)
     device: str = "auto"
@@ -315,11 +319,11 @@ class Config(Sampler):
 PRESETS: dict[str, dict] = {
     "fast": {},
     "paper": {"start": "realesrgan", "t_start": 300, "num_steps": 300, "eta": 1.0,
-              "candidates": CANDIDATES, "grain": False, "soften": AS_READ, "remainder": 0.0,
-              "average": 1},
+              "candidates": CANDIDATES, "grain": False, "soften": NOT_SOFTENED,
+              "remainder": 0.0, "average": 1},
     # arXiv:2303.06994, with weights of diffusion.py --without content degradation.
     "syndiff": {"start": "light", "t_start": 250, "num_steps": 12, "grain": False, "candidates": 1,
-                "soften": AS_READ, "remainder": 0.0, "average": 1},
+                "soften": NOT_SOFTENED, "remainder": 0.0, "average": 1},
 }  # fmt: skip
 RANGES = {"t_start": (0, 1000), "num_steps": (1, 1000), "candidates": (1, 1000), "eta": (0, 1),
           "soften": (0, 4), "remainder": (0, 64), "average": (1, 2**31),
@@ -333,44 +337,29 @@ class Job:
     name: str
     file: Path
     seed: int
-    reference: int | None = None  # None: References draws it
     hr: Tensor = torch.empty(0)
     lr: Tensor = torch.empty(0)
-    code: Tensor = torch.empty(0)  # (D,) of the reference, or the mean of several
+    degradation: Tensor = torch.empty(0)  # (D,) of the reference, or the mean of several
     row: dict = field(default_factory=dict)  # its line in pairs.jsonl
 
 
-def check(cfg: Config) -> None:
+def check_config(cfg: Config) -> None:
     """UserError if a flag can't be right, whatever the files hold."""
-    common.check_ranges(cfg, RANGES)
-    choices = {"start": STARTS, "pairing": ("random", "round-robin", "all")}
-    for key, names in choices.items():
-        value = getattr(cfg, key)
-        common.require(value in names, f"--{key} {value}: choose {', '.join(names)}.")
-    common.require(len(cfg.max_error) == 2, "--max-error takes two: content, degradation.")
+    check_ranges(cfg, RANGES)
+    require(cfg.start in STARTS, f"--start {cfg.start}: choose {', '.join(STARTS)}.")
+    require(len(cfg.max_error) == 2, "--max-error takes two: content, degradation.")
     five = "--soften takes five: at .1, .2, .3, .4 and .5 cycles per LR pixel."
-    common.require(len(cfg.soften) == 5, five)
-    own = "--pairing all takes the code of each reference alone: add --average 1."
-    common.require(cfg.pairing != "all" or cfg.average == 1, own)
+    require(len(cfg.soften) in (0, 5), five)
 
 
-def plan(cfg: Config, files: Sequence[Path], references: Sequence[Path]) -> list[Job]:
-    """All pairs of a run. The seed of a pair depends on its names alone."""
-    names = common.photo_names(files, cfg.hr)
-    seeds = [common.generator(cfg.seed, name).initial_seed() for name in names]
-    jobs = list(map(Job, names, files, seeds))
-    if cfg.pairing == "random":
-        return jobs
-    if cfg.pairing == "round-robin":
-        return [replace(job, reference=i % len(references)) for i, job in enumerate(jobs)]
-    return [
-        Job(f"{job.name}--{name}", job.file, common.generator(job.seed, name).initial_seed(), r)
-        for job in jobs
-        for r, name in enumerate(common.photo_names(references, cfg.lr_ref))
-    ]
+def plan(cfg: Config, files: Sequence[Path]) -> list[Job]:
+    """All pairs of a run. The seed of a pair depends on its name alone."""
+    names = photo_names(files, cfg.hr)
+    seeds = [make_generator(cfg.seed, name).initial_seed() for name in names]
+    return list(map(Job, names, files, seeds))
 
 
-def batches(jobs: Iterable[Job], pixels: int) -> Iterator[list[Job]]:
+def of_equal_size(jobs: Iterable[Job], pixels: int) -> Iterator[list[Job]]:
     """Group jobs of equal image size until they have so many HR pixels, or too many jobs wait."""
     waiting: dict[torch.Size, list[Job]] = {}
     for job in jobs:
@@ -385,63 +374,62 @@ def save_preview(path: Path, out: Path, rows: Sequence[dict]) -> None:
     """Write a picture of a few pairs: the middle of HR | LR reference | generated LR | bicubic."""
     pictures = []
     for row in rows:
-        hr, lr_ref, lr = map(common.load_image, (out / row["hr"], row["lr_ref"], out / row["lr"]))
-        bicubic = extractors.resized(hr[None], *lr.shape[1:])[0].clamp(0, 1)
-        small = [common.centre(x, 96, 288) for x in (lr_ref, lr, bicubic)]
-        pictures.append([common.centre(hr, 96 * SCALE, 288), *small])
-    common.save_sheet(path, ("HR", "LR reference", "generated LR", "bicubic"), pictures)
+        hr, lr_ref, lr = map(load_image, (out / row["hr"], row["lr_ref"], out / row["lr"]))
+        bicubic = resized(hr[None], *lr.shape[1:])[0].clamp(0, 1)
+        small = [centre(x, 96, 288) for x in (lr_ref, lr, bicubic)]
+        pictures.append([centre(hr, 96 * SCALE, 288), *small])
+    save_sheet(path, ("HR", "LR reference", "generated LR", "bicubic"), pictures)
 
 
 class Maker:
     """Makes the pairs of a run: load() reads a photo, make() generates, save() writes."""
 
-    def __init__(self, cfg: Config, rt: common.Runtime) -> None:
-        check(cfg)
+    def __init__(self, cfg: Config, rt: Runtime) -> None:
+        check_config(cfg)
         self.cfg, self.rt, self.out = cfg, rt, Path(cfg.out)
-        files = common.outside(common.find_photos(cfg.hr, "hr", "--hr"), self.out, "--hr")
-        lr_ref = common.find_photos(cfg.lr_ref, "lr", "--lr-ref")
-        weights = common.find_checkpoint(cfg.checkpoint, "diffusion", "python diffusion.py")
+        files = outside(find_photos(cfg.hr, "hr", "--hr"), self.out, "--hr")
+        lr_ref = find_photos(cfg.lr_ref, "lr", "--lr-ref")
+        weights = find_checkpoint(cfg.checkpoint, "diffusion", "python diffusion.py")
         net = self.net = load_generator(cfg.checkpoint, rt.device, cfg.grain)
         too_long = f"--t-start {cfg.t_start}: the weights know {net.t_max} steps."
-        common.require(cfg.t_start <= net.t_max, too_long)
+        require(cfg.t_start <= net.t_max, too_long)
         if rt.is_main:
             print(f"weights {weights}; {len(files)} HR photos, {len(lr_ref)} references, "
-                  f"a code is the mean of up to {cfg.average} of one folder")  # fmt: skip
-        names = common.photo_names(lr_ref, cfg.lr_ref)
+                  f"F_deg is the mean of up to {cfg.average} of one folder")  # fmt: skip
+        names = photo_names(lr_ref, cfg.lr_ref)
         self.references = References(lr_ref, names, net, cfg.average)
-        self.jobs = plan(cfg, files, lr_ref)
+        self.jobs = plan(cfg, files)
         limits = [None if limit == math.inf else limit for limit in cfg.max_error]
         self.settings = {f.name: getattr(cfg, f.name) for f in fields(Sampler)}
-        self.settings |= {"soften": [*cfg.soften], "pairing": cfg.pairing, "max_error": limits}
-        self.settings |= {"seed": cfg.seed, "weights": common.fingerprint(weights)}
+        soften = cfg.soften or net.calibration.soften
+        self.settings |= {"soften": [*soften], "max_error": limits}
+        self.settings |= {"seed": cfg.seed, "weights": fingerprint(weights)}
         names = [job.name for job in self.jobs]
         self.folder = PairFolder(self.out, names, "lr_ref", rt, self.settings)
 
     def load(self, job: Job) -> Job | None:
         """The job with its HR image, or with the row of an earlier run; None if unusable."""
-        r = self.references.draw(job.seed) if job.reference is None else job.reference
+        r = self.references.draw(job.seed)
         lr_ref, *others = (self.references.files[i] for i in self.references.averaged(r))
         facts = {"source": str(job.file), "lr_ref": str(lr_ref), "averaged": [*map(str, others)]}
         row = self.folder.row(job.name, **facts, **self.settings)
         if earlier := self.folder.earlier(row, [job.file, lr_ref, *others]):
             return replace(job, row=earlier)
-        code = self.references.mean_code(r)
-        if code is None:
-            return None
+        degradation = self.references.mean_degradation(r)
         try:
-            hr = common.crop_to_multiple(common.load_image(job.file), SCALE, job.file)
+            hr = crop_to_multiple(load_image(job.file), SCALE, job.file)
         except ValueError as error:
             tqdm.write(f"skipped: {error}")
             return None
-        hr = common.to_uint8(hr).float() / 255  # as it is written, also of a 16-bit photo
-        return replace(job, hr=hr, row=row, code=code)
+        hr = to_uint8(hr).float() / 255  # as it is written, also of a 16-bit photo
+        return replace(job, hr=hr, row=row, degradation=degradation)
 
     def make(self, jobs: list[Job]) -> list[Job]:
         """The jobs with the LR images (3, h, w) that the filter keeps."""
         hr = torch.stack([job.hr for job in jobs]).to(self.rt.device)
-        codes, seeds = [job.code for job in jobs], [job.seed for job in jobs]
+        degradations, seeds = [job.degradation for job in jobs], [job.seed for job in jobs]
         scored = min(self.cfg.max_error) < math.inf
-        lr, scores = generate(self.net, hr, codes, self.cfg, seeds, scored)
+        lr, scores = generate(self.net, hr, degradations, self.cfg, seeds, scored)
         kept, lr = scores["kept"].tolist(), lr.cpu()
         made = []
         for b, job in enumerate(jobs):
@@ -458,12 +446,12 @@ class Maker:
         rows = []
         for job in jobs:
             if not job.lr.isfinite().all():
-                tqdm.write(f"skipped: {job.file}: the network's answer is not finite")
+                tqdm.write(f"skipped: {job.file}: the output of the network is not finite")
                 continue
             if not job.row["dropped"]:
                 self.folder.begin()
-                common.save_image(self.out / job.row["hr"], job.hr)
-                common.save_image(self.out / job.row["lr"], job.lr)
+                save_image(self.out / job.row["hr"], job.hr)
+                save_image(self.out / job.row["lr"], job.lr)
             rows.append(job.row)
         return rows
 
@@ -477,39 +465,39 @@ class Maker:
             progress.update(len(rows))
 
         def missing() -> Iterator[Job]:
-            for job in common.in_parallel(self.load, jobs, 2 if on_cpu else 8):
+            for job in in_parallel(self.load, jobs, 2 if on_cpu else 8):
                 if job and job.hr.numel():
                     yield job
                 elif job:
                     note([job.row])
 
         with tqdm(total=len(jobs), unit="pair", disable=not self.rt.is_main) as progress:
-            together = batches(missing(), 1 if on_cpu else 32 * 512**2)
+            together = of_equal_size(missing(), 1 if on_cpu else 32 * 512**2)
             try:
                 made: Iterable[list[Job]] = map(self.make, together)
                 if on_cpu:  # one image per core: then no result depends on the number of cores
                     torch.set_num_threads(1)
-                    made = common.in_parallel(self.make, together, threads)
-                for rows in common.in_parallel(self.save, made, 2 if on_cpu else 16):
+                    made = in_parallel(self.make, together, threads)
+                for rows in in_parallel(self.save, made, 2 if on_cpu else 16):
                     note(rows)
             finally:
                 torch.set_num_threads(threads)
 
 
-def main(cfg: Config, rt: common.Runtime) -> None:
+def main(cfg: Config, rt: Runtime) -> None:
     """Make the missing pairs, then the table, the lists and the preview."""
     maker = Maker(cfg, rt)
     maker.run()
-    common.wait_for_all(rt)
+    wait_for_all(rt)
     if not rt.is_main:
         return
     out, preview = maker.out, maker.out / "preview.png"
     rows = maker.folder.finish()
     pairs = [row for row in rows if not row["dropped"]]
     names = "".join(f"{Path(row['lr']).name}\n" for row in pairs)
-    common.write_text(out / "meta_info.txt", names)  # for BasicSR, neosr and traiNNer-redux
+    write_text(out / "meta_info.txt", names)  # for BasicSR, neosr and traiNNer-redux
     both = "".join(f"{row['hr']}, {row['lr']}\n" for row in pairs)
-    common.write_text(out / "meta_info_realesrgan.txt", both)
+    write_text(out / "meta_info_realesrgan.txt", both)
     if pairs and not preview.is_file():
         save_preview(preview, out, pairs[:4])
     maker.folder.unlock()
@@ -519,4 +507,4 @@ def main(cfg: Config, rt: common.Runtime) -> None:
 
 
 if __name__ == "__main__":
-    common.launch(main, Config, PRESETS, __doc__)
+    launch(main, Config, PRESETS, __doc__)

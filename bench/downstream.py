@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import common
 import generate
 from bench import sr
 from bench.inputs import DATA, SYNDIFF, Config, Inputs, Measure
@@ -42,6 +41,10 @@ from bench.pairs import (
     resized,
     table_text,
 )
+from common import require
+from common.checkpoint import find_checkpoint, fingerprint
+from common.photos import save_image
+from common.runtime import wait_for_all
 
 # ---- rows ---------------------------------------------------------------------------------------
 
@@ -82,7 +85,7 @@ def rows_of(table: str, cfg: Config, sets: Sequence[str]) -> list[Row]:
         # Rec_lr's answer and grain would bring in what an ablation is to do without.
         noised = {"t_start": max(cfg.t_start, 300), "num_steps": max(cfg.num_steps, 10)}
         plain = {"start": "realesrgan", "grain": False, "remainder": 0.0} | noised
-        plain |= {"soften": generate.AS_READ}
+        plain |= {"soften": generate.NOT_SOFTENED}
         rows = [
             Row(f"without {name}", network, "realdgen", plain | {"checkpoint": str(path)})
             for name, path in zip(("E_deg", "E_cont"), ABLATIONS.values(), strict=True)
@@ -118,7 +121,7 @@ def write_references(sets: dict[str, list[Pair]], out: Path) -> None:
             }
             for path, image in targets.items():
                 if not path.is_file():
-                    common.save_image(path, image)
+                    save_image(path, image)
 
 
 def folder_of(inputs: Inputs) -> Path:
@@ -127,16 +130,16 @@ def folder_of(inputs: Inputs) -> Path:
     Photos and weights count by their content, wherever they are.
     """
     cfg = inputs.cfg
-    weights = (cfg.checkpoint or common.find_checkpoint("", "diffusion", ""), SYNDIFF,
+    weights = (cfg.checkpoint or find_checkpoint("", "diffusion", ""), SYNDIFF,
                *ABLATIONS.values(), *cfg.sr_start_from)  # fmt: skip
     facts = asdict(inputs.sampler) | {
         "sets": {
-            name: [(pair.name, common.fingerprint(pair.hr), common.fingerprint(pair.lr))
+            name: [(pair.name, fingerprint(pair.hr), fingerprint(pair.lr))
                    for pair in pairs]
             for name, pairs in inputs.sets.items()
         },
-        "hr": [common.fingerprint(file) for file in inputs.hr_files],
-        "weights": [common.fingerprint(path) for path in weights if Path(path).is_file()],
+        "hr": [fingerprint(file) for file in inputs.hr_files],
+        "weights": [fingerprint(path) for path in weights if Path(path).is_file()],
     }  # fmt: skip
     facts |= {key: getattr(cfg, key) for key in ("seed", "sr_preset", "perceptual_weight")}
     return Path(cfg.out) / "sets" / f"{zlib.crc32(json.dumps(facts).encode()):08x}"
@@ -259,10 +262,10 @@ def check_training(inputs: Inputs) -> None:
     """UserError for what is wrong with the flags of trained networks."""
     cfg = inputs.cfg
     for path in cfg.sr_start_from:
-        common.require(Path(path).is_file(), f"--sr-start-from {path}: no such file.")
+        require(Path(path).is_file(), f"--sr-start-from {path}: no such file.")
         network = sr.read_network(path)["config"]["sr"]
         wrong = f"--sr-start-from {path}: a {network}, which --sr does not name."
-        common.require(network in cfg.sr, wrong)
+        require(network in cfg.sr, wrong)
     if cfg.perceptual_weight > 0:
         perceptual_net("LPIPS", "vgg", inputs.device)
 
@@ -276,7 +279,7 @@ def table_downstream(table: str, inputs: Inputs) -> Measure:
     needed |= {path: part for part, path in ABLATIONS.items()} if table == "4" else {}
     for path, part in needed.items():
         make = f"python diffusion.py --without {part} --out {path.parent}"
-        common.require(path.is_file(), f"table {table}: {path} is missing: make it by `{make}`.")
+        require(path.is_file(), f"table {table}: {path} is missing: make it by `{make}`.")
         generate.load_generator(str(path), torch.device("cpu"))
     inputs.check_steps(*(row.settings.get("t_start", cfg.t_start) for row in rows))
     assert inputs.tests and inputs.hr_files is not None and inputs.metrics  # found and checked now
@@ -285,7 +288,7 @@ def table_downstream(table: str, inputs: Inputs) -> Measure:
         out = folder_of(inputs)
         if inputs.rt.is_main:
             write_references(inputs.sets, out)
-        common.wait_for_all(inputs.rt)
+        wait_for_all(inputs.rt)
         bicubic = Row("bicubic enlargement", "none", "")
         results = [asdict(bicubic) | {"runs": [tested(None, inputs, inputs.metrics)]}]
         results += [asdict(row) | train_and_test(row, out, inputs) for row in rows]

@@ -1,16 +1,12 @@
-"""What the networks have learned, seen from outside; needs HR photos only, no aligned pairs.
+"""Does generated LR follow its reference, one factor at a time? Not in the paper.
 
-In: HR photos and the generator. Out: two tables (not in the paper). Does generated LR follow its
-reference, one factor at a time (factors)? Does E_deg see what E_cont must not see (extractors)?
+In: HR photos and the generator; no pairs. Out: the table factors.
 
-    python benchmark.py --table factors extractors --hr data/hr --lr data/lr
+    python benchmark.py --table factors --hr data/hr
 """
 
-import contextlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +16,12 @@ from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
-import common
 import degrade
-import extractors
 import generate
-from bench.inputs import Inputs, Measure, middle
-from bench.metrics import psnr
+from bench.inputs import Inputs, Measure
 from bench.pairs import table_text
+from common.photos import to_uint8
+from common.runtime import make_generator
 
 # ---- does generated LR follow its reference, one factor at a time? ------------------------------
 
@@ -38,16 +33,16 @@ FACTORS: dict[str, tuple[tuple[str, ...], float, float]] = {
     "sharpen": (("resize 3", "blur 3"), 0.0, 1.5),  # amount
     "jpeg": (("resize 3", "jpeg 2"), 5.0, 70.0),  # 100 - quality
 }
-Answer = Callable[[Tensor, list[Tensor], degrade.Degradation, list[int]], Tensor]
+LRMaker = Callable[[Tensor, list[Tensor], degrade.Degradation, list[int]], Tensor]
 
 
 def only(factor: str, levels: Tensor, noise: int = 0) -> degrade.Degradation:
     """Parameters of D with this factor at these levels (L,), and nothing else but the reduction."""
-    theta = degrade.bicubic(len(levels), generate.SCALE)
+    theta = degrade.bicubic_reduction(len(levels), generate.SCALE)
     operations = [degrade.OPERATIONS.index(name) for name in FACTORS[factor][0]]
     theta.order[:, : len(operations)] = torch.tensor(operations)
     theta.blur_size[:] = degrade.KERNEL_SIZE
-    theta.seed = torch.randint(2**31, (len(levels),), generator=common.generator(noise))
+    theta.seed = torch.randint(2**31, (len(levels),), generator=make_generator(noise))
     if factor == "blur":
         theta.blur_sigma[:, 0] = generate.SCALE * levels[:, None]
     elif factor == "noise":
@@ -65,7 +60,7 @@ def gray(x: Tensor) -> Tensor:
     return 255 * torch.einsum("c,bchw->bhw", weights, x)[:, None].double()
 
 
-def filtered(x: Tensor, kernel: Sequence[Sequence[float]]) -> Tensor:
+def correlated(x: Tensor, kernel: Sequence[Sequence[float]]) -> Tensor:
     """Correlate every channel of (B, C, h, w) with a kernel, where it fits whole."""
     weight = x.new_tensor(kernel)[None, None]
     return F.conv2d(x.flatten(0, 1)[:, None], weight).unflatten(0, x.shape[:2])[:, :, 0]
@@ -112,9 +107,9 @@ def residual(lr: Tensor, bank: Tensor) -> Tensor:
 
 def noise_of(lr: Tensor, bank: Tensor) -> Tensor:
     """Robust noise std (B,) in levels of 255: of the residual, where the HR image is flat."""
-    texture = filtered(gray(bank[:1]), LAPLACIAN)[0, 0].abs()
+    texture = correlated(gray(bank[:1]), LAPLACIAN)[0, 0].abs()
     flat = texture <= texture.median()
-    return filtered(residual(lr, bank), NOISE)[:, :, flat].abs().flatten(1).median(1)[0] * 1.4826
+    return correlated(residual(lr, bank), NOISE)[:, :, flat].abs().flatten(1).median(1)[0] * 1.4826
 
 
 def blockiness(x: Tensor) -> Tensor:
@@ -135,14 +130,14 @@ MEASURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def fine_detail(lr: Tensor) -> Tensor:
     """Median absolute Laplacian (B,) of gray, in levels of 255."""
-    return filtered(gray(lr), LAPLACIAN).abs().flatten(1).median(1)[0]
+    return correlated(gray(lr), LAPLACIAN).abs().flatten(1).median(1)[0]
 
 
 @torch.no_grad()
 def follow(
-    hr: Tensor, banks: list[Tensor], answer: Answer, factor: str, seed: int, noise: int = 0
+    hr: Tensor, banks: list[Tensor], make_lr: LRMaker, factor: str, seed: int, noise: int = 0
 ) -> dict[str, Any]:
-    """How an answer rises when its references rise in one factor, for contents hr (N, 3, H, W).
+    """How LR changes when its references rise in one factor, for contents hr (N, 3, H, W).
 
     banks: the `reductions` of each. The reference of level l is D(X', theta_l) of a scene X' that
     is another one for each level (as far as there are), so that only theta rises. rank: Spearman's
@@ -158,7 +153,7 @@ def follow(
         lr_ref = list(degrade.degrade(hr[others], theta))
         same = content.repeat(LEVELS, 1, 1, 1)
         seeds = [((seed << 16 | noise) << 16 | i) << 16 | level for level in range(LEVELS)]
-        lr = common.to_uint8(answer(same, lr_ref, theta, seeds)) / 255  # as in files
+        lr = to_uint8(make_lr(same, lr_ref, theta, seeds)) / 255  # as in files
         measured = MEASURES[factor](lr, banks[i])
         rank = stats.spearmanr(levels, measured.cpu())[0] if measured.std() > 0 else 0.0
         detail = fine_detail(lr) / fine_detail(degrade.degrade(same, theta)).clamp(min=0.01)
@@ -176,10 +171,10 @@ def table_factors(name: str, inputs: Inputs) -> Measure:
     cfg, net, hr = inputs.cfg, inputs.net, inputs.photos.to(inputs.device)
     inputs.check_steps(*cfg.t_starts)
 
-    def realdgen(t_start: int) -> Answer:
+    def realdgen(t_start: int) -> LRMaker:
         start = cfg.start if t_start else "reconstruct"
         # These references are made by D, and have no remainder.
-        bare = replace(inputs.sampler, soften=generate.AS_READ, remainder=0.0)
+        bare = replace(inputs.sampler, soften=generate.NOT_SOFTENED, remainder=0.0)
         plain = replace(bare, start=start, candidates=1)
         sampler = replace(plain, t_start=t_start)
         return lambda hr, lr_ref, theta, seeds: generate.chosen(
@@ -189,18 +184,18 @@ def table_factors(name: str, inputs: Inputs) -> Measure:
     def measure() -> tuple[dict[str, Any], str]:
         banks = [reductions(x) for x in hr]
         # The truth is what is looked for: it shows what the measures can see at all.
-        answers: dict[str, Answer] = {
+        kinds: dict[str, LRMaker] = {
             "truth": lambda hr, lr_ref, theta, seeds: degrade.degrade(hr, theta)
         }
-        answers |= {f"T={t}": realdgen(t) for t in cfg.t_starts}
+        kinds |= {f"T={t}": realdgen(t) for t in cfg.t_starts}
         rows = []
         for factor in FACTORS:
-            for answer_name, answer in answers.items():
-                drawn = answer_name != "truth" and (cfg.grain or answer_name != "T=0")
+            for kind, make_lr in kinds.items():
+                drawn = kind != "truth" and (cfg.grain or kind != "T=0")
                 repeats = range(REPEATS if drawn else 1)
-                parts = [follow(hr, banks, answer, factor, cfg.seed, noise) for noise in repeats]
-                values = {key: [v for part in parts for v in part[key]] for key in parts[0]}
-                rows.append({"factor": factor, "answer": answer_name, **values})
+                runs = [follow(hr, banks, make_lr, factor, cfg.seed, noise) for noise in repeats]
+                values = {key: [v for run in runs for v in run[key]] for key in runs[0]}
+                rows.append({"factor": factor, "lr": kind, **values})
         result = {"images": len(hr), "rows": rows}
         return result, text_of_factors(result)
 
@@ -214,8 +209,8 @@ def text_of_factors(result: dict[str, Any]) -> str:
         rank, measured = np.array(row["rank"]), np.array(row["measured"]).mean(0)
         numbers = [rank.mean(), rank.min(), measured[0], measured[-1], np.median(row["detail"])]
         cells = [f"{number:.2f}" for number in numbers]
-        lines.append([row["factor"], row["answer"], *cells, str(len(rank))])
-    heads = ["factor", "answer", "rank correlation", "lowest", "at the lowest level",
+        lines.append([row["factor"], row["lr"], *cells, str(len(rank))])
+    heads = ["factor", "LR", "rank correlation", "lowest", "at the lowest level",
              "at the highest", "fine detail", "n"]  # fmt: skip
     ranges = [f"{factor} {low:g}..{high:g}" for factor, (_, low, high) in FACTORS.items()]
     return f"""## Does generated LR follow its reference? {result["images"]} contents
@@ -228,159 +223,4 @@ the value measured in the LR, for each content and noise: mean and lowest; mean 
 (JPEG: blockiness, 1 is none). Fine detail: median |Laplacian| relative to the true D(X, theta).
 truth is D(X, theta) itself; T=0 is Rec_lr without diffusion, with grain unless --no-grain. All
 without --remainder and --soften.
-"""
-
-
-# ---- do the extractors tell degradation and content apart? --------------------------------------
-
-
-def retrieval(queries: Tensor, candidates: Tensor) -> dict[str, float]:
-    """Share of queries (N, D) whose candidate (of N, D) is the nearest, or of the 5 nearest."""
-    table = torch.cdist(queries.double(), candidates.double(), compute_mode=EXACT)
-    before = (table <= table.diagonal()[:, None]).sum(1) - 1  # ties count against us
-    return {f"top-{k}": (before < k).double().mean().item() for k in (1, 5)}
-
-
-EXACT = "donot_use_mm_for_euclid_dist"  # of equal rows the distance is 0
-
-
-def nearest_scene(degraded: Tensor, clean: Tensor) -> dict[str, float]:
-    """How often, and by how much, row i (N, ...) is nearer to its own clean row than to others."""
-    table = torch.cdist(degraded.flatten(1), clean.flatten(1))
-    own, other = (
-        table.diagonal(),
-        (table + table.new_full((len(table),), math.inf).diag()).min(1)[0],
-    )
-    return {"top-1": (own < other).float().mean().item(), "ratio": (own / other).median().item()}
-
-
-def device_crops(files: list[Path], side: int, images: int, seed: int) -> list[Tensor]:
-    """Queries and candidates (N, 3, side, side) from two files of a device each; none, if fewer.
-
-    A device is a sub-folder; its first and its last file are the most likely to be two photos.
-    """
-    folders: dict[Path, list[Path]] = {}
-    for file in files:
-        folders.setdefault(file.parent, []).append(file)
-    devices = [f for f in folders.values() if len(f) > 1]
-    order = torch.randperm(len(devices), generator=common.generator(seed)).tolist()
-    crops = []
-    for device in order if len(devices) > 1 else []:
-        with contextlib.suppress(ValueError):
-            two = [middle(common.load_image(devices[device][i]), side) for i in (0, -1)]
-            crops.append(torch.stack(two))
-    return list(torch.stack(crops[:images], dim=1)) if len(crops) > 1 else []
-
-
-NAMED = [f"at {f:.1f}" for f in degrade.FREQUENCIES.tolist()] + ["noise low", "mid", "high", "JPEG"]
-
-
-def head_errors(
-    nets: extractors.Extractors, lr: Tensor, theta: degrade.Degradation
-) -> dict[str, list[float]]:
-    """Error (9,) of what the head says of lr (N, 3, h, w), and the spread of the truth."""
-    truth = theta.physical()
-    error = nets.head(torch.cat([nets.e_deg(x[None]) for x in lr])).float().cpu() - truth
-    square = error.square().nanmean(0), (truth - truth.nanmean(0)).square().nanmean(0)
-    return dict(zip(("error", "spread"), (x.sqrt().tolist() for x in square), strict=True))
-
-
-DRAWS = 4  # for each photo
-
-
-def amplitudes_to_soften(nets: extractors.Extractors, hr: Tensor, seed: int) -> list[float]:
-    """What --soften needs, (5,): the transfer function that LR has, over what the head reads in it.
-
-    Means over LR of hr (N, 3, H, W) by the recipe camera. Behind it comes the remainder, which real
-    LR has, too, and which the head takes for sharpness. No pair is needed.
-    """
-    true, read = [], []
-    for i in range(DRAWS * len(hr)):
-        draw = common.generator(seed, "soften", i)
-        theta = degrade.sample_degradation(1, "camera", generate.SCALE, draw)
-        lr = degrade.degrade(hr[[i // DRAWS]], theta, draw)
-        lr = generate.add_remainder(lr, generate.Sampler.remainder, [draw])
-        true.append(degrade.named(theta.physical())[0])
-        read.append(nets.named(nets.e_deg(lr))[0].cpu())
-    return (torch.cat(true).mean(0) / torch.cat(read).mean(0)).tolist()
-
-
-def table_extractors(name: str, inputs: Inputs) -> Measure:
-    """Retrieval by degradation and by content, and what Rec_hr makes of the content."""
-    cfg, hr = inputs.cfg, inputs.photos.to(inputs.device)
-    nets = inputs.net.extractors
-    files = common.find_photos(cfg.lr, "lr", "--lr")
-    devices = device_crops(files, cfg.crop, cfg.images, cfg.seed)
-
-    def each(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return torch.cat([function(part).float() for part in x.split(cfg.batch_size)])
-
-    def found(task: str, queries: Tensor, candidates: Tensor) -> dict[str, Any]:
-        shares = retrieval(each(nets.e_deg, queries), each(nets.e_deg, candidates))
-        return {"task": task, "n": len(queries)} | shares
-
-    @torch.no_grad()
-    def measure() -> tuple[dict[str, Any], str]:
-        N, _, H, W = hr.shape
-        content = each(nets.vqvae.encode, hr)
-        quantised, numbers = nets.vqvae.quantize(content)
-        images = {"clean, without codebook": each(nets.vqvae.decode, content)}
-        images |= {"clean, with codebook": each(nets.vqvae.decode, quantised)}
-        rows, contents, named = [], [], []
-        for recipe in ("realesrgan", "camera"):
-            draw = common.generator(cfg.seed, degrade.RECIPES.index(recipe))
-            theta = degrade.sample_degradation(N, recipe, generate.SCALE, generator=draw)
-            lr = degrade.degrade(hr, theta, draw)
-            # Another scene with the same theta; the query's scene is there with another theta.
-            rows.append(
-                found(f"theta, {recipe}", lr, degrade.degrade(hr.roll(N // 2, 0), theta, draw))
-            )
-            if not nets.as_printed:
-                named.append({"recipe": recipe} | head_errors(nets, lr, theta))
-            enlarged = extractors.resized(lr, H, W)
-            seen = each(nets.content, enlarged)
-            for of, a, b in (("E_cont", seen, content), ("pixels", enlarged, hr)):
-                contents.append({"recipe": recipe, "of": of} | nearest_scene(a, b))
-            images[f"{recipe}, enlarged"] = enlarged
-            images[f"{recipe}, its content decoded"] = each(nets.vqvae.decode, seen)
-        if devices:
-            rows.append(found("device", *(x.to(inputs.device) for x in devices)))
-        values = {key: psnr(x.clamp(0, 1), hr).mean().item() for key, x in images.items()}
-        used = [int(numbers.unique().numel()), len(nets.vqvae.quantize.embedding.weight)]
-        result: dict[str, Any] = {"images": N, "retrieval": rows, "content": contents}
-        result |= {"psnr": values, "used": used, "named": named}
-        result["soften"] = [] if nets.as_printed else amplitudes_to_soften(nets, hr, cfg.seed)
-        return result, text_of_extractors(result)
-
-    return measure
-
-
-def text_of_extractors(result: dict[str, Any]) -> str:
-    """The three tables of the extractors, and what a reader must know."""
-    codes = [
-        [row["task"], f"{row['top-1']:.0%}", f"{row['top-5']:.0%}", f"{1 / row['n']:.1%}",
-         str(row["n"])]
-        for row in result["retrieval"]
-    ]  # fmt: skip
-    contents = [
-        [row["recipe"], row["of"], f"{row['top-1']:.0%}", f"{row['ratio']:.2f}"]
-        for row in result["content"]
-    ]
-    images = [[name, f"{value:.2f}"] for name, value in result["psnr"].items()]
-    numbers = [[row["recipe"], of, *(f"{value:.2f}" for value in row[of])]
-               for row in result["named"] for of in ("error", "spread")]  # fmt: skip
-    gains = " ".join(f"{value:.2f}" for value in result["soften"])
-    heads = ["degraded with", "nearest by", "own scene is nearest", "own / nearest other"]
-    return f"""## Do the extractors tell degradation and content apart? {result["images"]} contents
-
-{table_text(["same, by E_deg's code", "top-1", "top-5", "chance top-1", "n"], codes)}
-{table_text(heads, contents, words=2)}
-{table_text(["image", "PSNR to the clean photo"], images)}
-{table_text(["head, fresh draws", "", *NAMED], numbers, words=2)}
-Same theta: the query is D(X, theta), candidates D(X', theta') of other scenes, one of them with the
-query's theta. Same device: two files of each sub-folder of --lr. own / nearest other: median ratio
-of the distances from the content of D(X), enlarged, to that of its clean photo and of another one.
-Head: root mean square error of each number of degrade.physical, beside its spread among the draws.
-Codes in use on the clean photos: {result["used"][0]} of {result["used"][1]}. What generate.py
-should --soften by (LR's transfer function over what the head reads in it): {gains or "-"}.
 """

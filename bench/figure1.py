@@ -19,12 +19,11 @@ from scipy import stats
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import common
 import degrade
 import generate
 from bench import factors
+from bench.codes import EXACT
 from bench.downstream import check_training, cost_text, enlarging, train_network
-from bench.factors import EXACT
 from bench.generated import syntheses
 from bench.inputs import Inputs, Measure
 from bench.pairs import (
@@ -37,6 +36,10 @@ from bench.pairs import (
     table_text,
     with_other_scenes,
 )
+from common import require
+from common.files import replacing
+from common.photos import save_image, to_uint8
+from common.runtime import wait_for_all
 
 Place = tuple[float, float]  # blur (LR pixels) and noise (levels of 255)
 BLURS, NOISES = (0.3, 0.7, 1.1), (0.0, 6.0, 12.0)
@@ -57,8 +60,8 @@ def write_set(folder: Path, hr: Tensor, place: Place, seed: int) -> None:
     """Pairs of photos (N, 3, H, W) and their LR of this blur and noise, as files in hr/ and lr/."""
     for i, photo in enumerate(hr):
         lr = degrade.degrade(photo[None], blurred_and_noisy(place, seed << 32 | i))[0]
-        common.save_image(folder / "hr" / f"{i:04d}.png", photo)
-        common.save_image(folder / "lr" / f"{i:04d}.png", lr)
+        save_image(folder / "hr" / f"{i:04d}.png", photo)
+        save_image(folder / "lr" / f"{i:04d}.png", lr)
 
 
 @torch.no_grad()
@@ -101,7 +104,7 @@ def train_on_grid(photos: Tensor, root: Path, inputs: Inputs) -> dict[str, Any]:
     for place, folder in zip(GRID, folders, strict=True) if rt.is_main else ():
         write_set(root / "train" / folder, photos[~held_out], place, seed)
         write_set(root / "test" / folder, photos[held_out], place, seed + 1)
-    common.wait_for_all(rt)
+    wait_for_all(rt)
     sets = {name_of(place): find_pairs(root / "test" / folder)[0]
             for place, folder in zip(GRID, folders, strict=True)} | inputs.sets  # fmt: skip
 
@@ -149,12 +152,12 @@ def embed(inputs: Inputs) -> tuple[list[str], Tensor]:
         for pair in tqdm(pairs, desc=f"codes of {name}", unit="image", leave=False):
             camera = camera_of(pair.name) if few else ""
             labels.append(" ".join(filter(None, ["real", name, camera])))
-            codes.append(generate.code_of(inputs.net, load_lr(pair.lr, pair.full)))
+            codes.append(generate.degradation_of(inputs.net, load_lr(pair.lr, pair.full)))
             hr, lr_ref = load_hr(pair)[None].to(inputs.device), load_lr(pair.reference, pair.full)
             for method, make in methods.items():
                 lr = make(hr, [lr_ref], [seed << 32 | pair.index])[0]
                 labels.append(method)
-                codes.append(generate.code_of(inputs.net, common.to_uint8(lr) / 255))  # as in files
+                codes.append(generate.degradation_of(inputs.net, to_uint8(lr) / 255))  # as in files
     return labels, torch.cat(codes).double().cpu()
 
 
@@ -251,7 +254,7 @@ def save_figure(path: Path, result: dict[str, Any]) -> None:
     panels = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.5, 1))[0]
     draw_panel_a(panels[0], result)
     draw_panel_b(panels[1], result)
-    with common.replacing(path) as temporary:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=80)
 
 
@@ -263,11 +266,11 @@ def table_figure1(name: str, inputs: Inputs) -> Measure:
     photos = inputs.photos
     for folder, pairs in inputs.sets.items():
         enough = bool(with_other_scenes(pairs, cfg.seed))
-        common.require(enough, f"--pairs {folder}: no camera has two pairs.")
+        require(enough, f"--pairs {folder}: no camera has two pairs.")
 
     def measure() -> tuple[dict[str, Any], str]:
         # What was trained on other photos is of no use to these.
-        key = zlib.crc32(common.to_uint8(photos).numpy().tobytes())
+        key = zlib.crc32(to_uint8(photos).numpy().tobytes())
         out = Path(cfg.out)
         result = train_on_grid(photos, out / "figure1" / f"{key:08x}-{cfg.seed}", inputs)
         if not inputs.rt.is_main:

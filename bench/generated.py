@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import common
 import degrade
 import diffusion
 import generate
@@ -35,8 +34,11 @@ from bench.pairs import (
     table_text,
     with_other_scenes,
 )
+from common import require
+from common.photos import to_uint8
+from common.runtime import make_generator
 
-# ---- methods: hr (B, 3, H, W), B references (3, h, w) or codes (D,), B seeds -> lr --------------
+# ---- methods: hr (B, 3, H, W), B references (3, h, w) or F_deg (D,), B seeds -> lr --------------
 
 Synthesis = Callable[[Tensor, Sequence[Tensor], Sequence[int]], Tensor]  # lr (B, 3, H/4, W/4)
 
@@ -51,7 +53,7 @@ def synthetic(recipe: str) -> Synthesis:
 
     def make(hr: Tensor, lr_ref: Sequence[Tensor], seeds: Sequence[int]) -> Tensor:
         theta = [
-            degrade.sample_degradation(1, recipe, generate.SCALE, common.generator(seed))
+            degrade.sample_degradation(1, recipe, generate.SCALE, make_generator(seed))
             for seed in seeds
         ]
         return degrade.degrade(hr, degrade.Degradation.cat(theta))
@@ -67,7 +69,7 @@ def realdgen(net: diffusion.DecoupledDDPM, sampler: generate.Sampler) -> Synthes
 
 
 def without_diffusion(sampler: generate.Sampler) -> generate.Sampler:
-    """The same with T = 0 and no remainder: Rec_lr's answer, softened."""
+    """The same with T = 0 and no remainder: the output of Rec_lr, softened."""
     return replace(sampler, t_start=0, start="reconstruct", remainder=0.0)
 
 
@@ -82,14 +84,26 @@ def syntheses(net: diffusion.DecoupledDDPM, sampler: generate.Sampler) -> dict[s
     }
 
 
-def on_pairs(method: Synthesis, seed: int, codes: dict[int, Tensor] | None = None) -> Method:
+def all_methods(inputs: Inputs) -> dict[str, Synthesis]:
+    """All methods, and RealDGen from the other T."""
+    return syntheses(inputs.net, inputs.sampler) | {
+        f"RealDGen T={t}": realdgen(inputs.net, replace(inputs.sampler, t_start=t))
+        for t in inputs.cfg.t_starts
+        if t > 0
+    }
+
+
+def on_pairs(method: Synthesis, seed: int, degradations: dict[int, Tensor] | None = None) -> Method:
     """A method as `evaluate` takes it: with the references of the pairs.
 
-    codes: F_deg (D,) by index of the pair, in place of its reference. Image i draws from (seed, i).
+    degradations: F_deg (D,) by index of the pair, in place of its reference. Image i draws from
+    (seed, i).
     """
 
     def make(hr: Tensor, batch: Sequence[Pair]) -> Tensor:
-        lr_ref = [codes[p.index] if codes else load_lr(p.reference, p.full) for p in batch]
+        lr_ref = [
+            degradations[p.index] if degradations else load_lr(p.reference, p.full) for p in batch
+        ]
         return method(hr, lr_ref, [seed << 32 | pair.index for pair in batch])
 
     return make
@@ -103,7 +117,7 @@ def best_blurs(pairs: Sequence[Pair]) -> tuple[dict[int, Tensor], dict[int, Tens
     """
     banks, values = {}, {}
     for pair in pairs:
-        bank = common.to_uint8(reductions(load_hr(pair)))  # (21, 3, h, w)
+        bank = to_uint8(reductions(load_hr(pair)))  # (21, 3, h, w)
         lr = load_lr(pair.lr, pair.full).expand(len(bank), -1, -1, -1)
         banks[pair.index], values[pair.index] = bank, psnr(bank / 255, lr).clamp(max=100)
     best = int(torch.stack([*values.values()]).mean(0).argmax())
@@ -117,20 +131,20 @@ def stored(lr: dict[int, Tensor]) -> Method:
 
 
 @torch.no_grad()
-def mean_codes(
+def mean_degradations(
     pairs: Sequence[Pair], net: diffusion.DecoupledDDPM, most: int | None = None
 ) -> dict[int, Tensor]:
     """For each pair (by index) the mean F_deg (D,) of the other LR images of its camera.
 
     Of at most so many, from the pair's reference on.
     """
-    codes = {p.index: generate.code_of(net, load_lr(p.lr, p.full))[0] for p in pairs}
+    each = {p.index: generate.degradation_of(net, load_lr(p.lr, p.full))[0] for p in pairs}
     means = {}
     for pair in pairs:
         camera = camera_of(pair.name)
         same = [p for p in pairs if camera_of(p.name) == camera and p is not pair]
         first = next((i for i, p in enumerate(same) if p.lr == pair.reference), 0)
-        chosen = [codes[p.index] for p in (same[first:] + same[:first])[:most]]
+        chosen = [each[p.index] for p in (same[first:] + same[:first])[:most]]
         if chosen:
             means[pair.index] = torch.stack(chosen).mean(0)
     return means
@@ -151,7 +165,7 @@ def rows_of_table_2(pairs: list[Pair], inputs: Inputs) -> Rows:
     seed, net = inputs.cfg.seed, inputs.net
     rec_lr = realdgen(net, replace(without_diffusion(inputs.sampler), grain=False))
     full = realdgen(net, inputs.sampler)
-    other, codes = with_other_scenes(pairs, seed), mean_codes(pairs, net)
+    other, means = with_other_scenes(pairs, seed), mean_degradations(pairs, net)
     of_set, of_pair = best_blurs(pairs)
     rows: Rows = [
         ("bicubic", on_pairs(bicubic, seed), pairs),
@@ -164,7 +178,7 @@ def rows_of_table_2(pairs: list[Pair], inputs: Inputs) -> Rows:
         rows += [(f"{name}, own LR", on_pairs(method, seed), pairs)]
         if other:
             rows += [(f"{name}, other scene", on_pairs(method, seed), other)]
-            rows += [(f"{name}, all other scenes", on_pairs(method, seed, codes), other)]
+            rows += [(f"{name}, all other scenes", on_pairs(method, seed, means), other)]
     return rows
 
 
@@ -220,7 +234,7 @@ def table_generated(name: str, inputs: Inputs) -> Measure:
     metrics = [m for m in inputs.metrics if name != "sampling" or m in METRICS]
     for folder, pairs in inputs.sets.items():
         enough = name == "2" or len(with_other_scenes(pairs, cfg.seed)) > 1
-        common.require(enough, f"--pairs {folder}: no camera has two pairs.")
+        require(enough, f"--pairs {folder}: no camera has two pairs.")
 
     def measure() -> tuple[dict[str, Any], str]:
         values, text = {}, ""
@@ -259,8 +273,8 @@ def notes_of_table_2(
         "",
         "bicubic is Pillow's, of the 8-bit HR image; T=0 is Rec_lr without diffusion and grain; n",
         "is the number of pairs. The LR reference is the pair's own LR, another scene of the same",
-        f"camera ({', '.join(f'{camera} {n}' for camera, n in cameras.items())}), or the mean code",
-        "of all of them. * A Gaussian chosen by looking at the real LR: what blur alone can do.",
+        f"camera ({', '.join(f'{camera} {n}' for camera, n in cameras.items())}), or all of them",
+        "(mean F_deg). * A Gaussian chosen by looking at the real LR: what blur alone can do.",
         "FID is too large for so few images, by an amount that depends on n; KID is not.",
         f"Pairs without another scene, left out there: {len(pairs) - rows[-1]['n']}.",
         f"Pairs that can't be read, left out everywhere: {skipped}.",

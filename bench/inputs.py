@@ -14,13 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import common
 import degrade
 import diffusion
 import generate
 from bench import sr
 from bench.metrics import available_metrics
 from bench.pairs import Pair, find_pairs, halves
+from common import require
+from common.cli import check_ranges
+from common.files import find_photos, list_images
+from common.photos import crop_to_multiple, load_image, save_image
+from common.runtime import Runtime, make_generator
 
 SYNDIFF = Path("runs/syndiff/last.pt")  # made by diffusion.py --without content degradation
 SAMPLE = Path(__file__).parents[1] / "data/sample/hr"
@@ -46,7 +50,7 @@ class Config(generate.Sampler):
     crop: int = 96  # side of the LR crops of factors, extractors, figure1, transfer; pixels
     t_starts: tuple[int, ...] = (0, 200)  # T in the rows of 3, control, mtf, factors and sampling
     checkpoint: str = ""  # generator (default: runs/diffusion, else data/pretrained)
-    out: str = "out/benchmark"  # folder of results.json and of a .md and .tex for each table
+    out: str = "out/benchmark"  # folder of results.json and of a .md for each table
     batch_size: int = 8  # images at a time; no draw depends on it
     seed: int = 0  # image i draws from (seed, i)
     device: str = "auto"  # cpu, cuda or auto
@@ -57,11 +61,11 @@ RANGES = {"t_starts": (0, 1000), "batch_size": (1, 2**20), "images": (2, 2**20),
           "perceptual_weight": (0, 1e6)}  # fmt: skip
 
 
-def resolved(cfg: Config, rt: common.Runtime) -> Config:
+def resolved(cfg: Config, rt: Runtime) -> Config:
     """The settings with the defaults that depend on others; UserError for a wrong flag."""
-    common.check_ranges(cfg, RANGES)
-    common.require(cfg.crop % 8 == 0, f"--crop {cfg.crop}: must be a multiple of 8.")
-    generate.check(generate.Config(**asdict(sampler_of(cfg))))
+    check_ranges(cfg, RANGES)
+    require(cfg.crop % 8 == 0, f"--crop {cfg.crop}: must be a multiple of 8.")
+    generate.check_config(generate.Config(**asdict(sampler_of(cfg))))
     here = Path(__file__).parents[1] / "data"
     found = [str(here / name) for name in ("RealSR", "DRealSR") if (here / name).is_dir()]
     pairs = cfg.pairs or tuple(found)
@@ -75,12 +79,12 @@ def resolved(cfg: Config, rt: common.Runtime) -> Config:
         ("--sr-preset", (preset,), tuple(sr.PRESETS)),
     ):
         for name in names:
-            common.require(name in choices, f"{flag} {name}: choose among {', '.join(choices)}.")
+            require(name in choices, f"{flag} {name}: choose among {', '.join(choices)}.")
     table = cfg.table or (("1",) if cfg.sr else ("2", "1"))
     networks = cfg.sr or ("fsrcnn",)
     alone = "--average acts on control and tables 1, 3, 4, 5, 7 alone; 2 and mtf have rows of it."
     obey = {*"13457", "control"}
-    common.require(cfg.average == generate.Sampler.average or set(table) <= obey, alone)
+    require(cfg.average == generate.Sampler.average or set(table) <= obey, alone)
     return replace(cfg, table=table, pairs=pairs, sr=networks, sr_preset=preset, data=data)
 
 
@@ -97,7 +101,7 @@ Measure = Callable[[], tuple[dict[str, Any], str]]
 class Inputs:
     """Pairs, photos and networks of a run of the benchmark, loaded when first used."""
 
-    def __init__(self, cfg: Config, rt: common.Runtime) -> None:
+    def __init__(self, cfg: Config, rt: Runtime) -> None:
         self.cfg, self.rt, self.device = cfg, rt, rt.device
         self.sampler = sampler_of(cfg)
 
@@ -111,12 +115,12 @@ class Inputs:
                   "by D. That shows that everything works, and nothing else.")  # fmt: skip
         self.kept = tempfile.TemporaryDirectory(prefix="realdgen-")
         folder = Path(self.kept.name) / "sample"
-        for i, file in enumerate(common.list_images([str(SAMPLE)], "--hr")):
-            hr = common.crop_to_multiple(common.load_image(file), generate.SCALE, file)
-            theta = degrade.sample_degradation(1, "camera", generator=common.generator(i))
-            common.save_image(folder / "HR" / f"sample_{i}.png", hr)
+        for i, file in enumerate(list_images([str(SAMPLE)], "--hr")):
+            hr = crop_to_multiple(load_image(file), generate.SCALE, file)
+            theta = degrade.sample_degradation(1, "camera", generator=make_generator(i))
+            save_image(folder / "HR" / f"sample_{i}.png", hr)
             lr = degrade.degrade(hr[None], theta)[0]
-            common.save_image(folder / "LR" / f"sample_{i}.png", lr)
+            save_image(folder / "LR" / f"sample_{i}.png", lr)
         return [folder]
 
     @cached_property
@@ -130,7 +134,7 @@ class Inputs:
         sets: dict[str, list[Pair]] = {}
         for folder in self.folders:
             name = folder.resolve().name
-            common.require(name not in sets, f"--pairs: two folders have the name {name}.")
+            require(name not in sets, f"--pairs: two folders have the name {name}.")
             sets[name], self.skipped[name] = find_pairs(folder)
         return sets
 
@@ -139,7 +143,7 @@ class Inputs:
         """The half of each set to test on; the other half gives references."""
         tests = {name: halves(pairs)[1] for name, pairs in self.sets.items()}
         for name, pairs in tests.items():
-            common.require(bool(pairs), f"--pairs {name}: no camera has two pairs.")
+            require(bool(pairs), f"--pairs {name}: no camera has two pairs.")
         return tests
 
     @cached_property
@@ -150,7 +154,7 @@ class Inputs:
     def check_steps(self, *t_starts: int) -> None:
         """UserError for a T that the generator was not trained for."""
         T, t_max = max(t_starts), self.net.t_max
-        common.require(T <= t_max, f"T = {T}: the weights know {t_max} steps.")
+        require(T <= t_max, f"T = {T}: the weights know {t_max} steps.")
 
     @cached_property
     def metrics(self) -> list[str]:
@@ -160,22 +164,22 @@ class Inputs:
     @cached_property
     def hr_files(self) -> list[Path]:
         """The files of the HR photos."""
-        return common.find_photos(self.cfg.hr, "hr", "--hr")
+        return find_photos(self.cfg.hr, "hr", "--hr")
 
     @cached_property
     def photos(self) -> Tensor:
         """The middle of HR photos drawn from all, (N, 3, 4 crop, 4 crop) in [0, 1], N > 1."""
         side, files = generate.SCALE * self.cfg.crop, self.hr_files
         crops: list[Tensor] = []
-        draw = common.generator(self.cfg.seed)
+        draw = make_generator(self.cfg.seed)
         for i in torch.randperm(len(files), generator=draw).tolist():
             if len(crops) < self.cfg.images:
                 try:
-                    crops.append(middle(common.load_image(files[i]), side))
+                    crops.append(middle(load_image(files[i]), side))
                 except ValueError as error:
                     print(f"skipped: {files[i]} ({error})")
         found = f"of {len(files)} files, {len(crops)} are photos of {side} x {side} pixels or more"
-        common.require(len(crops) > 1, f"--hr: {found}; two are needed.")
+        require(len(crops) > 1, f"--hr: {found}; two are needed.")
         return torch.stack(crops)
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import common
+from common import UserError, require
 
 # ---- two images, in closed form -----------------------------------------------------------------
 
@@ -112,7 +112,7 @@ def import_torchvision() -> None:
 def loading(metric: str, net: str) -> Iterator[None]:
     """A block that loads a network; UserError if its weights are missing or damaged."""
     missing = missing_weights(net)
-    common.require(not missing, f"no {metric}: {missing}.")
+    require(not missing, f"no {metric}: {missing}.")
     import_torchvision()
     try:
         with warnings.catch_warnings():
@@ -122,7 +122,7 @@ def loading(metric: str, net: str) -> Iterator[None]:
         raise
     except Exception as error:  # torch raises errors of many types for a damaged file
         name = type(error).__name__
-        raise common.UserError(f"{weights_file(net)}: no readable weights ({name}).") from None
+        raise UserError(f"{weights_file(net)}: no readable weights ({name}).") from None
 
 
 # ---- two images, in deep features ---------------------------------------------------------------

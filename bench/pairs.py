@@ -19,8 +19,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import common
 from bench.metrics import METRICS, SET_METRICS
+from common import UserError, require
+from common.files import list_images
+from common.photos import load_image, orientation, to_uint8
+from common.runtime import make_generator
 from generate import SCALE
 
 # ---- the pairs of a folder ----------------------------------------------------------------------
@@ -62,7 +65,7 @@ def by_name(images: list[tuple[str, Path]], pattern: str) -> dict[str, Path]:
     for path, file in images:
         if match := re.fullmatch(pattern, path):
             name = "_".join(match.groups())
-            common.require(name not in found, f"{file}: {found.get(name)} has the same name.")
+            require(name not in found, f"{file}: {found.get(name)} has the same name.")
             found[name] = file
     return found
 
@@ -73,8 +76,8 @@ def find_files(folder: Path, scale: int = SCALE) -> tuple[dict[str, tuple[Path, 
     UserError where the files are no pairs.
     """
     here = f"--pairs {folder}"
-    common.require(folder.is_dir(), f"{here}: no such folder.")
-    files = common.list_images([str(folder)], "--pairs")
+    require(folder.is_dir(), f"{here}: no such folder.")
+    files = list_images([str(folder)], "--pairs")
     images = [(file.relative_to(folder).with_suffix("").as_posix(), file) for file in files]
     for number, patterns in enumerate(LAYOUTS):
         hr, lr = (by_name(images, pattern.format(scale)) for pattern in patterns)
@@ -84,17 +87,17 @@ def find_files(folder: Path, scale: int = SCALE) -> tuple[dict[str, tuple[Path, 
         if hr or lr:
             counts = f"{len(hr)} HR and {len(lr)} LR images"
             names = f"{len(alone)} names are of one kind only, such as {', '.join(alone[:2])}"
-            common.require(not alone, f"{here}: {counts}; {names}.")
+            require(not alone, f"{here}: {counts}; {names}.")
             return {name: (hr[name], file) for name, file in lr.items()}, number > 1
     layouts = "HR/ and LR/ with the same names, or RealSR, DRealSR or RealVSR as published"
-    raise common.UserError(f"{here}: no images as {layouts} (see data/README.md).")
+    raise UserError(f"{here}: no images as {layouts} (see data/README.md).")
 
 
 def stored_sizes(hr: Path, lr: Path) -> tuple[tuple[int, int], tuple[int, int]]:
     """Width and height of both images from their headers; ValueError if EXIF turns only one."""
     try:
         with Image.open(hr) as large, Image.open(lr) as small:
-            alike = common.orientation(large) == common.orientation(small)
+            alike = orientation(large) == orientation(small)
             sizes = large.size, small.size
     except Exception as error:  # Pillow raises errors of many types
         raise ValueError(f"{hr} or {lr}: no image ({error})") from None
@@ -114,8 +117,8 @@ def find_pairs(folder: Path) -> tuple[list[Pair], int]:
     for index, (name, (hr, lr)) in enumerate(sorted(files.items())):
         try:
             stored_sizes(hr, lr)
-            H, W = common.load_image(hr).shape[1:]
-            h, w = common.load_image(lr).shape[1:]
+            H, W = load_image(hr).shape[1:]
+            h, w = load_image(lr).shape[1:]
         except ValueError as error:
             print(f"skipped: {error}")
             continue
@@ -123,10 +126,10 @@ def find_pairs(folder: Path) -> tuple[list[Pair], int]:
         full = published and (h, w) == (H, W)
         sizes = f"{name} has {W} x {H} HR and {w} x {h} LR pixels"
         wrong = f"{here}: {sizes}, not {size[1]} x {size[0]} (scale {SCALE})."
-        common.require(full or (h, w) == size, wrong)
-        common.require(min(size) >= 32, f"{here}: the LR image {name} is under 32 x 32 pixels.")
+        require(full or (h, w) == size, wrong)
+        require(min(size) >= 32, f"{here}: the LR image {name} is under 32 x 32 pixels.")
         pairs.append(Pair(index, name, hr, lr, size, full, lr))
-    common.require(bool(pairs), f"{here}: none of its pairs can be read.")
+    require(bool(pairs), f"{here}: none of its pairs can be read.")
     return pairs, len(files) - len(pairs)
 
 
@@ -135,7 +138,7 @@ def find_pairs(folder: Path) -> tuple[list[Pair], int]:
 
 def resized(x: Tensor, h: int, w: int) -> Tensor:
     """Pillow's bicubic resize (B, 3, h, w), in 8 bits, of x (B, 3, H, W) in [0, 1]."""
-    images = [Image.fromarray(v) for v in common.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()]
+    images = [Image.fromarray(v) for v in to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()]
     made = [np.asarray(image.resize((w, h), Image.Resampling.BICUBIC)) for image in images]
     return torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2).to(x.device) / 255
 
@@ -143,12 +146,12 @@ def resized(x: Tensor, h: int, w: int) -> Tensor:
 def load_hr(pair: Pair) -> Tensor:
     """The HR image (3, 4h, 4w) in [0, 1], cut at the right and at the bottom."""
     h, w = (SCALE * side for side in pair.size)
-    return common.load_image(pair.hr)[:, :h, :w]
+    return load_image(pair.hr)[:, :h, :w]
 
 
 def load_lr(file: Path, full: bool = False) -> Tensor:
     """A real LR image (3, h, w) in [0, 1]; full: the file has the size of HR and is reduced."""
-    image = common.load_image(file)
+    image = load_image(file)
     h, w = (side // SCALE for side in image.shape[1:])
     return resized(image[None, :, : SCALE * h, : SCALE * w], h, w)[0] if full else image
 
@@ -164,7 +167,7 @@ def other_scenes(cameras: Sequence[str], seed: int) -> dict[int, int]:
     other = {}
     for number, camera in enumerate(sorted(set(cameras))):
         members = [i for i, c in enumerate(cameras) if c == camera]
-        order = torch.randperm(len(members), generator=common.generator(seed, number)).tolist()
+        order = torch.randperm(len(members), generator=make_generator(seed, number)).tolist()
         for i, successor in zip(order, order[1:] + order[:1], strict=True):
             if i != successor:
                 other[members[i]] = members[successor]
@@ -220,10 +223,10 @@ def evaluate(
         lr = torch.stack([load_lr(pair.lr, pair.full) for pair in batch]).to(device)
         x, target = (lr, hr) if upwards else (hr, lr)
         began = time.perf_counter()
-        made = common.to_uint8(method(x, batch)).cpu()
+        made = to_uint8(method(x, batch)).cpu()
         seconds += time.perf_counter() - began
         all_made.append(made)
-        all_real.append(common.to_uint8(target).cpu())
+        all_real.append(to_uint8(target).cpu())
         made = made.to(device) / 255
         values = torch.stack([METRICS[m](made, target).double().cpu() for m in each], dim=1)
         values = values.clamp(max=100.0)  # equal images get 100 dB, so that there is a mean

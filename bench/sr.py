@@ -25,12 +25,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import common
 import degrade
 import extractors
 from bench import metrics
 from bench.pairs import find_files, stored_sizes
-from data.pack import Crops, Photos, dihedral
+from common import require
+from common.checkpoint import (
+    count_parameters,
+    fingerprint,
+    load_checkpoint,
+    load_weights,
+    put_weights,
+)
+from common.cli import check_ranges, launch
+from common.files import find_photos, list_images, photo_names, replacing
+from common.photos import Crops, Photos, dihedral, load_image, save_image, to_uint8
+from common.run import TRAINING_RANGES, Run, check_micro_batches, compile_networks
+from common.runtime import Runtime, make_generator, wait_for_all
 
 # ---- networks: lr (B, 3, h, w) in [0, 1] -> hr (B, 3, scale h, scale w) --------------------------
 
@@ -71,8 +82,8 @@ SWINIR_L = SWINIR | LIGHT | {"upsampler": "pixelshuffledirect"}
 
 def sr_network(name: str, scale: int = 4) -> nn.Module:
     """An untrained network, (B, 3, h, w) in [0, 1] -> (B, 3, scale h, scale w), not clamped."""
-    common.require(name in NETWORKS, f"--sr {name}: choose {', '.join(NETWORKS)}.")
-    common.require(scale in (2, 4), f"--scale {scale}: choose 2 or 4.")
+    require(name in NETWORKS, f"--sr {name}: choose {', '.join(NETWORKS)}.")
+    require(scale in (2, 4), f"--scale {scale}: choose 2 or 4.")
     if name == "fsrcnn":
         return FSRCNN(scale)
     metrics.import_torchvision()  # spandrel imports it, too
@@ -114,9 +125,9 @@ def super_resolve(net: nn.Module, lr: Tensor, tile: int = 256) -> Tensor:
 
 def read_network(path: str | Path) -> dict[str, Any]:
     """The checkpoint in a .pt or .safetensors of this file; its config names the network ("sr")."""
-    state = common.load_checkpoint(path)
+    state = load_checkpoint(path)
     wrong = f"{path}: not a network of bench.sr (give one of runs/sr)."
-    common.require("sr" in state.get("config", {}), wrong)
+    require("sr" in state.get("config", {}), wrong)
     return state
 
 
@@ -124,7 +135,7 @@ def load_network(path: str | Path) -> nn.Module:
     """The network in a .pt or .safetensors of this file, with its averaged weights."""
     state = read_network(path)
     net = sr_network(state["config"]["sr"], state["config"]["scale"])
-    common.put_weights(net, state, str(path))
+    put_weights(net, state, str(path))
     return net.eval().requires_grad_(False)
 
 
@@ -144,14 +155,14 @@ def split(pair: Tensor) -> tuple[Tensor, Tensor]:
     return F.pixel_shuffle(pair[:, :-3], math.isqrt(pair.shape[1] // 3 - 1)), pair[:, -3:]
 
 
-def find_pairs(folder: str, scale: int, rt: common.Runtime) -> list[tuple[Path, Path]]:
+def find_pairs(folder: str, scale: int, rt: Runtime) -> list[tuple[Path, Path]]:
     """LR and HR file of each pair; UserError where names or sizes do not fit together.
 
     HR may be up to scale - 1 pixels larger than scale times LR. Pairs are left out and counted if
     an image's header can't be read, or if EXIF turns one image only.
     """
     files, published = find_files(Path(folder), scale)
-    common.require(not published, f"--pairs {folder}: this published set is for tests only.")
+    require(not published, f"--pairs {folder}: this published set is for tests only.")
     pairs, errors = [], []
     for name, (hr, lr) in files.items():
         try:
@@ -161,17 +172,17 @@ def find_pairs(folder: str, scale: int, rt: common.Runtime) -> list[tuple[Path, 
             continue
         sizes = f"{name} has {W} x {H} and {w} x {h} pixels"
         wrong = f"--pairs {folder}: {sizes}, which is not --scale {scale}."
-        common.require((W // scale, H // scale) == (w, h), wrong)
+        require((W // scale, H // scale) == (w, h), wrong)
         pairs.append((lr, hr))
     if errors and rt.is_main:
         print(f"skipped {len(errors)} of {len(files)} pairs (the first: {errors[0]})")
-    common.require(bool(pairs), f"--pairs {folder}: none of its pairs can be read.")
+    require(bool(pairs), f"--pairs {folder}: none of its pairs can be read.")
     return pairs
 
 
 def read_pair(files: tuple[Path, Path], scale: int) -> np.ndarray:
     """The LR and HR files of a pair, joined, as uint8 (3 scale^2 + 3, h, w)."""
-    lr, hr = (common.to_uint8(common.load_image(file))[None] for file in files)
+    lr, hr = (to_uint8(load_image(file))[None] for file in files)
     h, w = (scale * side for side in lr.shape[2:])
     return join(hr[:, :, :h, :w], lr)[0].numpy()
 
@@ -193,7 +204,7 @@ class PairCrops(Crops):
 @torch.no_grad()
 def degraded(hr: Tensor, recipe: str, scale: int, generator: torch.Generator) -> Tensor:
     """LR of HR images (B, 3, H, W); each has its own draw of a recipe of degrade.py."""
-    draw = common.generator(generator.initial_seed())  # on the CPU, so that no GPU is waited for
+    draw = make_generator(generator.initial_seed())  # on the CPU, so that no GPU is waited for
     theta = degrade.sample_degradation(len(hr), recipe, scale, draw)
     return degrade.degrade(hr, theta, draw)
 
@@ -206,7 +217,7 @@ def sr_loss(net: nn.Module, hr: Tensor, lr: Tensor, perceptual_weight: float) ->
     cites losses on VGG's features, two of them with a GAN, and gives no layers and no weights.
     """
     sr = net(lr).float()
-    loss, psnr = F.l1_loss(sr, hr), extractors.psnr(F.mse_loss(sr.detach().clamp(0, 1), hr))
+    loss, psnr = F.l1_loss(sr, hr), extractors.psnr_of(F.mse_loss(sr.detach().clamp(0, 1), hr))
     if perceptual_weight == 0:
         return {"loss": loss, "psnr": psnr}
     with torch.autocast(hr.device.type, enabled=False):
@@ -258,7 +269,7 @@ PRESETS: dict[str, dict] = {
     "paper": {},
     "smoke": SHORT | MINUTE | {"sr": "fsrcnn"},
 }
-RANGES = common.TRAINING_RANGES | {
+RANGES = TRAINING_RANGES | {
     "crop": (16, 2**14), "batch_size": (1, 2**20), "steps": (1, 2**31), "learning_rate": (0, 1),
     "betas": (0, 1), "perceptual_weight": (0, 1e6),
 }  # fmt: skip
@@ -267,13 +278,13 @@ RANGES = common.TRAINING_RANGES | {
 def resolved(cfg: Config) -> Config:
     """The settings with the recipe and name that they imply; UserError for a wrong flag."""
     one_source = not (cfg.pairs and (cfg.recipe or cfg.hr))
-    common.require(one_source, "--pairs and --recipe or --hr are two sources: give one.")
+    require(one_source, "--pairs and --recipe or --hr are two sources: give one.")
     recipe = "" if cfg.pairs else cfg.recipe or "realesrgan"
     wrong = f"--recipe {recipe}: choose {', '.join(degrade.RECIPES)}."
-    common.require(recipe in ("", *degrade.RECIPES), wrong)
-    common.check_ranges(cfg, RANGES)
-    common.check_parts(cfg)
-    common.require(len(cfg.betas) == 2, "--betas takes two numbers.")
+    require(recipe in ("", *degrade.RECIPES), wrong)
+    check_ranges(cfg, RANGES)
+    check_micro_batches(cfg)
+    require(len(cfg.betas) == 2, "--betas takes two numbers.")
     parts = [cfg.sr, recipe or Path(cfg.pairs).resolve().name]
     parts += ["perceptual"] * (cfg.perceptual_weight > 0)
     return replace(cfg, recipe=recipe, name=cfg.name or "-".join(parts))
@@ -282,17 +293,17 @@ def resolved(cfg: Config) -> Config:
 def save_network(path: Path, net: nn.Module, cfg: Config) -> None:
     """Write the settings, and the weights under the names that spandrel expects."""
     weights = {key: value.contiguous().cpu() for key, value in net.state_dict().items()}
-    with common.replacing(path) as temporary:
+    with replacing(path) as temporary:
         save_file(weights, temporary, {"config": json.dumps(asdict(cfg))})
 
 
-def train(cfg: Config, rt: common.Runtime) -> Path:
+def train(cfg: Config, rt: Runtime) -> Path:
     """Train one network on one source of pairs; returns the file of its averaged weights."""
     cfg = resolved(cfg)
     torch.manual_seed(cfg.seed)  # the weights do not depend on networks trained before
     net = sr_network(cfg.sr, cfg.scale)
     if cfg.start_from:
-        common.load_weights(net, cfg.start_from, "--start-from")
+        load_weights(net, cfg.start_from, "--start-from")
     if cfg.perceptual_weight > 0:
         metrics.perceptual_net("LPIPS", "vgg", rt.device)  # fails early where weights are missing
     path, decoded = Path(cfg.out) / f"{cfg.name}.pt", Path(cfg.out) / "photos"
@@ -303,19 +314,19 @@ def train(cfg: Config, rt: common.Runtime) -> Path:
         folder = decoded / f"pairs-{zlib.crc32(cfg.pairs.encode()):08x}"
         crops = PairCrops(Photos(pairs, folder, rt, read), cfg.crop, cfg.batch_size, cfg.seed)
     else:
-        photos = Photos(common.find_photos(cfg.hr, "hr", "--hr", packed=True), decoded / "hr", rt)
+        photos = Photos(find_photos(cfg.hr, "hr", "--hr", packed=True), decoded / "hr", rt)
         crops = Crops(photos, cfg.crop, cfg.batch_size, cfg.seed, scale=cfg.scale)
     if rt.is_main:
         print(cfg)
         images = f"{len(crops.rows)} images, {crops.left_out} smaller than the crop"
-        print(f"{cfg.name}: {common.count_parameters(net)}, {images}")
+        print(f"{cfg.name}: {count_parameters(net)}, {images}")
     if cfg.compile:
-        common.compile_networks([net], rt)
+        compile_networks([net], rt)
     # Deviation: a constant learning rate and averaged weights, as in all stages. BasicSR halves the
     # rate four times.
     groups = [{"params": [*net.parameters()], "lr": cfg.learning_rate, "betas": cfg.betas}]
-    began = common.fingerprint(net) if cfg.start_from else ""
-    run = common.Run(cfg, rt, net, groups, path, cfg.steps, began=began)
+    began = fingerprint(net) if cfg.start_from else ""
+    run = Run(cfg, rt, net, groups, path, cfg.steps, began=began)
     for batch, draw in run.batches(crops):
         with rt.autocast(cfg.bf16):
             if cfg.pairs:
@@ -329,32 +340,32 @@ def train(cfg: Config, rt: common.Runtime) -> Path:
     if rt.is_main:
         save_network(target, net, cfg)
         print(f"averaged weights: {target}")
-    common.wait_for_all(rt)
+    wait_for_all(rt)
     return target
 
 
-def upscale(cfg: Config, rt: common.Runtime) -> None:
+def upscale(cfg: Config, rt: Runtime) -> None:
     """Enlarge images with a trained network; unreadable images are skipped and counted."""
     cfg = resolved(cfg)
     weights = Path(cfg.start_from or Path(cfg.out) / f"{cfg.name}.safetensors")
     missing = f"{weights} is missing: train it without --upscale, or name a file with --start-from."
-    common.require(weights.is_file(), missing)
+    require(weights.is_file(), missing)
     net, out, skipped = load_network(weights).to(rt.device), Path(cfg.out) / weights.stem, 0
-    files = common.list_images(cfg.upscale, "--upscale")
-    names = common.photo_names(files, cfg.upscale)
+    files = list_images(cfg.upscale, "--upscale")
+    names = photo_names(files, cfg.upscale)
     for file, name in zip(tqdm(files, unit="image"), names, strict=True):
         try:
-            lr = common.load_image(file)[None].to(rt.device)
+            lr = load_image(file)[None].to(rt.device)
         except ValueError as error:
             tqdm.write(f"skipped: {error}")
             skipped += 1
             continue
         with rt.autocast(cfg.bf16):
-            common.save_image(out / f"{name}.png", super_resolve(net, lr)[0])
+            save_image(out / f"{name}.png", super_resolve(net, lr)[0])
     print(f"{len(files) - skipped} images in {out}, {skipped} skipped")
 
 
-def main(cfg: Config, rt: common.Runtime) -> None:
+def main(cfg: Config, rt: Runtime) -> None:
     """Train, or enlarge images with a trained network."""
     if not cfg.upscale:
         train(cfg, rt)
@@ -363,4 +374,4 @@ def main(cfg: Config, rt: common.Runtime) -> None:
 
 
 if __name__ == "__main__":
-    common.launch(main, Config, PRESETS, __doc__)
+    launch(main, Config, PRESETS, __doc__)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import common
+from common.cli import launch
 
 FORKSERVER = multiprocessing.get_context("forkserver")  # its processes have torch from the start
 FORKSERVER.set_forkserver_preload(["generate"])
@@ -33,7 +33,7 @@ def run(script: str, *args: object, cwd: Path) -> subprocess.CompletedProcess:
         patch.setattr(sys, "argv", [script, *map(str, args)])
         try:
             main = stage.main if hasattr(stage, "main") else stage.train
-            common.launch(main, stage.Config, getattr(stage, "PRESETS", {}), "")
+            launch(main, stage.Config, getattr(stage, "PRESETS", {}), "")
         except SystemExit as stopped:
             code = int(stopped.code or 0)
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())

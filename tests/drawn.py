@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-import common
 import degrade
+from common.runtime import make_generator
 
 
 def write(path, pixels):
@@ -26,7 +26,7 @@ def scenes(batch=3, size=192):
     """Photos (B, 3, size, size): shapes with edges at all scales, and a little grain."""
     images = []
     for number in range(batch):
-        gen = common.generator(number)
+        gen = make_generator(number)
         noise = [torch.randn(3, size, size, generator=gen).numpy() for _ in range(4)]
         shapes = [
             ndimage.gaussian_filter(x, (0, s, s)) > 0

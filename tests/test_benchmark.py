@@ -12,9 +12,11 @@ import torch
 from drawn import photo, scenes, write, write_pairs
 
 import benchmark
-import common
 import generate
 from bench import factors, generated, inputs, sr, transfer
+from common.cli import launch
+from common.photos import load_image, save_image
+from common.run import Run
 
 ROOT = Path(benchmark.__file__).parent
 SHIPPED = ROOT / "data/pretrained/diffusion.safetensors"
@@ -27,7 +29,7 @@ def run(monkeypatch, folder, *flags):
     argv = ["benchmark.py", "--device", "cpu", *flags]
     monkeypatch.setattr(sys, "argv", [str(flag) for flag in argv])
     try:
-        common.launch(benchmark.main, benchmark.Config, benchmark.PRESETS, benchmark.__doc__)
+        launch(benchmark.main, benchmark.Config, benchmark.PRESETS, benchmark.__doc__)
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0
@@ -70,7 +72,7 @@ def test_table_2_has_each_method_and_every_value(tmp_path, monkeypatch, copying_
         assert rows[f"{name}, own LR"]["mean"]["PSNR RGB"] == 100
         other = rows[f"{name}, other scene"]["images"]
         assert set(other) == {"Canon_1", "Canon_2", "Nikon_1", "Nikon_2"}
-        first, second = (common.load_image(f"RealSR/LR/Canon_{i}.png") for i in (1, 2))
+        first, second = (load_image(f"RealSR/LR/Canon_{i}.png") for i in (1, 2))
         expected = -10 * math.log10((first - second).square().mean())
         assert other["Canon_1"]["PSNR RGB"] == pytest.approx(expected, abs=1e-4)
     means = [rows[name]["mean"]["PSNR RGB"] for name in (*counts,)[:3]]
@@ -120,7 +122,7 @@ def test_the_sampler_and_its_presets_serve_here_too():
 
 def test_without_arguments_both_tables_are_made_of_sample_photos(tmp_path, monkeypatch, capsys):
     for number, x in enumerate(scenes(4, 128)):  # in place of data/sample/hr
-        common.save_image(tmp_path / f"sample/{number}.png", x)
+        save_image(tmp_path / f"sample/{number}.png", x)
     monkeypatch.setattr(inputs, "SAMPLE", tmp_path / "sample")
     monkeypatch.setitem(sr.PRESETS, "smoke", sr.PRESETS["smoke"] | {"steps": 2})
     assert run(monkeypatch, tmp_path) == 0
@@ -234,9 +236,9 @@ def test_small_tables_run_with_the_shipped_weights(tmp_path, monkeypatch):
     """factors, extractors, transfer and leakage, each in miniature."""
     for number, x in enumerate(scenes(8, 128)):
         camera = ["soft", "sharp"][number % 2]
-        common.save_image(tmp_path / f"set/HR/{camera}_{number}.png", x)
-        common.save_image(tmp_path / f"set/LR/{camera}_{number}.png", x[:, ::4, ::4])
-        common.save_image(tmp_path / f"lr/{camera}/{number}.png", x[:, :32, :32])
+        save_image(tmp_path / f"set/HR/{camera}_{number}.png", x)
+        save_image(tmp_path / f"set/LR/{camera}_{number}.png", x[:, ::4, ::4])
+        save_image(tmp_path / f"lr/{camera}/{number}.png", x[:, :32, :32])
     monkeypatch.setattr(factors, "FACTORS", {"blur": factors.FACTORS["blur"]})
     monkeypatch.setattr(transfer, "SAMPLES", 2)
     tables = ["factors", "extractors", "transfer", "leakage"]
@@ -257,8 +259,8 @@ def test_an_interrupted_benchmark_uses_its_trained_networks_again(tmp_path, monk
     trained = []
     monkeypatch.setattr(sr, "super_resolve", lambda net, lr: lr.repeat_interleave(4, 2)
                         .repeat_interleave(4, 3))  # fmt: skip
-    update = common.Run.update
-    monkeypatch.setattr(common.Run, "update", lambda self, x: trained.append(1) or update(self, x))
+    update = Run.update
+    monkeypatch.setattr(Run, "update", lambda self, x: trained.append(1) or update(self, x))
     flags = "--pairs set --hr set/HR --sr fsrcnn --data bicubic --sr-steps 3".split()
     assert run(monkeypatch, tmp_path, *flags) == 0 and len(trained) == 3
     assert run(monkeypatch, tmp_path, *flags) == 0 and len(trained) == 3

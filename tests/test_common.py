@@ -18,13 +18,18 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import common
-from data.pack import Crops, Photos
+from common import UserError
+from common.checkpoint import load_checkpoint, load_weights
+from common.cli import check_ranges, from_dict, launch, parse_args
+from common.files import replacing
+from common.photos import Crops, Photos, save_image
+from common.run import Run, check_micro_batches, compile_networks, micro_batches_that_fit
+from common.runtime import Runtime, make_generator
 from tests.commands import FORKSERVER
 from tests.test_photos import drawn_pixels
 
 REPO = Path(__file__).resolve().parents[1]
-CPU = common.Runtime(torch.device("cpu"))
+CPU = Runtime(torch.device("cpu"))
 
 
 # ---- command line -----------------------------------------------------------------------------
@@ -49,7 +54,7 @@ PRESETS = {"paper": {}, "small": {"steps": 7, "sizes": (5,), "bf16": False}}
 
 
 def test_a_flag_beats_the_preset_and_the_preset_beats_the_default(capsys):
-    parse = common.parse_args
+    parse = parse_args
     assert parse(Flags, PRESETS, "", []) == Flags()  # the first preset
     argv = ["--preset", "small", "--steps", "9", "--bf16", "--learning-rate", "0.5", "--skip"]
     assert parse(Flags, PRESETS, "", argv) == Flags(9, 0.5, sizes=(5,), skip=True)
@@ -60,7 +65,7 @@ def test_a_flag_beats_the_preset_and_the_preset_beats_the_default(capsys):
 
 def test_the_help_text_is_the_comment_of_the_field(capsys):
     with pytest.raises(SystemExit):
-        common.parse_args(Flags, {}, "what it does", ["--help"])
+        parse_args(Flags, {}, "what it does", ["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "what it does" in text and "training steps, 50 % of them on crops" in text
 
@@ -73,14 +78,14 @@ def test_the_help_text_is_the_comment_of_the_field(capsys):
 def test_a_mistake_ends_with_a_sentence_that_names_it_and_exit_code_2(
     argv, tmp_path, monkeypatch, capsys
 ):
-    def main(cfg: Flags, rt: common.Runtime) -> None:
-        common.save_image(Path(cfg.out) / "x.png", torch.zeros(3, 8, 8))
+    def main(cfg: Flags, rt: Runtime) -> None:
+        save_image(Path(cfg.out) / "x.png", torch.zeros(3, 8, 8))
 
     monkeypatch.chdir(tmp_path)
     Path("FILE").touch()
     monkeypatch.setattr(sys, "argv", ["stage.py", *argv.split()])
     with pytest.raises(SystemExit) as stopped:
-        common.launch(main, Flags, PRESETS, "")
+        launch(main, Flags, PRESETS, "")
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert stopped.value.code == 2 and "error: " in message and argv.split()[-1] in message
 
@@ -91,8 +96,8 @@ def test_a_mistake_ends_with_a_sentence_that_names_it_and_exit_code_2(
 def test_generators_are_reproducible_and_independent():
     # A shorter key is no prefix of a longer one, a large number no pair of small ones.
     keys = [(0,), (1,), (-1,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (2**32,), (2**62, 1), (1, 2**31)]
-    draws = [torch.randn(4000, generator=common.generator(*key)) for key in keys]
-    again = [torch.randn(4000, generator=common.generator(*key)) for key in keys]
+    draws = [torch.randn(4000, generator=make_generator(*key)) for key in keys]
+    again = [torch.randn(4000, generator=make_generator(*key)) for key in keys]
     assert all(torch.equal(a, b) for a, b in zip(draws, again, strict=True))
     correlation = np.corrcoef(torch.stack(draws)) - np.eye(len(keys))
     assert np.abs(correlation).max() < 0.08
@@ -101,7 +106,7 @@ def test_generators_are_reproducible_and_independent():
 def test_files_can_be_read_by_others_as_umask_says(tmp_path):
     before = os.umask(0o022)
     try:
-        with common.replacing(tmp_path / "x.safetensors") as temporary:
+        with replacing(tmp_path / "x.safetensors") as temporary:
             save_file({"a": torch.rand(2)}, temporary)
     finally:
         os.umask(before)
@@ -121,7 +126,7 @@ def test_weights_of_other_programs_are_found(tmp_path, name):
     net, given = toy_net(), {key: torch.rand_like(v) for key, v in toy_net().state_dict().items()}
     others = {"params": toy_net().state_dict()} if name == "params_ema" else {}
     torch.save({**others, name: given} if name else given, tmp_path / "x.pth")
-    common.load_weights(net, str(tmp_path / "x.pth"), "--start-from")
+    load_weights(net, str(tmp_path / "x.pth"), "--start-from")
     assert all(torch.equal(value, given[key]) for key, value in net.state_dict().items())
 
 
@@ -140,8 +145,8 @@ def test_weights_that_are_damaged_or_do_not_fit_are_one_sentence(tmp_path, wrong
     torch.save(content or toy_net().state_dict(), path)
     if isinstance(content, bytes | None):
         path.write_bytes(path.read_bytes()[:2000] if content is None else content)
-    with pytest.raises(common.UserError, match=f"x.{suffix}: ") as error:
-        common.load_weights(toy_net(), str(path), "--start-from")
+    with pytest.raises(UserError, match=f"x.{suffix}: ") as error:
+        load_weights(toy_net(), str(path), "--start-from")
     assert "\n" not in str(error.value)
 
 
@@ -157,8 +162,8 @@ def test_a_checkpoint_with_an_object_in_it_is_refused(tmp_path, capsys):
     torch.save({"net": Trap()}, tmp_path / "x.pt")
     (tmp_path / "y.pt").write_bytes(pickle.dumps(Trap()))
     for name in ("x.pt", "y.pt"):
-        with pytest.raises(common.UserError, match=f"{name}: .*store its weights: torch.save"):
-            common.load_checkpoint(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name}: .*store its weights: torch.save"):
+            load_checkpoint(tmp_path / name)
     assert "trap" not in capsys.readouterr().out
 
 
@@ -169,7 +174,7 @@ def test_shipped_weights_keep_their_config_but_no_path_of_the_machine(tmp_path, 
     files = [str(tmp_path / "x.pt"), str(tmp_path / "x.safetensors")]
     monkeypatch.setattr(sys, "argv", ["common.py", *files])
     runpy.run_path(common.__file__, run_name="__main__")
-    read = common.load_checkpoint(files[1])
+    read = load_checkpoint(files[1])
     kept = {"widths": [8, 16], "learning_rate": 1e-4}
     assert read["config"] == kept | {"extractors": kept}
     assert torch.equal(read["ema"]["a"], state["ema"]["a"].half().float())
@@ -188,24 +193,24 @@ class Shape:
 
 def test_a_stored_configuration_comes_back_if_its_fields_and_types_are_right():
     stored = {"width": 3, "rate": 1, "wide": True, "name": "y", "widths": [4]}
-    assert common.from_dict(Shape, stored, "x.pt") == Shape(3, 1, True, "y", (4,))
-    assert common.from_dict(Shape, {"width": 3}, "x.pt") == Shape(3)
+    assert from_dict(Shape, stored, "x.pt") == Shape(3, 1, True, "y", (4,))
+    assert from_dict(Shape, {"width": 3}, "x.pt") == Shape(3)
     wrong = {"width": ("a", 2.5, None, True), "wide": (1,), "rate": ("a", [1]), "name": (3,),
              "widths": (3, ["a"], [1.5]), "height": (3,)}  # fmt: skip
     for stored in (None, [], *({key: value} for key in wrong for value in wrong[key])):
-        with pytest.raises(common.UserError, match="x.pt: .*configuration"):
-            common.from_dict(Shape, stored, "x.pt")
+        with pytest.raises(UserError, match="x.pt: .*configuration"):
+            from_dict(Shape, stored, "x.pt")
 
 
 def test_a_number_out_of_its_range_names_the_flag_and_the_file():
-    common.check_ranges(Shape(), {"width": (8, 8), "widths": (1, 2)})
+    check_ranges(Shape(), {"width": (8, 8), "widths": (1, 2)})
     cfg, ranges = (
         Shape(rate=float("nan")),
         {"width 8": (1, 7), "widths 2": (1, 1), "rate nan": (1, 2)},
     )
     for flag, limits in ranges.items():
-        with pytest.raises(common.UserError, match=f"^x.pt: --{flag}: must be in 1"):
-            common.check_ranges(cfg, {flag.split()[0]: limits}, "x.pt: ")
+        with pytest.raises(UserError, match=f"^x.pt: --{flag}: must be in 1"):
+            check_ranges(cfg, {flag.split()[0]: limits}, "x.pt: ")
 
 
 # ---- the run of a training --------------------------------------------------------------------
@@ -231,7 +236,7 @@ def folder(tmp_path) -> Path:
     """A folder with three drawn photos."""
     for seed in range(3):
         pixels = torch.from_numpy(drawn_pixels(40 + seed, 50, seed=7 * seed))
-        common.save_image(tmp_path / f"photos/{seed}.png", pixels.permute(2, 0, 1) / 255)
+        save_image(tmp_path / f"photos/{seed}.png", pixels.permute(2, 0, 1) / 255)
     return tmp_path
 
 
@@ -250,7 +255,7 @@ def toy_run(
     trained: slice = slice(None),
     preview=dict,
     began: str = "",
-    rt: common.Runtime = CPU,
+    rt: Runtime = CPU,
     **settings,
 ) -> nn.Module:
     """A training of the toy on the photos of a folder, as the stages write it."""
@@ -258,7 +263,7 @@ def toy_run(
     groups = [{"params": list(net[trained].parameters()), "lr": cfg.learning_rate}]
     photos = Photos(sorted((folder / "photos").iterdir()), folder / "decoded", rt)
     crops = Crops(photos, 16, cfg.batch_size, cfg.seed)
-    run = common.Run(cfg, rt, net, groups, folder / name, steps, preview=preview, began=began)
+    run = Run(cfg, rt, net, groups, folder / name, steps, preview=preview, began=began)
     for x, draw in run.batches(crops):
         run.update(loss(net, x, draw))
     return net
@@ -340,7 +345,7 @@ def test_the_loss_falls_and_the_result_is_the_average_of_the_weights(folder):
 def test_what_is_not_a_number_stops_the_run_and_the_good_checkpoint_stays(folder, of):
     # The loss is finite and its gradient is not: the square root at zero.
     worse = {"loss": lambda x: x * float("nan"), "gradient": lambda x: x + (x - x).sqrt()}
-    with pytest.raises(common.UserError, match="nan"):
+    with pytest.raises(UserError, match="nan"):
         toy_run(folder, 20, loss=at_call(6, worse[of]), log_every=100)
     state = read(folder / "last.pt")
     assert state["step"] == 4
@@ -364,7 +369,7 @@ def test_another_run_in_the_same_folder_is_refused_and_nothing_is_lost(folder, c
     toy_run(folder, 2)
     before = (folder / "last.pt").read_bytes()
     for steps in (2, 4):  # the run is finished, or would go on
-        with pytest.raises(common.UserError, match=message):
+        with pytest.raises(UserError, match=message):
             toy_run(folder, steps, **change)
     assert (folder / "last.pt").read_bytes() == before
 
@@ -373,7 +378,7 @@ def test_another_run_in_the_same_folder_is_refused_and_nothing_is_lost(folder, c
 def test_a_foreign_file_in_place_of_the_checkpoint_is_one_sentence(folder, change):
     toy_run(folder, 2)
     torch.save(read(folder / "last.pt") | change, folder / "last.pt")
-    with pytest.raises(common.UserError, match="last.pt is no checkpoint of this training"):
+    with pytest.raises(UserError, match="last.pt is no checkpoint of this training"):
         toy_run(folder, 4)
 
 
@@ -400,7 +405,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(folder, capsys):
     assert same(toy_run(folder, 9).state_dict(), whole.state_dict())
     for name in ("last.pt", "before.pt"):
         (folder / name).write_bytes(b"")
-    with pytest.raises(common.UserError, match="before.pt: no readable checkpoint"):
+    with pytest.raises(UserError, match="before.pt: no readable checkpoint"):
         toy_run(folder, 9)
 
 
@@ -426,7 +431,7 @@ def test_a_stopped_run_loses_at_most_the_steps_since_the_last_checkpoint(folder,
 TWO = """
 import os, sys, pathlib, torch, torch.utils.flop_counter, tqdm, common, test_common
 tqdm.tqdm.monitor_interval = 0  # no thread for the progress bar
-with common.runtime("cpu") as rt:
+with runtime("cpu") as rt:
     test_common.toy_run(pathlib.Path(sys.argv[1]), 6, name="two.pt", rt=rt)
     with torch.utils.flop_counter.FlopCounterMode(display=False):
         (torch.ones(2, 2) @ torch.ones(2, 2)).sum()
@@ -460,16 +465,16 @@ def test_one_process_with_two_parts_does_what_two_processes_do(folder):
 @pytest.mark.parametrize(("batch", "accumulate", "sources"), [(8, 4, 1), (8, 0, 2), (8, 2, 2)])
 def test_a_batch_is_divided_into_equal_parts_or_refused(batch, accumulate, sources):
     cfg = Toy(batch_size=batch, accumulate=accumulate)
-    common.check_parts(cfg, 2, sources)
+    check_micro_batches(cfg, 2, sources)
     for wrong in ({"accumulate": 3}, {"accumulate": 8}, {"batch_size": 2 * sources - 1}):
-        with pytest.raises(common.UserError, match="--accumulate"):
-            common.check_parts(replace(cfg, **wrong), 2, sources)
+        with pytest.raises(UserError, match="--accumulate"):
+            check_micro_batches(replace(cfg, **wrong), 2, sources)
 
 
 @given(st.integers(1, 64), st.integers(1, 4), st.floats(0.1, 9), st.floats(0, 300))
 def test_a_batch_goes_in_as_few_parts_as_fit_into_memory(batch, least, cost, room):
     least = min(least, batch)
-    parts = common.parts_that_fit(batch, least, cost, room)
+    parts = micro_batches_that_fit(batch, least, cost, room)
     needs = {n: cost * batch / n / least for n in range(1, batch + 1) if batch % n == 0}
     allowed = [n for n in needs if batch // n >= least]
     fitting = [n for n in allowed if needs[n] <= room]
@@ -487,7 +492,7 @@ def test_a_trial_that_no_step_follows_chooses_the_parts(folder, monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     photos = Photos(sorted((folder / "photos").iterdir()), folder / "decoded", CPU)
     groups = [{"params": list(net.parameters()), "lr": 1e-3}]
-    run = common.Run(Toy(batch_size=8), CPU, net, groups, folder / "last.pt", 2)
+    run = Run(Toy(batch_size=8), CPU, net, groups, folder / "last.pt", 2)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     for x, draw in run.trial([Crops(photos, 16, 8, 0)], 1):
         assert run.step == -1
@@ -500,7 +505,7 @@ def test_a_trial_that_no_step_follows_chooses_the_parts(folder, monkeypatch):
 def test_a_compiled_network_learns_the_same(folder):
     plain = toy_run(folder, 3, name="plain.pt")
     net = toy_net()
-    common.compile_networks([net], CPU)
+    compile_networks([net], CPU)
     toy_run(folder, 3, net, name="compiled.pt")
     for key, value in plain.state_dict().items():
         torch.testing.assert_close(net.state_dict()[key], value, rtol=1e-4, atol=1e-6)
@@ -512,6 +517,6 @@ def test_without_a_compiler_training_goes_on_and_says_so(monkeypatch, capsys):
 
     net = toy_net()
     monkeypatch.setattr(torch, "compile", broken)
-    common.compile_networks([net], CPU)
+    compile_networks([net], CPU)
     assert "torch.compile does not work here" in capsys.readouterr().out
     assert net(torch.zeros(1, 3, 8, 8)).shape == (1, 3, 8, 8)

@@ -10,12 +10,14 @@ from drawn import scenes, write_pairs
 from PIL import Image
 from scipy import ndimage
 
-import common
 import degrade
 from bench import control, generated
 from bench.inputs import Config, Inputs, resolved
+from common import UserError
+from common.photos import load_image, save_image, to_uint8
+from common.runtime import Runtime
 
-CPU = common.Runtime(torch.device("cpu"))
+CPU = Runtime(torch.device("cpu"))
 
 
 def gaussian_kernel(sigma):
@@ -27,9 +29,9 @@ def gaussian_kernel(sigma):
 
 def test_the_bicubic_kernel_is_pillows():
     hr = scenes(1)[0]
-    image = Image.fromarray(common.to_uint8(hr).permute(1, 2, 0).numpy())
+    image = Image.fromarray(to_uint8(hr).permute(1, 2, 0).numpy())
     expected = np.asarray(image.resize((48, 48), Image.Resampling.BICUBIC)) / 255
-    lr = control.reduced_by(control.bicubic_kernel(), common.to_uint8(hr) / 255)
+    lr = control.reduced_by(control.bicubic_kernel(), to_uint8(hr) / 255)
     inner = (slice(None), slice(4, -4), slice(4, -4))
     np.testing.assert_allclose(lr.permute(1, 2, 0).numpy()[4:-4, 4:-4], expected[4:-4, 4:-4],
                                atol=1.01 / 255)  # fmt: skip
@@ -87,9 +89,9 @@ def inputs(tmp_path, monkeypatch):
         theta = degrade.bicubic(1, 4)
         lr = degrade.degrade(hr[None], theta)[0]
         blurred = torch.from_numpy(ndimage.gaussian_filter(lr, (0, 1, 1)))
-        common.save_image(tmp_path / f"set/HR/{name}.png", hr)
-        common.save_image(tmp_path / f"set/LR/{name}.png", (lr + 0.5 * (lr - blurred)).clamp(0, 1))
-        common.save_image(tmp_path / f"photos/{name}.png", hr)
+        save_image(tmp_path / f"set/HR/{name}.png", hr)
+        save_image(tmp_path / f"set/LR/{name}.png", (lr + 0.5 * (lr - blurred)).clamp(0, 1))
+        save_image(tmp_path / f"photos/{name}.png", hr)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
 
     def answer(net, hr, lr_ref, sampler, seeds):
@@ -132,11 +134,11 @@ def test_only_the_lr_differs_and_nothing_of_the_tested_half_is_in_it(inputs, tmp
         assert {file.name for file in (folder / "lr").iterdir()} == names
         assert (folder / "hr").resolve() == (sets / "hr").resolve()
     real, bicubic, pair = (
-        torch.stack([common.load_image(folders[k] / "lr" / name) for name in sorted(names)])
+        torch.stack([load_image(folders[k] / "lr" / name) for name in sorted(names)])
         for k in ("real-LR-oracle-", "bicubic", "kernel-of-each-pair-noise-0")
     )
     files = [tmp_path / f"set/LR/{name[4:]}" for name in sorted(names)]
-    assert torch.equal(real, torch.stack([common.load_image(file) for file in files]))
+    assert torch.equal(real, torch.stack([load_image(file) for file in files]))
     inner = (..., slice(4, -4), slice(4, -4))
     assert F.mse_loss(pair[inner], real[inner]) < 0.2 * F.mse_loss(bicubic[inner], real[inner])
     assert "| bicubic | " in text and text.count("| 0% |") >= 1
@@ -167,5 +169,5 @@ def test_noise_of_a_fitted_kernel_has_its_level(inputs):
 
 def test_a_set_without_other_scenes_is_one_sentence(tmp_path):
     cfg = Config(pairs=(str(write_pairs(tmp_path / "x", ["a_1", "b_1"])),), table=("mtf",))
-    with pytest.raises(common.UserError, match="--pairs x: no camera has two pairs"):
+    with pytest.raises(UserError, match="--pairs x: no camera has two pairs"):
         control.table_mtf("mtf", Inputs(resolved(cfg, CPU), CPU))

@@ -18,10 +18,11 @@ from PIL import Image
 from scipy import linalg, ndimage, special, stats
 from torch import Tensor
 
-import common
 import degrade
 import extractors
 from bench import control
+from common.photos import load_image, save_image, to_uint8
+from common.runtime import make_generator
 from degrade import Degradation
 from tests.commands import assert_refused, files_of, run, start
 from tests.drawn import noise_in_bands
@@ -30,13 +31,13 @@ from tests.fake_cuda import fake_cuda
 
 def drawn_image(height: int, width: int, seed: int = 0) -> Tensor:
     """An image (3, H, W) of 8-bit values: waves, an edge, a little noise."""
-    gen = common.generator(seed, height, width)
+    gen = make_generator(seed, height, width)
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     period = 4 + 30 * torch.rand(3, 2, generator=gen)
     waves = torch.stack([torch.sin(y / p[0] + x / p[1]) for p in period])
     image = 0.5 + 0.25 * waves + 0.2 * (x > width / 3).float()
     image += 0.05 * torch.randn(3, height, width, generator=gen)
-    return common.to_uint8(image).float() / 255
+    return to_uint8(image).float() / 255
 
 
 def drawn_batch(batch: int, height: int, width: int) -> Tensor:
@@ -45,7 +46,7 @@ def drawn_batch(batch: int, height: int, width: int) -> Tensor:
 
 def bytes_of(x: Tensor) -> np.ndarray:
     """An image (3, H, W) as uint8 (H, W, 3)."""
-    return common.to_uint8(x).permute(1, 2, 0).numpy()
+    return to_uint8(x).permute(1, 2, 0).numpy()
 
 
 def only(batch: int, *operations: str, scale: int = 1) -> Degradation:
@@ -60,7 +61,7 @@ def only(batch: int, *operations: str, scale: int = 1) -> Degradation:
 
 def of_all_recipes(batch: int, seed: int) -> Degradation:
     """Parameters of a batch for each recipe, joined."""
-    draw = common.generator(seed)
+    draw = make_generator(seed)
     parts = [degrade.sample_degradation(batch, r, generator=draw) for r in degrade.RECIPES]
     return Degradation.cat(parts)
 
@@ -86,7 +87,7 @@ def place(theta: Degradation, operation: str) -> Tensor:
 
 @pytest.fixture(scope="module")
 def theta() -> Degradation:
-    return degrade.sample_degradation(20_000, "realesrgan", generator=common.generator(6))
+    return degrade.sample_degradation(20_000, "realesrgan", generator=make_generator(6))
 
 
 def assert_probability(events: Tensor, p: float) -> None:
@@ -162,7 +163,7 @@ def test_the_operations_of_real_esrgan_come_in_their_order(theta):
 
 @pytest.fixture(scope="module")
 def bsrgan() -> Degradation:
-    return degrade.sample_degradation(20_000, "bsrgan", generator=common.generator(8))
+    return degrade.sample_degradation(20_000, "bsrgan", generator=make_generator(8))
 
 
 def test_bsrgan_halves_first_then_shuffles_and_compresses_last(bsrgan):
@@ -220,7 +221,7 @@ def test_downsampling_behind_a_shifted_gaussian_is_what_bsrgan_publishes():
 
 @pytest.mark.parametrize("recipe", degrade.CAMERAS)
 def test_a_camera_is_drawn_within_its_ranges(recipe):
-    camera, draw = degrade.CAMERAS[recipe], common.generator(7)
+    camera, draw = degrade.CAMERAS[recipe], make_generator(7)
     theta = degrade.sample_degradation(20_000, recipe, generator=draw)
     beta, sigma = theta.blur_shape[:, 1], theta.blur_sigma
     cutoff = (2 * math.log(2)) ** (1 / (2 * beta)) / (2 * math.pi * sigma[:, 1, 0])
@@ -240,7 +241,7 @@ def test_a_camera_is_drawn_within_its_ranges(recipe):
 
 
 def test_the_curves_of_measured_cameras_lie_among_those_that_are_drawn():
-    theta = degrade.sample_degradation(500, "camera", generator=common.generator(0))
+    theta = degrade.sample_degradation(500, "camera", generator=make_generator(0))
     low, high = theta.physical()[:, :5].quantile(torch.tensor([0.05, 0.95]), dim=0)
     for curve in ((1.08, 1.00, 0.62, 0.27, 0.11), (1.03, 0.80, 0.33, 0.05, 0.03)):
         assert (low < torch.tensor(curve)).all() and (torch.tensor(curve) < high).all()
@@ -326,7 +327,7 @@ def test_a_spectral_kernel_has_its_transfer_function_and_moves_an_image(sigma, a
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 12), st.integers(0, 99))
 def test_blur_equals_scipy_at_any_size(height, width, half, seed):
-    gen, side = common.generator(seed), 2 * half + 1
+    gen, side = make_generator(seed), 2 * half + 1
     image = torch.rand(1, 3, height, width, generator=gen)
     kernel = torch.rand(side, side, generator=gen)
     kernel /= kernel.sum()
@@ -374,7 +375,7 @@ def test_resize_equals_interpolate_for_images_of_several_sizes_and_modes():
     sizes = [(64, 48), (64, 48), (37, 51), (10, 7), (1, 1), (63, 2), (29, 29), (40, 40)]
     new = [(16, 12), (71, 95), (37, 50), (64, 61), (9, 5), (10, 1), (29, 29), (6, 59)]
     sizes, new = (of * len(degrade.MODES) for of in (sizes, new))
-    gen = common.generator(2)
+    gen = make_generator(2)
     images = [torch.rand(3, *size, generator=gen) for size in sizes]
     turn = [
         degrade.Step(b, 0, before, after, b % len(degrade.MODES))
@@ -394,7 +395,7 @@ def test_resize_equals_interpolate_for_images_of_several_sizes_and_modes():
 def shot(images: list[Tensor], scale: float, gray: list[bool]) -> list[Tensor]:
     """The images with Poisson noise, drawn together."""
     x, size = on_a_canvas(images, beyond=0.123)
-    noisy = degrade.poisson(x, torch.full((len(x),), scale), gray, size, common.generator(9))
+    noisy = degrade.poisson(x, torch.full((len(x),), scale), gray, size, make_generator(9))
     return [y[:, :h, :w] for y, (h, w) in zip(noisy, size.tolist(), strict=True)]
 
 
@@ -402,7 +403,7 @@ def test_gaussian_noise_has_the_covariance_of_its_mix_and_is_gray_where_asked():
     mix = torch.tensor([[1.0, 0.0, 0.3], [0.5, 0.7, 0.0], [0.1, 0.2, 0.4]])
     mixes, gray = torch.stack([mix, torch.eye(3)]), [False, True]
     image, std = torch.full((2, 3, 300, 300), 0.5), torch.tensor([0.05, 0.02])
-    eps = degrade.gaussian(image, std, gray, mixes, common.generator(9)) - image
+    eps = degrade.gaussian(image, std, gray, mixes, make_generator(9)) - image
     coloured, same = (np.cov(noise.flatten(1)) for noise in eps / std.view(2, 1, 1, 1))
     np.testing.assert_allclose(coloured, mix @ mix.T, atol=0.03)
     np.testing.assert_allclose(same, np.ones((3, 3)), atol=0.03)
@@ -451,14 +452,14 @@ def pillow(x: Tensor, quality: int) -> np.ndarray:
     st.sampled_from(["drawn", "noise", "saturated"]),
 )
 def test_jpeg_equals_pillow_in_every_byte_at_any_size(height, width, quality, content):
-    noise = torch.rand(3, height, width, generator=common.generator(height, width))
+    noise = torch.rand(3, height, width, generator=make_generator(height, width))
     x = {"drawn": drawn_image(height, width), "noise": noise, "saturated": noise.round()}[content]
     np.testing.assert_array_equal(bytes_of(degrade.jpeg(x[None], quality)[0]), pillow(x, quality))
 
 
 def test_jpeg_equals_pillow_at_every_quality_for_images_of_any_size_on_one_canvas():
-    sizes = torch.randint(1, 71, (100, 2), generator=common.generator(3))
-    canvas = torch.rand(100, 3, 70, 70, generator=common.generator(4))
+    sizes = torch.randint(1, 71, (100, 2), generator=make_generator(3))
+    canvas = torch.rand(100, 3, 70, 70, generator=make_generator(4))
     for b, (h, w) in enumerate(sizes.tolist()):
         canvas[b, :, :h, :w] = drawn_image(h, w, b)
     result = degrade.jpeg(canvas, torch.arange(1, 101), sizes)
@@ -507,7 +508,7 @@ def slow_degrade(hr: Tensor, theta: Degradation) -> Tensor:
 
 @pytest.mark.parametrize("recipe", degrade.RECIPES)
 def test_degrade_equals_its_slow_version_where_there_is_no_noise(recipe):
-    theta = without_noise(degrade.sample_degradation(16, recipe, generator=common.generator(10)))
+    theta = without_noise(degrade.sample_degradation(16, recipe, generator=make_generator(10)))
     hr = drawn_batch(16, 96, 64)
     lr = degrade.degrade(hr, theta)
     slow = torch.stack([slow_degrade(image, theta[[i]]) for i, image in enumerate(hr)])
@@ -551,7 +552,7 @@ def test_images_on_one_canvas_are_degraded_as_each_alone(monkeypatch):
     alone = degrade.degrade(hr, theta)
     for room in (2**13, 2**30):  # in groups of a few images, and all together
         monkeypatch.setattr(degrade, "CPU_PIXELS", room)
-        together = degrade.degrade(hr, theta, common.generator(0))
+        together = degrade.degrade(hr, theta, make_generator(0))
         difference = ((alone - together).abs() * 255).round()
         assert (difference > 0).float().mean() < 0.01 and difference.max() < 16
         assert (difference.amax((1, 2, 3)) > 0).float().mean() < 0.35
@@ -562,7 +563,7 @@ def test_a_generator_draws_new_noise_for_each_image():
     theta.resize[:, 0] = torch.linspace(0.3, 1.4, 8)
     theta.gaussian_std[:], theta.poisson_scale[:], theta.seed[:] = 0.05, 0.5, 0
     hr = torch.full((8, 3, 64, 64), 0.5)
-    lr = [degrade.degrade(hr, theta, common.generator(seed)) for seed in (1, 1, 2)]
+    lr = [degrade.degrade(hr, theta, make_generator(seed)) for seed in (1, 1, 2)]
     assert torch.equal(lr[0], lr[1]) and not torch.equal(lr[0], lr[2])
     correlation = np.corrcoef(lr[0].flatten(1)) - np.eye(8)
     assert np.abs(correlation).max() < 0.2
@@ -602,11 +603,11 @@ def test_on_a_gpu_jpeg_equals_the_cpu_s_and_noise_is_drawn_by_the_generator():
     gpu = hr.cuda()
     lr = degrade.jpeg(gpu, quality.cuda()).cpu()  # a GPU multiplies by 1 / 255, the CPU divides
     assert torch.equal((255 * lr).round(), (255 * degrade.jpeg(hr, quality)).round())
-    theta = degrade.sample_degradation(4, generator=common.generator(0))
+    theta = degrade.sample_degradation(4, generator=make_generator(0))
     assert torch.equal(degrade.degrade(gpu, theta), degrade.degrade(gpu, theta.to("cuda")))
-    lr = [degrade.degrade(gpu, theta, common.generator(seed)) for seed in (1, 1, 2)]
+    lr = [degrade.degrade(gpu, theta, make_generator(seed)) for seed in (1, 1, 2)]
     assert torch.equal(lr[0], lr[1]) and not torch.equal(lr[0], lr[2])
-    clean, draw = without_noise(theta), common.generator(0)
+    clean, draw = without_noise(theta), make_generator(0)
     difference = degrade.degrade(gpu, clean, draw).cpu() - degrade.degrade(hr, clean, draw)
     assert (difference.abs() > 1e-3).float().mean() < 0.01
 
@@ -632,7 +633,7 @@ def camera_like(operations: str) -> Degradation:
 )  # fmt: skip
 def test_the_transfer_function_of_theta_is_what_least_squares_measure(operations):
     theta = camera_like(operations)
-    hr = 0.25 + 0.5 * torch.rand(1, 3, 320, 320, generator=common.generator(1))
+    hr = 0.25 + 0.5 * torch.rand(1, 3, 320, 320, generator=make_generator(1))
     AA, Ay = control.normal_equations(hr[0], degrade.degrade(hr, theta))
     measured = control.transfer_function(control.fitted_kernel([(AA, Ay[0])]), degrade.FREQUENCIES)
     np.testing.assert_allclose(degrade.named(theta.physical())[0][0], measured, atol=0.04)
@@ -681,11 +682,11 @@ def test_a_jpeg_that_a_resize_hides_is_not_named():
 def photos(tmp_path) -> Path:
     """A folder with two photos, one of them 16-bit gray, and two bad files."""
     folder = tmp_path / "photos"
-    common.save_image(folder / "a.png", drawn_image(66, 49))
+    save_image(folder / "a.png", drawn_image(66, 49))
     gray = (drawn_image(40, 44)[0].numpy() * 65000 + 7).astype(np.uint16)
     Image.fromarray(gray).save(folder / "b.png")
     (folder / "c.jpg").write_text("not an image")
-    common.save_image(folder / "tiny.png", drawn_image(9, 9))
+    save_image(folder / "tiny.png", drawn_image(9, 9))
     return folder
 
 
@@ -710,7 +711,7 @@ def names(out: Path) -> set[str]:
 
 def assert_replays(out: Path, row: dict) -> None:
     """The LR file is what theta of the table makes of the HR file."""
-    hr, lr = (common.load_image(out / row[side]) for side in ("hr", "lr"))
+    hr, lr = (load_image(out / row[side]) for side in ("hr", "lr"))
     theta = Degradation.from_json([json.dumps(row["theta"])])
     assert torch.equal(degrade.degrade(hr[None], theta)[0], lr)
 
@@ -725,7 +726,7 @@ def test_the_command_writes_pairs_that_replay_and_a_second_run_changes_nothing(p
     files = {row[side] for row in table(out) for side in ("hr", "lr")}
     assert set(files_of(out)) == files | {"pairs.jsonl", "preview.png"}
     for row, shape in zip(table(out), [(3, 64, 48), (3, 40, 44)], strict=True):
-        assert common.load_image(out / row["hr"]).shape == shape
+        assert load_image(out / row["hr"]).shape == shape
         assert_replays(out, row)
     before = files_of(out)
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
@@ -738,11 +739,11 @@ def test_the_folder_holds_what_the_last_command_asked_for(tmp_path):
     """Photos that are added or taken away, another recipe, other numbers of pairs."""
     photos, out = tmp_path / "photos", tmp_path / "out"
     for i, name in enumerate(("b", "c", "d/b")):
-        common.save_image(photos / f"{name}.png", drawn_image(40, 40, i))
+        save_image(photos / f"{name}.png", drawn_image(40, 40, i))
     degraded(tmp_path)
     assert names(out) == {"b", "c", "d_b"}
     before = files_of(out / "lr")
-    common.save_image(photos / "a.png", drawn_image(40, 40, 3))
+    save_image(photos / "a.png", drawn_image(40, 40, 3))
     degraded(tmp_path)
     assert names(out) == {"a", "b", "c", "d_b"}
     assert files_of(out / "lr").items() > before.items()  # a place in the list changes nothing
@@ -767,7 +768,7 @@ def test_the_folder_holds_what_the_last_command_asked_for(tmp_path):
 
 
 def test_files_of_others_in_the_folder_are_named_and_kept(photos, tmp_path):
-    common.save_image(tmp_path / "mine" / "hr" / "holiday.png", drawn_image(40, 40))
+    save_image(tmp_path / "mine" / "hr" / "holiday.png", drawn_image(40, 40))
     (tmp_path / "others").mkdir()
     row = '{"hr": "hr/a.png", "lr": "lr/a.png", "seed": 1}\n'
     (tmp_path / "others" / "pairs.jsonl").write_text(row)
@@ -780,7 +781,7 @@ def test_files_of_others_in_the_folder_are_named_and_kept(photos, tmp_path):
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
     for i in range(40):
-        common.save_image(tmp_path / "photos" / f"{i:02d}.png", drawn_image(128, 128, i))
+        save_image(tmp_path / "photos" / f"{i:02d}.png", drawn_image(128, 128, i))
     degraded(tmp_path)
     broken = tmp_path / "broken"
     process = start("degrade.py", "--hr", "photos", "--out", "broken", cwd=tmp_path)

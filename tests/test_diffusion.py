@@ -11,13 +11,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-import common
 import diffusion
 import extractors
+from common import UserError
+from common.checkpoint import load_checkpoint
+from common.photos import save_image
+from common.runtime import Runtime, make_generator
 from diffusion import ALPHAS_CUMPROD, BETAS, Config
 from tests.fake_cuda import counted_memory, fake_cuda, training_memory
 
-CPU = common.Runtime(torch.device("cpu"))
+CPU = Runtime(torch.device("cpu"))
 STAGE_1 = extractors.Config(
     compile=False, vq_channels=8, vq_multipliers=(1, 2, 2), vq_blocks=1, vq_codes=16,
     deg_channels=8, deg_blocks=1, deg_dim=16, mod_channels=8, as_printed=False,
@@ -29,15 +32,15 @@ TINY = Config(
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=common.generator(seed, *shape))
+    return torch.randn(*shape, generator=make_generator(seed, *shape))
 
 
 def uniform(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(*shape, generator=common.generator(seed, *shape))
+    return torch.rand(*shape, generator=make_generator(seed, *shape))
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
-    return [common.generator(seed) for seed in seeds]
+    return [make_generator(seed) for seed in seeds]
 
 
 def built(**changes: object) -> diffusion.DecoupledDDPM:
@@ -231,7 +234,7 @@ def test_synthetic_example_takes_degradation_from_another_scene(monkeypatch):
 
     monkeypatch.setattr(diffusion.degrade, "degrade", spy)
     lr, degradation, content, answer = diffusion.synthetic_example(
-        net, hr, TINY.recipes, common.generator(0)
+        net, hr, TINY.recipes, make_generator(0)
     )
     image, theta, reference = seen
     assert torch.equal(image, torch.cat([hr, hr.roll(1, 0)]))
@@ -254,7 +257,7 @@ def test_ddpm_loss_of_an_exact_network_is_zero_and_all_steps_are_drawn(t_power):
         return (x_t - alpha_bar.sqrt() * diffusion.to_signed(x_0)) / (1 - alpha_bar).sqrt()
 
     cfg = replace(TINY, t_max=20, t_power=t_power)
-    loss = diffusion.ddpm_loss(exact, x_0, x_0, cfg, common.generator(0))["loss"]
+    loss = diffusion.ddpm_loss(exact, x_0, x_0, cfg, make_generator(0))["loss"]
     assert loss < 1e-6
     assert steps[0].unique().tolist() == list(range(1, 21))
     assert (steps[0] <= 5).float().mean() == pytest.approx(0.25 ** (1 / t_power), abs=0.03)
@@ -265,7 +268,7 @@ def test_loss_falls_on_one_batch():
     opt = torch.optim.Adam([*net.modulation.parameters(), *net.unet.parameters()], 1e-2)
     values = []
     for _ in range(15):
-        loss = diffusion.decoupled_loss(net, lr, hr, TINY, common.generator(0))["loss"]
+        loss = diffusion.decoupled_loss(net, lr, hr, TINY, make_generator(0))["loss"]
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -278,7 +281,7 @@ def cfg(tmp_path):
     """Settings of a training on three small photos of each kind, with weights of stage 1."""
     for name, size in (("hr", 72), ("lr", 24)):
         for i in range(3):
-            common.save_image(tmp_path / name / f"{i}.png", uniform(3, size, size + 8, seed=i))
+            save_image(tmp_path / name / f"{i}.png", uniform(3, size, size + 8, seed=i))
     weights = built().extractors.state_dict()
     state = {"step": 0, "net": weights, "ema": weights, "config": asdict(STAGE_1)}
     torch.save(state, tmp_path / "stage_1.pt")
@@ -292,7 +295,7 @@ def train(cfg: Config, **changes: object) -> dict:
     torch.manual_seed(0)
     cfg = replace(cfg, **changes)  # type: ignore[arg-type]
     diffusion.train(cfg, CPU)
-    return common.load_checkpoint(f"{cfg.out}/last.pt")
+    return load_checkpoint(f"{cfg.out}/last.pt")
 
 
 def test_training_goes_on_from_given_weights_with_the_extractors_of_stage_1(tmp_path, cfg):
@@ -306,7 +309,7 @@ def test_training_goes_on_from_given_weights_with_the_extractors_of_stage_1(tmp_
     for key, value in train(cfg, **given)["net"].items():
         expected = before if key.startswith("extractors.") else changed
         torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-9)
-    with pytest.raises(common.UserError, match="--start-from .*another configuration"):
+    with pytest.raises(UserError, match="--start-from .*another configuration"):
         train(cfg, **given | {"out": str(tmp_path / "c")}, mod_channels=12)
 
 
@@ -315,7 +318,7 @@ def test_training_fine_tunes_the_layers_of_a_5_alone(cfg, changes):
     # Two steps: at the first one the zeroed last convolution lets no gradient through to M.
     after = train(cfg, steps=2, **changes)["net"]
     assert Image.open(f"{cfg.out}/last.png").size == (4 * 36, 18 + 3 * 36)  # the swap grid
-    before = common.load_checkpoint(cfg.checkpoint)["net"]
+    before = load_checkpoint(cfg.checkpoint)["net"]
     changed = {k for k, v in before.items() if not torch.equal(v, after[f"extractors.{k}"])}
     nets = extractors.Extractors(STAGE_1)
     tuned = {id(p) for p in diffusion.finetuned(nets)}
@@ -343,7 +346,7 @@ def test_training_resumes_exactly_and_its_checkpoint_rebuilds_the_model(tmp_path
 )
 def test_a_checkpoint_s_configuration_is_not_believed(change):
     stored = asdict(TINY) | {"extractors": asdict(STAGE_1)}
-    with pytest.raises(common.UserError, match="x.pt: "):
+    with pytest.raises(UserError, match="x.pt: "):
         diffusion.load({"ema": built().state_dict(), "config": stored | change}, "x.pt")
 
 
@@ -356,13 +359,13 @@ def test_a_run_is_not_continued_with_other_stage_1_weights(tmp_path, cfg):
     train(cfg, checkpoint=str(copied), steps=2)
     state["ema"]["e_deg.first.bias"][0] += 0.1
     torch.save(state, tmp_path / "other.pt")
-    with pytest.raises(common.UserError, match="began from other weights"):
+    with pytest.raises(UserError, match="began from other weights"):
         train(cfg, checkpoint=str(tmp_path / "other.pt"), steps=2)
 
 
 @pytest.mark.parametrize("changes", [{"as_printed": True}, {"without": ("content", "degradation")}])
 def test_hr_photos_that_would_not_be_used_are_refused(cfg, changes):
-    with pytest.raises(common.UserError, match="--hr: training"):
+    with pytest.raises(UserError, match="--hr: training"):
         train(cfg, steps=1, **changes)
     train(cfg, steps=1, hr=(), **changes)
 

@@ -11,12 +11,14 @@ import torch
 from drawn import photo, write, write_pairs
 from PIL import Image
 
-import common
 import generate
 from bench import downstream, pairs, sr
 from bench.inputs import DATA, Config, Inputs, resolved
+from common.files import list_images
+from common.photos import load_image, save_image
+from common.runtime import Runtime
 
-CPU = common.Runtime(torch.device("cpu"))
+CPU = Runtime(torch.device("cpu"))
 SHIPPED = Path(generate.__file__).parent / "data/pretrained"
 
 
@@ -33,11 +35,11 @@ def table_1(tmp_path, monkeypatch):
 
     def main(cfg, rt):
         calls.append(cfg)
-        for file in common.list_images(list(cfg.hr), "--hr"):
-            hr = common.load_image(file)
-            common.save_image(Path(cfg.out) / "hr" / f"{file.stem}.png", hr)
+        for file in list_images(list(cfg.hr), "--hr"):
+            hr = load_image(file)
+            save_image(Path(cfg.out) / "hr" / f"{file.stem}.png", hr)
             lr = pairs.resized(hr[None], *(side // 4 for side in hr.shape[1:]))[0]
-            common.save_image(Path(cfg.out) / "lr" / f"{file.stem}.png", lr)
+            save_image(Path(cfg.out) / "lr" / f"{file.stem}.png", lr)
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
     monkeypatch.setattr(generate, "main", main)

@@ -10,14 +10,17 @@ from PIL import Image
 from scipy.fft import dctn
 from torch import Tensor, nn
 
-import common
 import degrade
 import extractors
+from common import UserError
+from common.checkpoint import count_parameters, load_checkpoint
+from common.photos import save_image
+from common.runtime import Runtime, make_generator
 from extractors import Config, Extractors
 from tests.commands import assert_refused, run
 from tests.fake_cuda import counted_memory, fake_cuda, training_memory
 
-CPU = common.Runtime(torch.device("cpu"))
+CPU = Runtime(torch.device("cpu"))
 TINY = Config(
     compile=False, batch_size=6, crop=64, vq_crop=64, vq_channels=8, vq_multipliers=(1, 2, 2),
     vq_blocks=1, vq_codes=16, deg_channels=8, deg_blocks=1, deg_dim=16, mod_channels=8,
@@ -28,7 +31,7 @@ PARTS_OF_E_DEG = ("e_deg.", "rec_lr.", "head.")
 
 def drawn_batch(batch: int, height: int, width: int) -> Tensor:
     """Images (B, 3, H, W) in [0, 1]: a wave each, and a little noise."""
-    gen = common.generator(batch, height, width)
+    gen = make_generator(batch, height, width)
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     period = 3 + 20 * torch.rand(batch, 3, 2, 1, 1, generator=gen)
     waves = 0.5 + 0.3 * torch.sin(y / period[:, :, 0] + x / period[:, :, 1])
@@ -61,7 +64,7 @@ def set_to_zero(*layers: nn.Module) -> None:
 def test_vqvae_has_the_keys_and_shapes_of_the_public_vq_f4(shared):
     with torch.device("meta"):
         net = extractors.VQVAE((128, 256, 512), 2, 3, 8192)
-    assert common.count_parameters(net).startswith("55.3")
+    assert count_parameters(net).startswith("55.3")
     table = shared / "vq-f4-keys.tsv"
     if not table.is_file():
         pytest.skip(f"no {table}")
@@ -83,7 +86,7 @@ def test_attention_matches_a_softmax_written_out(heads):
 
 
 def test_group_norm_is_torch_s_in_float32_and_keeps_bf16():
-    norm, x = extractors.GroupNorm(24), torch.randn(2, 24, 5, 7, generator=common.generator(0))
+    norm, x = extractors.GroupNorm(24), torch.randn(2, 24, 5, 7, generator=make_generator(0))
     nn.init.normal_(norm.weight)
     expected = nn.functional.group_norm(x, 6, norm.weight, norm.bias, 1e-6)  # four channels each
     torch.testing.assert_close(norm(x), expected)
@@ -148,7 +151,7 @@ def test_restart_moves_only_unused_codes_and_onto_latents():
     latents = net.encode(hr).detach()
     before = net.quantize.embedding.weight.detach().clone()
     used = net.quantize.used(net.quantize(latents)[1]) > 0
-    net.restart_codes(hr, common.generator(0))
+    net.restart_codes(hr, make_generator(0))
     after = net.quantize.embedding.weight.detach()
     moved = (before != after).any(1)
     assert torch.equal(moved, ~used) and moved.any()
@@ -240,7 +243,7 @@ def test_rec_lr_starts_from_a_reduction_with_the_transfer_function_that_the_head
 @pytest.mark.parametrize("as_printed", [True, False])
 def test_reconstruct_depends_on_degradation_and_content(as_printed):
     net, hr = built(as_printed=as_printed), drawn_batch(2, 32, 48)
-    code, content = torch.randn(2, 16, generator=common.generator(0)), net.content(hr)
+    code, content = torch.randn(2, 16, generator=make_generator(0)), net.content(hr)
     lr = net.reconstruct(code, hr, content)
     assert lr.shape == (2, 3, 8, 12)
     assert (lr - net.reconstruct(code + 1, hr, content)).abs().max() > 1e-5
@@ -261,7 +264,7 @@ def test_contrastive_loss_matches_a_case_by_hand():
 
 
 def test_contrastive_loss_has_a_gradient_where_codes_are_equal():
-    anchor = torch.randn(4, 8, generator=common.generator(0)).requires_grad_(True)
+    anchor = torch.randn(4, 8, generator=make_generator(0)).requires_grad_(True)
     same = anchor.expand(3, 4, 8)
     loss = extractors.contrastive_loss(anchor, same, same, 0.01)
     loss.backward()
@@ -284,7 +287,7 @@ def test_degradation_loss_pairs_codes_as_equation_4_says(monkeypatch):
     monkeypatch.setattr(net.e_deg, "forward", lambda lr: lr[:, :2, 0, 0].repeat(1, 8))
     monkeypatch.setattr(degrade, "degrade", fake_degrade)
     monkeypatch.setattr(extractors, "contrastive_loss", fake_loss)
-    extractors.degradation_loss(net, hr, None, TINY, common.generator(0))
+    extractors.degradation_loss(net, hr, None, TINY, make_generator(0))
     assert seen["positives"].shape == seen["negatives"].shape == (TINY.num_samples, 4, 16)
     (image, theta), (p_image, p_theta), (n_image, n_theta) = (
         (seen[name][..., 0], seen[name][..., 1]) for name in ("anchor", "positives", "negatives")
@@ -307,12 +310,12 @@ def test_as_printed_the_losses_are_the_equations_and_nothing_else(monkeypatch):
 
     monkeypatch.setattr(degrade, "degrade", lambda *args: kept(made, real_degrade(*args)))
     monkeypatch.setattr(net.e_deg, "forward", lambda x: kept(codes, e_deg(x)))
-    loss = extractors.content_loss(net, hr, cfg, common.generator(0))["loss"]
+    loss = extractors.content_loss(net, hr, cfg, make_generator(0))["loss"]
     enlarged = extractors.resized(made[0], 64, 64)
     expected = (net.vqvae.decode(net.vqvae.encode(enlarged)) - hr).square().mean()
     torch.testing.assert_close(loss, expected)
 
-    loss = extractors.degradation_loss(net, hr, None, cfg, common.generator(0))["loss"]
+    loss = extractors.degradation_loss(net, hr, None, cfg, make_generator(0))["loss"]
     anchors, code = made[1][:4], codes[0].view(3, 4, -1)
     negatives = torch.stack([code[k].roll(k, dims=0) for k in (1, 2)])
     l_cl = extractors.contrastive_loss(code[0], code[1:], negatives, cfg.margin)
@@ -329,12 +332,12 @@ def test_two_corners_of_a_real_photo_must_have_the_same_code(monkeypatch):
     other = flat.clone()
     other[:, :, :16, :16] = 0.8  # one corner is that of the second photo
     same, swapped = (
-        extractors.degradation_loss(net, hr, torch.cat([one, 4 * flat]), cfg, common.generator(0))[
+        extractors.degradation_loss(net, hr, torch.cat([one, 4 * flat]), cfg, make_generator(0))[
             "contrastive"
         ]
         for one in (flat, other)
     )
-    none = extractors.degradation_loss(net, hr, None, cfg, common.generator(0))["contrastive"]
+    none = extractors.degradation_loss(net, hr, None, cfg, make_generator(0))["contrastive"]
     distance = 9 * 0.6 * math.sqrt(16)
     torch.testing.assert_close(same, none)
     assert distance > TINY.margin
@@ -347,7 +350,7 @@ def test_both_corners_begin_where_blocks_of_jpeg_begin(monkeypatch, side):
     net, seen, x = built(), [], torch.arange(side) / 255
     monkeypatch.setattr(net.e_deg, "forward", lambda x: seen.append(x) or torch.ones(len(x), 16))
     hr, real = drawn_batch(2, side, side), (x + 0 * x[:, None]).expand(2, 3, -1, -1)
-    extractors.degradation_loss(net, hr, real, TINY, common.generator(0))
+    extractors.degradation_loss(net, hr, real, TINY, make_generator(0))
     starts = (255 * seen[1].amin((1, 2, 3))).round().int().tolist()
     assert starts == [0, 0, side * 3 // 4 // 8 * 8, side * 3 // 4 // 8 * 8]
     assert seen[1].shape[2:] == (side // 4, side // 4)
@@ -358,7 +361,7 @@ def test_real_photos_are_scenes_too_beside_those_of_hr(monkeypatch):
     hr, real = drawn_batch(2, 64, 64), 1 - drawn_batch(2, 64, 64)
     degraded = degrade.degrade
     monkeypatch.setattr(degrade, "degrade", lambda x, *a: seen.append(x) or degraded(x, *a))
-    extractors.degradation_loss(net, hr, real, TINY, common.generator(0))
+    extractors.degradation_loss(net, hr, real, TINY, make_generator(0))
     anchors = seen[0][:4]
     assert torch.equal(anchors, torch.stack([hr[0], real[0], hr[1], real[1]]))
 
@@ -415,7 +418,7 @@ def test_the_loss_falls_on_one_batch(part):
 def cfg(tmp_path):
     """Settings of a training on three small photos."""
     for i, image in enumerate(drawn_batch(3, 80, 96)):
-        common.save_image(tmp_path / f"photos/{i}.png", image)
+        save_image(tmp_path / f"photos/{i}.png", image)
     folder = (str(tmp_path / "photos"),)
     return replace(TINY, hr=folder, lr=folder, out=str(tmp_path / "out"))
 
@@ -425,12 +428,12 @@ def test_training_resumes_exactly_and_each_part_moves_its_own_weights(tmp_path, 
         for steps in runs:
             torch.manual_seed(0)
             extractors.train(replace(cfg, out=str(tmp_path / out), steps=steps), CPU)
-    once, twice = (common.load_checkpoint(tmp_path / out / "vqvae.pt") for out in ("once", "twice"))
+    once, twice = (load_checkpoint(tmp_path / out / "vqvae.pt") for out in ("once", "twice"))
     for kind in ("net", "ema"):
         assert all(torch.equal(v, twice[kind][k]) for k, v in once[kind].items())
     # Each part starts from the average of the one before it.
     files = [tmp_path / "once" / f"{name}.pt" for name in ("vqvae", "content", "last")]
-    parts, net = [common.load_checkpoint(file) for file in files], Extractors(cfg)
+    parts, net = [load_checkpoint(file) for file in files], Extractors(cfg)
     for i, prefixes in enumerate((("vqvae.encoder.", "vqvae.quant_conv."), PARTS_OF_E_DEG)):
         before, after = parts[i]["ema"], parts[i + 1]["net"]
         moved = {k for k in named(net, "") if not torch.equal(before[k], after[k])}
@@ -443,8 +446,8 @@ def test_training_goes_on_from_given_weights(tmp_path, cfg):
     torch.manual_seed(9)
     given = {"steps": (0, 0, 1), "start_from": str(tmp_path / "a/last.pt")}
     extractors.train(replace(cfg, **given), CPU)
-    before = common.load_checkpoint(tmp_path / "a/last.pt")["ema"]
-    after = common.load_checkpoint(tmp_path / "out/last.pt")["net"]
+    before = load_checkpoint(tmp_path / "a/last.pt")["ema"]
+    after = load_checkpoint(tmp_path / "out/last.pt")["net"]
     moved = {k for k, v in before.items() if not torch.equal(v, after[k])}
     assert moved and moved <= named(Extractors(cfg), *PARTS_OF_E_DEG)
     drift = (before["e_deg.first.weight"] - after["e_deg.first.weight"]).abs().max()
@@ -454,7 +457,7 @@ def test_training_goes_on_from_given_weights(tmp_path, cfg):
         ({"deg_dim": 8}, "--start-from"),
         ({"steps": (1, 2)}, "--steps"),
     ):
-        with pytest.raises(common.UserError, match=sentence):
+        with pytest.raises(UserError, match=sentence):
             extractors.train(replace(cfg, **given | change, out=str(tmp_path / "b")), CPU)
 
 
@@ -464,11 +467,11 @@ def test_vqvae_weights_can_be_given_instead_of_training_them(tmp_path, cfg):
     torch.save({"state_dict": given | {"loss.discriminator": torch.ones(3)}}, path)
     extractors.train(replace(cfg, vqvae=path, steps=(5, 0, 1)), CPU)
     assert not (tmp_path / "out/vqvae.pt").exists()
-    trained = common.load_checkpoint(tmp_path / "out/last.pt")["net"]
+    trained = load_checkpoint(tmp_path / "out/last.pt")["net"]
     assert all(torch.equal(trained[f"vqvae.{key}"], value) for key, value in given.items())
     del given["quantize.embedding.weight"]
     torch.save(given, path)
-    with pytest.raises(common.UserError, match="--vqvae .*vqvae.ckpt: weights of another"):
+    with pytest.raises(UserError, match="--vqvae .*vqvae.ckpt: weights of another"):
         extractors.load_vqvae(built().vqvae, path)
 
 
@@ -484,7 +487,7 @@ def test_reports_tell_the_truth_and_draw_a_picture(tmp_path):
 
 def test_every_50th_photo_is_held_out(tmp_path, capsys):
     for i in range(51):
-        common.save_image(tmp_path / f"hr/{i:02d}.png", drawn_batch(1, 32, 32)[0])
+        save_image(tmp_path / f"hr/{i:02d}.png", drawn_batch(1, 32, 32)[0])
     folders = {"hr": (str(tmp_path / "hr"),), "lr": (str(tmp_path / "hr"),), "out": str(tmp_path)}
     extractors.train(replace(TINY, **folders, steps=(1,), crop=32, vq_crop=16), CPU)
     printed = capsys.readouterr().out

@@ -10,15 +10,17 @@ import torch
 from drawn import scenes
 from scipy import ndimage
 
-import common
 import degrade
 import extractors
 import generate
 from bench import factors
 from bench.inputs import Config, Inputs, resolved
+from common.files import list_images
+from common.photos import crop_to_multiple, load_image, save_image
+from common.runtime import Runtime, make_generator
 
 ROOT = Path(generate.__file__).parent
-CPU = common.Runtime(torch.device("cpu"))
+CPU = Runtime(torch.device("cpu"))
 
 
 def truth(hr, lr_ref, theta, seeds):
@@ -43,7 +45,7 @@ def test_measures_have_the_units_of_the_factors():
     blurred = ndimage.gaussian_filter(hr, (0, 4, 4), mode="mirror", truncate=3)  # 1 LR pixel
     soft = extractors.resized(torch.from_numpy(blurred)[None], 48, 48)
     assert factors.blur_of(soft, bank).item() == pytest.approx(1, abs=0.02)
-    noise = torch.randn(plain.shape, generator=common.generator(5))
+    noise = torch.randn(plain.shape, generator=make_generator(5))
     noisy = plain / 2 + 0.25 + 0.02 * noise  # a change of contrast is no noise
     assert factors.noise_of(noisy, bank).item() == pytest.approx(0.02 * 255, rel=0.1)
     one = torch.from_numpy(ndimage.gaussian_filter(plain, (0, 0, 1, 1), mode="mirror"))
@@ -78,7 +80,7 @@ def test_a_network_that_obeys_its_reference_scores_high_another_one_near_0(
         return original(hr, theta)[:, None], {"kept": torch.zeros(len(hr)).long()}
 
     for number, x in enumerate(scenes(4)):
-        common.save_image(tmp_path / f"{number}.png", x)
+        save_image(tmp_path / f"{number}.png", x)
     monkeypatch.setattr(factors, "FACTORS", {k: factors.FACTORS[k] for k in ("blur", "noise")})
     monkeypatch.setattr(degrade, "degrade", remember)
     monkeypatch.setattr(generate, "generate", answer)
@@ -99,7 +101,7 @@ def test_a_network_that_obeys_its_reference_scores_high_another_one_near_0(
 
 
 def test_retrieval_finds_the_same_theta_by_theta_and_not_by_chance():
-    theta, other = (torch.randn(64, 5, generator=common.generator(seed)) for seed in (1, 2))
+    theta, other = (torch.randn(64, 5, generator=make_generator(seed)) for seed in (1, 2))
     assert factors.retrieval(theta, theta + 1e-4) == {"top-1": 1, "top-5": 1}
     assert factors.retrieval(theta, other)["top-5"] < 0.25
     # A code that says nothing is no better than chance, although each distance is the smallest.
@@ -110,10 +112,10 @@ def test_devices_are_sub_folders_and_give_two_files_each(tmp_path):
     photos = scenes(6, 64)
     for device, count in (("a", 3), ("b", 2), ("c", 1)):
         for number in range(count):
-            common.save_image(tmp_path / device / f"{number}.png", photos[len(device) + number])
-    common.save_image(tmp_path / "d/0.png", photos[0][:, :16])  # too small
-    common.save_image(tmp_path / "d/1.png", photos[1])
-    files = common.list_images([str(tmp_path)], "--lr")
+            save_image(tmp_path / device / f"{number}.png", photos[len(device) + number])
+    save_image(tmp_path / "d/0.png", photos[0][:, :16])  # too small
+    save_image(tmp_path / "d/1.png", photos[1])
+    files = list_images([str(tmp_path)], "--lr")
     queries, candidates = factors.device_crops(files, 32, 9, seed=0)
     assert queries.shape == candidates.shape == (2, 3, 32, 32)
     assert not any(torch.equal(q, c) for q, c in zip(queries, candidates, strict=True))
@@ -147,7 +149,7 @@ def test_the_shipped_head_reads_noise_and_compression_as_they_are():
     nets = generate.load_generator("", torch.device("cpu")).extractors
     noises, losses = torch.tensor([0.0, 15.0, 18.0]), torch.tensor([20.0, 40.0, 60.0])
     for file in sorted((ROOT / "data/sample/hr").iterdir()):
-        hr = common.crop_to_multiple(common.load_image(file), 4, file).repeat(3, 1, 1, 1)
+        hr = crop_to_multiple(load_image(file), 4, file).repeat(3, 1, 1, 1)
         lr = degrade.degrade(hr, factors.only("noise", noises))
         _, noise, quality = nets.named(nets.e_deg(lr))
         noise = noise.mean(1)  # of the bands

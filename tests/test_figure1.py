@@ -8,15 +8,16 @@ import torch
 from drawn import scenes, write_pairs
 from PIL import Image
 
-import common
 import degrade
 import generate
 from bench import factors, figure1, generated
 from bench.figure1 import GRID
 from bench.inputs import Config, Inputs, resolved
 from bench.pairs import find_pairs
+from common.photos import save_image
+from common.runtime import Runtime, make_generator
 
-CPU = common.Runtime(torch.device("cpu"))
+CPU = Runtime(torch.device("cpu"))
 
 
 def test_a_set_has_its_blur_and_its_noise_and_nothing_else(tmp_path):
@@ -44,7 +45,7 @@ def test_the_rank_correlation_is_one_where_the_nearer_is_the_better():
 
 
 def test_the_plane_keeps_what_lies_in_a_plane():
-    gen = common.generator(0)
+    gen = make_generator(0)
     flat = torch.randn(20, 2, generator=gen).double() * torch.tensor([3.0, 1.0])
     turned = torch.linalg.qr(torch.randn(30, 30, generator=gen).double())[0][:, :2]
     points, shares = figure1.plane(flat @ turned.T + 7)
@@ -74,7 +75,7 @@ def test_the_figure_shows_every_test_and_every_code(tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "generate", answer)
     monkeypatch.setattr(generate, "code_of", code)
     for i, photo in enumerate(scenes(8)):
-        common.save_image(tmp_path / "photos" / f"{i}.png", photo)
+        save_image(tmp_path / "photos" / f"{i}.png", photo)
     cfg = Config(pairs=(str(write_pairs(tmp_path / "RealSR")),), hr=(str(tmp_path / "photos"),),
                  out=str(tmp_path / "out"), crop=32, sr_steps=40, images=8)  # fmt: skip
     inputs = Inputs(resolved(cfg, CPU), CPU)

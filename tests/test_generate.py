@@ -21,11 +21,14 @@ from PIL import Image
 from scipy import stats
 from torch import Tensor
 
-import common
 import degrade
 import diffusion
 import extractors
 import generate
+from common import UserError
+from common.checkpoint import load_checkpoint
+from common.photos import load_image, save_image, to_uint8
+from common.runtime import make_generator
 from generate import Sampler
 from tests.commands import FORKSERVER, assert_refused, files_of, run, run_two, start
 from tests.drawn import noise_in_bands
@@ -46,7 +49,7 @@ PLAIN = Sampler(t_start=0, grain=False, soften=generate.AS_READ, remainder=0.0)
 
 
 def uniform(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(*shape, generator=common.generator(seed, *shape))
+    return torch.rand(*shape, generator=make_generator(seed, *shape))
 
 
 def save_waves(path: Path, height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -98,7 +101,7 @@ def test_without_noise_steps_lr_is_the_start_image_rec_lr_s_answer_or_d_of_hr(ne
         code, content = net.extractors.e_deg(lr_ref[None]), net.extractors.content(hr)
         expected = net.extractors.reconstruct(code, hr, content).clamp(0, 1)
     else:
-        theta = degrade.sample_degradation(1, start, generator=common.generator(3))
+        theta = degrade.sample_degradation(1, start, generator=make_generator(3))
         expected = degrade.degrade(hr, theta)
     torch.testing.assert_close(lr[0], expected, atol=1e-6, rtol=0)
 
@@ -146,7 +149,7 @@ def test_of_a_large_reference_whole_blocks_of_jpeg_are_read(net):
     for height, width, top, left in ((1080, 776, 280, 128), (520, 513, 0, 0), (3000, 90, 1240, 0)):
         lr_ref = uniform(3, height, width)
         crop = lr_ref[:, top : top + 512, left : left + 512]
-        assert torch.equal(generate.code_of(net, lr_ref), generate.code_of(net, crop))
+        assert torch.equal(generate.degradation_of(net, lr_ref), generate.degradation_of(net, crop))
 
 
 def test_weights_as_printed_generate_but_read_no_grain(tmp_path):
@@ -158,7 +161,7 @@ def test_weights_as_printed_generate_but_read_no_grain(tmp_path):
     net = generate.load_generator(path, torch.device("cpu"))
     lr, _ = generate.generate(net, uniform(1, 3, 32, 32), [uniform(3, 16, 16)], PLAIN, [0])
     assert lr.shape == (1, 1, 3, 8, 8) and lr.isfinite().all()
-    with pytest.raises(common.UserError, match="--no-grain"):
+    with pytest.raises(UserError, match="--no-grain"):
         generate.load_generator(path, torch.device("cpu"), grain=True)
 
 
@@ -186,7 +189,7 @@ def head(net, monkeypatch):
 )
 def test_grain_adds_the_noise_that_a_candidate_lacks(net, head, wanted, found, added):
     hr, lr_ref = uniform(1, 3, 256, 256) / 2 + 0.25, [uniform(3, 40, 40)]
-    head((found, 100), generate.code_of(net, lr_ref[0]), (wanted, 100))
+    head((found, 100), generate.degradation_of(net, lr_ref[0]), (wanted, 100))
     plain = generate.generate(net, hr, lr_ref, PLAIN, [0])[0][0]
     lr = generate.generate(net, hr, lr_ref, replace(PLAIN, candidates=2, grain=True), [0])[0][0]
     inside = (plain > 0.2) & (plain < 0.8)  # where nothing is clipped
@@ -198,7 +201,7 @@ def test_grain_adds_the_noise_that_a_candidate_lacks(net, head, wanted, found, a
 
 def test_the_answer_is_softened_by_the_measured_amplitudes(net, monkeypatch):
     """In the spectrum of noise, which has all frequencies."""
-    answer = 0.5 + 0.08 * torch.randn(1, 3, 128, 128, generator=common.generator(0))
+    answer = 0.5 + 0.08 * torch.randn(1, 3, 128, 128, generator=make_generator(0))
     monkeypatch.setattr(net.extractors, "reconstruct", lambda *_: answer)
     hr, lr_ref = uniform(1, 3, 512, 512), [uniform(3, 40, 40)]
     samplers = (replace(PLAIN, soften=generate.SOFTER), PLAIN)
@@ -218,13 +221,13 @@ def test_the_remainder_grows_with_the_root_of_detail_and_channels_share_it_in_pa
     stripes = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(64)  # 1.2 from the mean of 5 pixels
     amplitude = torch.tensor([0.0, 4.0, 16.0]) / 255
     x = (0.5 + amplitude[:, None, None, None] * stripes).expand(3, 3, 256, 256)
-    noise = generate.add_remainder(x, 1.1, [common.generator(i) for i in range(3)]) - x
+    noise = generate.add_remainder(x, 1.1, [make_generator(i) for i in range(3)]) - x
     assert 255 * noise[0].abs().max() < 0.05
     for i, levels in ((1, 4.0), (2, 16.0)):
         std = 1.1 * math.sqrt(1.2 * levels)
         assert 255 * noise[i].std((1, 2)) == pytest.approx(std * np.ones(3), rel=0.03)
         assert torch.corrcoef(noise[i].flatten(1))[0, 1].item() == pytest.approx(0.7, abs=0.02)
-    same = generate.add_remainder(x[1:2, ..., :1, :1], 1.1, [common.generator(0)])  # one pixel
+    same = generate.add_remainder(x[1:2, ..., :1, :1], 1.1, [make_generator(0)])  # one pixel
     assert torch.equal(same, x[1:2, ..., :1, :1])
 
 
@@ -250,7 +253,7 @@ def test_noise_that_compression_looks_like_is_not_added(net, head):
 
 def test_coloured_noise_has_its_std_in_each_band():
     std = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.5, 2.0], [2.0, 1.6, 1.1]])
-    noise = generate.coloured(torch.randn(3, 3, 160, 192, generator=common.generator(0)), std)
+    noise = generate.coloured(torch.randn(3, 3, 160, 192, generator=make_generator(0)), std)
     torch.testing.assert_close(noise_in_bands(noise), std, atol=0, rtol=0.1)
 
 
@@ -333,7 +336,7 @@ def drawn(names: list[str]) -> list[str]:
     """The references of 4,000 photos; none of these files is read."""
     references = generate.References(list(map(Path, names)), names, None, 1)
     references.codes = dict.fromkeys(range(len(names)), torch.zeros(1))
-    seeds = [common.generator(0, f"photo {i}").initial_seed() for i in range(4000)]
+    seeds = [make_generator(0, f"photo {i}").initial_seed() for i in range(4000)]
     return [names[references.draw(seed)] for seed in seeds]
 
 
@@ -351,7 +354,7 @@ def test_the_codes_of_a_folder_are_averaged_from_the_reference_on(net, tmp_path)
     names = ["a/1.png", "a/2.png", "a/3.png", "a/4.png", "b/1.png"]
     files = [tmp_path / name for name in names]
     for i, file in enumerate(files):
-        common.save_image(file, uniform(3, 32, 32, seed=i))
+        save_image(file, uniform(3, 32, 32, seed=i))
     files[3].write_text("not an image")
 
     def mean_code(r: int, average: int) -> Tensor | None:
@@ -490,17 +493,17 @@ def test_a_folder_becomes_aligned_recorded_pairs_as_the_method_makes_them(finish
     for record in records:
         assert (record["seed"], record["t_start"], record["start"]) == (0, 20, "reconstruct")
         assert len(record["content_errors"]) == len(record["degradation_errors"]) == 4
-        source = common.load_image(folder / record["source"])
-        hr, lr = (common.load_image(out / record[side]) for side in SIDES)
+        source = load_image(folder / record["source"])
+        hr, lr = (load_image(out / record[side]) for side in SIDES)
         H, W = (side // 4 * 4 for side in source.shape[1:])
-        assert torch.equal(common.to_uint8(hr), common.to_uint8(source[:, :H, :W]))
-        seed = common.generator(0, Path(record["lr"]).stem).initial_seed()
+        assert torch.equal(to_uint8(hr), to_uint8(source[:, :H, :W]))
+        seed = make_generator(0, Path(record["lr"]).stem).initial_seed()
         files = [record["lr_ref"], *record["averaged"]]
         assert {Path(file).name for file in files} == {"r0.jpg", "r1.jpg"}
-        codes = [generate.code_of(net, common.load_image(folder / file)) for file in files]
+        codes = [generate.degradation_of(net, load_image(folder / file)) for file in files]
         code = torch.cat(codes).mean(0)
         made = generate.chosen(*generate.generate(net, hr[None], [code], sampler, [seed]))[0]
-        assert torch.equal(common.to_uint8(made), common.to_uint8(lr))
+        assert torch.equal(to_uint8(made), to_uint8(lr))
 
 
 def test_a_second_run_changes_no_byte_and_brings_back_what_is_missing(copied, checkpoint):
@@ -519,7 +522,7 @@ def test_a_second_run_changes_no_byte_and_brings_back_what_is_missing(copied, ch
 
 def test_other_settings_or_weights_need_another_folder(copied, checkpoint):
     before = files_of(copied / "out")
-    state = common.load_checkpoint(checkpoint)
+    state = load_checkpoint(checkpoint)
     state["ema"] = {key: value + 0.01 for key, value in state["ema"].items()}
     torch.save(state, copied / "other.pt")
     for more, word in (
@@ -678,9 +681,9 @@ def test_names_of_all_kinds_make_files_that_the_readers_of_the_lists_find(inputs
         paths = [line.strip().split(", ") for line in file]
     assert len(paths) == 12 and all((out / file).is_file() for pair in paths for file in pair)
     for row in rows_of(out):  # each is made of its own photo
-        hr = common.load_image(out / row["hr"])
-        source = common.load_image(inputs / row["source"])[:, : hr.shape[1], : hr.shape[2]]
-        assert torch.equal(common.to_uint8(hr), common.to_uint8(source))
+        hr = load_image(out / row["hr"])
+        source = load_image(inputs / row["source"])[:, : hr.shape[1], : hr.shape[2]]
+        assert torch.equal(to_uint8(hr), to_uint8(source))
 
 
 # ---- several processes, kill -9 -----------------------------------------------------------------

@@ -86,13 +86,12 @@ def test_pairs_are_generated_and_a_second_call_keeps_them(trained, flags):
 
 
 def test_a_batch_on_a_gpu_is_what_each_image_is_alone_but_for_rounding():
-    import common
     import generate
 
     device = torch.device("cuda")
     net = generate.load_generator("", device, grain=True)
-    hr = torch.rand(4, 3, 256, 256, generator=common.generator(0)).to(device)
-    refs = [torch.rand(3, 64, 64, generator=common.generator(b)) for b in range(4)]
+    hr = torch.rand(4, 3, 256, 256, generator=make_generator(0)).to(device)
+    refs = [torch.rand(3, 64, 64, generator=make_generator(b)) for b in range(4)]
     together, _ = generate.generate(net, hr, refs, generate.Sampler(), range(4))
     for b in range(4):
         alone, _ = generate.generate(net, hr[b : b + 1], refs[b : b + 1], generate.Sampler(), [b])

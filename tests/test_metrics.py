@@ -9,15 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-import common
 from bench import metrics
+from common import UserError
+from common.photos import load_image, save_image, to_uint8
+from common.runtime import make_generator
 
 LOADERS = (metrics.perceptual_net, metrics.inception, metrics.clip)
 
 
 def two_images(batch=2, height=37, width=50):
-    x = torch.rand(batch, 3, height, width, generator=common.generator(1))
-    eps = torch.randn(x.shape, generator=common.generator(2))
+    x = torch.rand(batch, 3, height, width, generator=make_generator(1))
+    eps = torch.randn(x.shape, generator=make_generator(2))
     return x, (x + 0.1 * eps).clamp(0, 1)
 
 
@@ -72,7 +74,7 @@ def test_deep_distances_have_their_published_values(no_weights, shared, monkeypa
 
     def load(*names):
         files = [shared / "weights" / "reference" / f"{name}.png" for name in names]
-        return torch.stack([common.load_image(file) for file in files])
+        return torch.stack([load_image(file) for file in files])
 
     distance = metrics.lpips_distance(load("ex_ref", "ex_ref"), load("ex_p0", "ex_p1"))
     np.testing.assert_allclose(distance, [0.7219, 0.1376], atol=1e-4)
@@ -90,7 +92,7 @@ def test_missing_weights_are_named_and_never_downloaded(no_weights, capsys):
         ("inception", lambda x, y: metrics.fid([x], [y])),
         ("clip", lambda x, y: metrics.clip_score([x], [y])),
     ):
-        with pytest.raises(common.UserError, match=f"put {metrics.WEIGHTS[net]} into {no_weights}"):
+        with pytest.raises(UserError, match=f"put {metrics.WEIGHTS[net]} into {no_weights}"):
             metric(*two_images())
     names = metrics.available_metrics(torch.device("cpu"))
     assert names == ["PSNR RGB", "PSNR Y", "SSIM RGB", "SSIM Y"]
@@ -105,7 +107,7 @@ def test_damaged_weights_are_one_sentence(no_weights, net):
     file = metrics.weights_file(net)
     file.parent.mkdir(parents=True)
     file.write_bytes(b"half a download")
-    with pytest.raises(common.UserError, match=f"{file}: no readable weights"):
+    with pytest.raises(UserError, match=f"{file}: no readable weights"):
         metrics.available_metrics(torch.device("cpu"))
 
 
@@ -114,8 +116,8 @@ def test_damaged_weights_are_one_sentence(no_weights, net):
 
 def features(n, d, seed, shift=0.0):
     """Correlated features (n, d) in float64, such as a network's."""
-    mix = torch.randn(d, d, generator=common.generator(d)).double() / d**0.5
-    return torch.randn(n, d, generator=common.generator(seed)).double() @ mix + shift
+    mix = torch.randn(d, d, generator=make_generator(d)).double() / d**0.5
+    return torch.randn(n, d, generator=make_generator(seed)).double() @ mix + shift
 
 
 def frechet(x, y):
@@ -124,8 +126,8 @@ def frechet(x, y):
 
 def test_frechet_distance_of_covariances_that_commute():
     """Where both have the same axes, the widths along each are subtracted: |A^.5 - B^.5|^2."""
-    axes, _ = torch.linalg.qr(torch.randn(6, 6, generator=common.generator(0)).double())
-    a, b = torch.rand(2, 6, generator=common.generator(1)).double()
+    axes, _ = torch.linalg.qr(torch.randn(6, 6, generator=make_generator(0)).double())
+    a, b = torch.rand(2, 6, generator=make_generator(1)).double()
     a[0] = b[1] = 0  # singular covariances
     mean = torch.full((6,), 2.0)
     distance = metrics.frechet_distance(0 * mean, axes * a @ axes.T, mean, axes * b @ axes.T)
@@ -214,11 +216,11 @@ def test_inception_reads_files_as_pytorch_fid_does(no_weights):
     net = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
     metrics.weights_file("inception").parent.mkdir(parents=True)
     torch.save(net.state_dict(), metrics.weights_file("inception"))
-    x = common.to_uint8(two_images(batch=3)[0]) / 255
+    x = to_uint8(two_images(batch=3)[0]) / 255
     found = metrics.stacked(x.split(2), metrics.inception_features)
     files = [no_weights / f"{i}.png" for i in range(3)]
     for file, image in zip(files, x, strict=True):
-        common.save_image(file, image)
+        save_image(file, image)
     model = metrics.inception(torch.device("cpu"))
     expected = get_activations(files, model, batch_size=3, num_workers=0)
     assert found.shape == (3, 2048) and found.std(0).max() > 0

@@ -11,17 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-import common
+from common import UserError
+from common.files import find_photos
+from common.photos import Crops, Photos, load_image, save_image, to_uint8
+from common.runtime import Runtime, make_generator
 from data import pack
-from data.pack import Crops, Photos
 from tests.commands import FORKSERVER, assert_refused, run
 
-CPU = common.Runtime(torch.device("cpu"))
+CPU = Runtime(torch.device("cpu"))
 
 
 def noise(height: int, width: int, seed: int = 0) -> Tensor:
     """Blocks of 4 x 4 pixels of random colours, as an image (3, H, W)."""
-    cells = torch.rand(3, height // 4 + 1, width // 4 + 1, generator=common.generator(seed))
+    cells = torch.rand(3, height // 4 + 1, width // 4 + 1, generator=make_generator(seed))
     return cells.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, :height, :width]
 
 
@@ -29,7 +31,7 @@ def noise(height: int, width: int, seed: int = 0) -> Tensor:
 def photos(tmp_path) -> Path:
     """A folder of three drawn photos, 2 x 2, 2 x 3 and 1 x 1 crops of 32 pixels."""
     for name, (height, width) in {"a": (67, 70), "b": (64, 99), "c": (32, 32)}.items():
-        common.save_image(tmp_path / "photos" / f"{name}.png", noise(height, width, ord(name)))
+        save_image(tmp_path / "photos" / f"{name}.png", noise(height, width, ord(name)))
     return tmp_path / "photos"
 
 
@@ -48,7 +50,7 @@ def packed(folder: Path, *photos: Path, **flags) -> np.ndarray:
 
 def places(crop: Tensor, photo: Tensor) -> list[list[int]]:
     """Where in a photo in [0, 1] a uint8 crop occurs, as [top, left]."""
-    photo, size = common.to_uint8(photo), crop.shape[1]
+    photo, size = to_uint8(photo), crop.shape[1]
     corner = photo[:, : photo.shape[1] - size + 1, : photo.shape[2] - size + 1]
     alike = (corner == crop[:, :1, :1]).all(0).nonzero().tolist()
     return [[y, x] for y, x in alike if torch.equal(photo[:, y : y + size, x : x + size], crop)]
@@ -57,7 +59,7 @@ def places(crop: Tensor, photo: Tensor) -> list[list[int]]:
 def hits(crops: Tensor, files: list[Path]) -> Tensor:
     """Whether each of the crops, turned in each of 8 ways, occurs in each photo: (8, N, photos)."""
     turned = [pack.dihedral(crops, k) for k in range(8)]
-    whole = [common.load_image(file) for file in files]
+    whole = [load_image(file) for file in files]
     return torch.tensor([[[bool(places(c, w)) for w in whole] for c in batch] for batch in turned])
 
 
@@ -96,7 +98,7 @@ def test_photos_that_changed_are_decoded_anew_and_the_old_file_is_removed(files,
     Photos(files, tmp_path / "decoded", CPU)
     old = names(tmp_path / "decoded")
     if change == "pixels":
-        common.save_image(files[0], noise(40, 40))
+        save_image(files[0], noise(40, 40))
         os.utime(files[0], ns=(0, files[0].stat().st_mtime_ns + 10**9))
     else:
         changed = {"another": [*files, files[0]], "fewer": files[1:], "order": files[::-1]}
@@ -109,14 +111,14 @@ def test_photos_that_changed_are_decoded_anew_and_the_old_file_is_removed(files,
 def test_bad_photos_are_skipped_and_small_ones_left_out_of_the_crops(files, tmp_path, capsys):
     bad, tiny = tmp_path / "bad.png", tmp_path / "tiny.png"
     bad.write_bytes(files[0].read_bytes()[:500])  # its header is whole
-    common.save_image(tiny, noise(15, 99))
+    save_image(tiny, noise(15, 99))
     decoded = Photos([bad, *files, tiny], tmp_path / "decoded", CPU)
     message = capsys.readouterr().out
     assert message.count("\n") == 1 and "skipped 1 of 5 photos" in message and "bad.png" in message
     assert_equal_photos(decoded, [*files, tiny])
     crops = Crops(decoded, 16, 4, 0)
     assert crops.rows.tolist() == [0, 1, 2] and crops.left_out == 1
-    with pytest.raises(common.UserError, match="no photo can be read of 1 .*bad.png"):
+    with pytest.raises(UserError, match="no photo can be read of 1 .*bad.png"):
         Photos([bad], tmp_path / "none", CPU)
     assert names(tmp_path / "none") == set()
 
@@ -165,7 +167,7 @@ def crops_of(
     source: list[Path], folder: Path, seed: int = 0, stream: int = 0, rank: int = 0
 ) -> Crops:
     """Crops of 16 pixels, of photos that are decoded into folder/decoded."""
-    photos = Photos(source, folder / "decoded", common.Runtime(CPU.device, rank))
+    photos = Photos(source, folder / "decoded", Runtime(CPU.device, rank))
     return Crops(photos, 16, 4, seed, stream)
 
 
@@ -206,7 +208,7 @@ def test_crops_are_parts_of_all_photos_and_packed_crops_turned_in_8_ways(source,
 
 def test_crops_keep_to_the_blocks_of_jpeg(tmp_path):
     y, x = torch.meshgrid(torch.arange(41), torch.arange(50), indexing="ij")
-    common.save_image(tmp_path / "a.png", torch.stack([y, x, x]) / 255)
+    save_image(tmp_path / "a.png", torch.stack([y, x, x]) / 255)
     drawn = Crops(Photos([tmp_path / "a.png"], tmp_path / "decoded", CPU), 16, 4, 0).batch(0, 60)
     tops, lefts, _ = drawn.amin((2, 3)).T.tolist()
     assert set(tops) == {0, 8, 16, 24} and set(lefts) == {0, 8, 16, 24, 32}
@@ -227,7 +229,7 @@ def test_a_crop_too_large_is_one_sentence_that_names_the_largest_that_works(
 ):
     decoded = Photos(files, tmp_path / "decoded", CPU)
     settings = {"scale": scale, "flag": "--vq-crop", "rows": np.array(rows)}
-    with pytest.raises(common.UserError) as error:
+    with pytest.raises(UserError) as error:
         Crops(decoded, crop, 4, 0, **settings)
     found = f"none of {len(rows)} photos has {scale * crop} x {scale * crop} pixels"
     way_out = f"--vq-crop {works} is the largest that works."
@@ -237,8 +239,8 @@ def test_a_crop_too_large_is_one_sentence_that_names_the_largest_that_works(
 
 
 def test_photos_too_small_for_any_crop_are_one_sentence(tmp_path):
-    common.save_image(tmp_path / "tiny.png", noise(15, 99))
-    with pytest.raises(common.UserError, match="none of 1 photos has 16 x 16 .*take larger ones"):
+    save_image(tmp_path / "tiny.png", noise(15, 99))
+    with pytest.raises(UserError, match="none of 1 photos has 16 x 16 .*take larger ones"):
         crops_of([tmp_path / "tiny.png"], tmp_path)
 
 
@@ -248,12 +250,12 @@ def test_photos_too_small_for_any_crop_are_one_sentence(tmp_path):
 def test_packed_crops_are_native_pixels_side_by_side(photos, files, tmp_path):
     crops = torch.from_numpy(packed(tmp_path, photos))
     assert crops.dtype == torch.uint8 and crops.shape == (4 + 6 + 1, 3, 32, 32)
-    a, b, c = map(common.load_image, files)
+    a, b, c = map(load_image, files)
     # What does not fill a crop is left out at the edges, the same amount at each.
     assert [places(crop, a) for crop in crops[:4]] == [[[y, x]] for y in (1, 33) for x in (3, 35)]
     expected = [[[y, x]] for y in (0, 32) for x in (1, 33, 65)]
     assert [places(crop, b) for crop in crops[4:10]] == expected
-    assert torch.equal(crops[10], common.to_uint8(c))
+    assert torch.equal(crops[10], to_uint8(c))
 
 
 def test_few_crops_of_real_photos_are_flat(shared, tmp_path):
@@ -272,19 +274,19 @@ def test_detail_is_the_step_between_blocks():
 
 def test_flat_crops_are_left_out_and_counted(tmp_path, capsys):
     x = torch.linspace(0.3, 0.4, 64).expand(3, 64, 64)
-    noisy = x + 3 / 255 * torch.randn(3, 64, 64, generator=common.generator(1))
+    noisy = x + 3 / 255 * torch.randn(3, 64, 64, generator=make_generator(1))
     sky = torch.cat([x, noisy, torch.zeros(3, 64, 64), noise(64, 64)], dim=2)
-    common.save_image(tmp_path / "photos" / "sky.png", sky)
+    save_image(tmp_path / "photos" / "sky.png", sky)
     kept = torch.from_numpy(packed(tmp_path, tmp_path / "photos", size=64))
     assert "left out 3 flat crops" in capsys.readouterr().out
-    assert torch.equal(kept, common.to_uint8(noise(64, 64))[None])
+    assert torch.equal(kept, to_uint8(noise(64, 64))[None])
     assert len(packed(tmp_path, tmp_path / "photos", size=64, flat=0.0)) == 4
 
 
 def test_bad_and_small_photos_are_named_once_and_counted(photos, tmp_path, capsys):
     whole = packed(tmp_path, photos)
     (photos / "bad.png").write_text("not an image")
-    common.save_image(photos / "tiny.png", noise(31, 200))
+    save_image(photos / "tiny.png", noise(31, 200))
     capsys.readouterr()
     torch.set_num_threads(4)  # the number of threads changes nothing
     np.testing.assert_array_equal(packed(tmp_path, photos), whole)
@@ -325,7 +327,7 @@ def test_a_wrong_packed_file_is_one_sentence_that_names_it(content, tmp_path):
     np.save(path, content if isinstance(content, np.ndarray) else np.zeros((2, 3, 9, 9), np.uint8))
     if not isinstance(content, np.ndarray):
         path.write_bytes(path.read_bytes()[:-100] if content is None else content)
-    with pytest.raises(common.UserError, match="wrong.npy") as error:
+    with pytest.raises(UserError, match="wrong.npy") as error:
         crops_of([path], tmp_path)
     assert "\n" not in str(error.value)
 
@@ -337,13 +339,13 @@ def test_training_alone_takes_packed_files_and_those_of_data_first(
     (tmp_path / "data").mkdir()
     photos.rename(tmp_path / "data" / "lr")
     files = sorted((tmp_path / "data" / "lr").iterdir())
-    assert common.find_photos((), "lr", "--lr", packed=True) == files
+    assert find_photos((), "lr", "--lr", packed=True) == files
     file = tmp_path / "data" / "lr.npy"
     pack.main(pack.Config((str(tmp_path / "data" / "lr"),), str(file), 32), CPU)
     capsys.readouterr()
-    assert common.find_photos((), "lr", "--lr", packed=True) == [file]
+    assert find_photos((), "lr", "--lr", packed=True) == [file]
     assert capsys.readouterr().out.count("data/lr.npy") == 1
-    assert common.find_photos((), "lr", "--lr") == files
-    assert common.find_photos([str(file)], "lr", "--lr", packed=True) == [file]
-    with pytest.raises(common.UserError, match="--lr .*lr.npy: packed crops are only to train on"):
-        common.find_photos([str(file)], "lr", "--lr")
+    assert find_photos((), "lr", "--lr") == files
+    assert find_photos([str(file)], "lr", "--lr", packed=True) == [file]
+    with pytest.raises(UserError, match="--lr .*lr.npy: packed crops are only to train on"):
+        find_photos([str(file)], "lr", "--lr")

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
-import common
 from bench import downstream, generated, pairs
 from bench.pairs import camera_of, evaluate, find_pairs, load_hr, load_lr, other_scenes
+from common.photos import load_image, to_uint8
 
 CPU = torch.device("cpu")
 
@@ -82,12 +82,12 @@ def test_published_sets_are_read_as_they_are(tmp_path, layout, full):
         h, w = pair.size
         assert (h, w) == ((48, 32) if layout == "RealVSR" else (50, 48))
         stored = Image.open(tmp_path / hr_of(pair.name)).crop((0, 0, 4 * w, 4 * h))
-        hr = common.to_uint8(load_hr(pair)).permute(1, 2, 0)
+        hr = to_uint8(load_hr(pair)).permute(1, 2, 0)
         np.testing.assert_array_equal(hr, np.asarray(stored))
         stored = Image.open(tmp_path / lr_of(pair.name))
         if full:
             stored = stored.crop((0, 0, 4 * w, 4 * h)).resize((w, h), Image.Resampling.BICUBIC)
-        lr = common.to_uint8(load_lr(pair.lr, pair.full)).permute(1, 2, 0)
+        lr = to_uint8(load_lr(pair.lr, pair.full)).permute(1, 2, 0)
         np.testing.assert_array_equal(lr, np.asarray(stored))
 
 
@@ -176,7 +176,7 @@ def test_the_mean_code_is_that_of_the_other_scenes_of_the_camera(tmp_path, monke
     found = find_pairs(write_pairs(tmp_path, ["a1", "a2", "a3", "b1"]))[0]
     monkeypatch.setattr(generated.generate, "code_of", lambda net, lr: lr.mean((1, 2))[None])
     codes = generated.mean_codes(found, torch.nn.Linear(1, 1))
-    means = [common.load_image(pair.lr).mean((1, 2)) for pair in found]
+    means = [load_image(pair.lr).mean((1, 2)) for pair in found]
     assert set(codes) == {0, 1, 2}  # there is no other b
     torch.testing.assert_close(codes[1], (means[0] + means[2]) / 2)
     # Of one other scene: that of the reference.

@@ -14,7 +14,11 @@ import tifffile
 import torch
 from PIL import Image, ImageOps
 
-import common
+from common import UserError
+from common.cli import launch
+from common.files import list_images, photo_names, photo_suffixes, replacing
+from common.photos import MAX_PIXELS, crop_to_multiple, load_image, orientation, save_image
+from common.runtime import make_generator
 from data import pack
 
 
@@ -27,7 +31,7 @@ def drawn_pixels(height: int, width: int, channels: int = 3, seed: int = 0) -> n
 
 def loaded(path: Path) -> np.ndarray:
     """load_image as (H, W, 3), after a check of what it promises of every image."""
-    image = common.load_image(path)
+    image = load_image(path)
     assert image.dtype == torch.float32 and image.shape[0] == 3 and image.is_contiguous()
     assert image.min() >= 0 and image.max() <= 1
     return image.permute(1, 2, 0).numpy()
@@ -43,7 +47,7 @@ def touch(folder: Path, *names: str) -> None:
 
 
 def names_in(folder: Path) -> list[str]:
-    files = common.list_images([str(folder)], "--hr")
+    files = list_images([str(folder)], "--hr")
     return [file.relative_to(folder).as_posix() for file in files]
 
 
@@ -52,7 +56,7 @@ def test_photos_are_listed_in_depth_sorted_once_and_without_files_of_the_system(
           ".hidden/d.png", ".thumbnails/e.png", "a/@eaDir/c.png/THUMB.jpg", "__MACOSX/f.png",
           ".ipynb_checkpoints/g-checkpoint.png")  # fmt: skip
     expected = [tmp_path / name for name in ("a/c.webp", "a/d.jpg", "b.PNG")]
-    assert common.list_images([str(tmp_path), str(tmp_path / "b.PNG")], "--hr") == expected
+    assert list_images([str(tmp_path), str(tmp_path / "b.PNG")], "--hr") == expected
     assert "left out 8 files: 8 hidden or system" in capsys.readouterr().out
     assert names_in(tmp_path / ".hidden") == ["d.png"]  # if the user asks for it
 
@@ -64,9 +68,9 @@ def test_what_is_left_out_is_printed_once_and_counted_by_reason(tmp_path, capsys
     (line,) = capsys.readouterr().out.splitlines()
     assert line == f"--hr {tmp_path}: left out 4 files: 2 .nef, 1 .txt, 1 without suffix"
     (tmp_path / "a.png").unlink()
-    with pytest.raises(common.UserError, match="--hr .*no images found; left out 4 files: 2 .nef"):
+    with pytest.raises(UserError, match="--hr .*no images found; left out 4 files: 2 .nef"):
         names_in(tmp_path)
-    with pytest.raises(common.UserError, match="--hr .*nowhere: no such"):
+    with pytest.raises(UserError, match="--hr .*nowhere: no such"):
         names_in(tmp_path / "nowhere")
 
 
@@ -86,7 +90,7 @@ def test_links_are_followed_but_not_in_a_circle(tmp_path, capsys):
 
 
 def test_every_format_that_pillow_reads_counts_and_is_read(tmp_path):
-    suffixes = common.photo_suffixes()
+    suffixes = photo_suffixes()
     assert suffixes >= {".png", ".jpg", ".jpeg", ".jfif", ".mpo", ".webp", ".bmp", ".tif", ".tga"}
     assert not suffixes & {".pdf", ".eps", ".ps", ".mpg", ".mpeg", ".h5", ".ico", ".txt", ".npy"}
     pixels = drawn_pixels(24, 32)
@@ -95,7 +99,7 @@ def test_every_format_that_pillow_reads_counts_and_is_read(tmp_path):
             Image.fromarray(pixels).save(tmp_path / f"x{suffix.upper()}")
         except (OSError, ValueError, KeyError):  # Pillow can't write RGB in this format
             (tmp_path / f"x{suffix.upper()}").unlink(missing_ok=True)
-    found = common.list_images([str(tmp_path)], "--hr")
+    found = list_images([str(tmp_path)], "--hr")
     assert len(found) == len([*tmp_path.iterdir()]) > 20
     for file in found:
         assert np.abs(loaded(file) - pixels / 255).mean() < 0.05, file
@@ -108,13 +112,13 @@ def test_heic_is_read_with_pillow_heif_and_else_the_package_is_named(tmp_path, m
     register = lambda: Image.EXTENSION.update({".heic": "HEIF"})  # noqa: E731
     for package in (None, types.SimpleNamespace(register_heif_opener=register)):
         monkeypatch.setitem(sys.modules, "pillow_heif", package)
-        common.photo_suffixes.cache_clear()
+        photo_suffixes.cache_clear()
         if package:
             assert names_in(tmp_path) == ["IMG_1.HEIC"]
         else:
-            with pytest.raises(common.UserError, match=r"1 \.heic \(pip install pillow-heif to"):
+            with pytest.raises(UserError, match=r"1 \.heic \(pip install pillow-heif to"):
                 names_in(tmp_path)
-    common.photo_suffixes.cache_clear()
+    photo_suffixes.cache_clear()
 
 
 # ---- their names ------------------------------------------------------------------------------
@@ -124,15 +128,15 @@ def test_names_of_photos_depend_on_their_path_below_the_folder_given(tmp_path):
     x, y = tmp_path / "x", tmp_path / "y"
     files = [x / "a.png", x / "b" / "a.jpg", x / "b.c.png", y / "B" / "z, 1.png"]
     folders = [str(x), str(y)]
-    assert common.photo_names(files, folders) == ["a", "b_a", "b.c", "B_z_1"]
-    assert common.photo_names(files[1:], folders) == ["b_a", "b.c", "B_z_1"]
-    assert common.photo_names(files[1:2], [str(files[1])]) == ["a"]
+    assert photo_names(files, folders) == ["a", "b_a", "b.c", "B_z_1"]
+    assert photo_names(files[1:], folders) == ["b_a", "b.c", "B_z_1"]
+    assert photo_names(files[1:2], [str(files[1])]) == ["a"]
     # They are never equal, apart from upper and lower case.
     names = ("a.png", "A.jpg", "a.webp", "b/c.png", "b_C.png")
     files = [folder / name for folder in (x, y) for name in names]
-    named = common.photo_names(files, folders)
+    named = photo_names(files, folders)
     assert len({name.casefold() for name in named}) == len(files)
-    assert common.photo_names(files[::-1], folders) == named[::-1]
+    assert photo_names(files[::-1], folders) == named[::-1]
 
 
 @pytest.mark.parametrize("name", [b"caf\xe9.png", "日本語.png".encode()])
@@ -144,11 +148,11 @@ def test_names_that_the_console_cannot_print_do_not_end_a_run(tmp_path, monkeypa
     console = io.TextIOWrapper(io.BytesIO(), "ascii", "strict")
     monkeypatch.setattr(sys, "stdout", console)
     monkeypatch.setattr(sys, "argv", ["pack.py", "--photos", str(tmp_path)])
-    common.launch(lambda cfg, rt: print(*names_in(Path(cfg.photos[0]))), pack.Config, {}, "")
+    launch(lambda cfg, rt: print(*names_in(Path(cfg.photos[0]))), pack.Config, {}, "")
     console.flush()
     assert console.buffer.getvalue().endswith(b".png\n")  # type: ignore[attr-defined]
-    given = common.list_images([str(tmp_path)], "--hr")
-    assert os.fsencode(common.photo_names(given, [str(tmp_path)])[0]) == name[:-4]
+    given = list_images([str(tmp_path)], "--hr")
+    assert os.fsencode(photo_names(given, [str(tmp_path)])[0]) == name[:-4]
 
 
 # ---- what pixels mean -------------------------------------------------------------------------
@@ -242,7 +246,7 @@ def test_all_turns_of_exif_come_upright(tmp_path, suffix):
         exif[0x0112] = turn
         Image.fromarray(drawn_pixels(24, 40)).save(tmp_path / f"x{suffix}", exif=exif)
         with Image.open(tmp_path / f"x{suffix}") as image:
-            assert common.orientation(image) == turn
+            assert orientation(image) == turn
             expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
         np.testing.assert_array_equal(
             loaded(tmp_path / f"x{suffix}"), expected.astype(np.float32) / 255
@@ -251,7 +255,7 @@ def test_all_turns_of_exif_come_upright(tmp_path, suffix):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_sound_pixels_are_read_whatever_their_exif(tmp_path):
-    exif, gen = Image.Exif(), common.generator(3)
+    exif, gen = Image.Exif(), make_generator(3)
     exif[0x0112], exif[0x010F], exif[0x8769] = 6, "a camera's name", {0x9003: "2024:01:01"}
     Image.fromarray(drawn_pixels(24, 40)).save(tmp_path / "x.jpg", exif=exif)
     whole, upright = (tmp_path / "x.jpg").read_bytes(), loaded(tmp_path / "x.jpg")
@@ -269,16 +273,16 @@ def test_sound_pixels_are_read_whatever_their_exif(tmp_path):
 def test_a_photo_may_be_large(tmp_path, monkeypatch):
     Image.new("1", (20000, 10000)).save(tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as image:
-        assert image.width * image.height < common.MAX_PIXELS
+        assert image.width * image.height < MAX_PIXELS
     monkeypatch.setattr(common, "MAX_PIXELS", 2 * 10**8 - 1)
     with pytest.raises(ValueError, match="20000 x 10000 pixels are more than 199999999"):
-        common.load_image(tmp_path / "x.png")
+        load_image(tmp_path / "x.png")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".tif"])
 def test_a_damaged_file_is_an_image_or_a_value_error(tmp_path, suffix):
-    path, gen = tmp_path / f"x{suffix}", common.generator(1)
+    path, gen = tmp_path / f"x{suffix}", make_generator(1)
     Image.fromarray(drawn_pixels(24, 31)).save(path)
     whole = path.read_bytes()
     for content in (b"", b"not an image", whole[: len(whole) // 2]):
@@ -297,18 +301,18 @@ def test_a_damaged_file_is_an_image_or_a_value_error(tmp_path, suffix):
 
 
 def test_an_image_of_8_bits_survives_a_round_trip(tmp_path):
-    image = torch.randint(0, 256, (3, 17, 23), generator=common.generator(2)).float() / 255
-    common.save_image(tmp_path / "new" / "x.png", image)
-    assert torch.equal(common.load_image(tmp_path / "new" / "x.png"), image)
-    common.save_image(tmp_path / "x.png", torch.tensor([-0.3, 0.4999 / 255, 1.7]).view(3, 1, 1))
-    assert (common.load_image(tmp_path / "x.png").flatten() * 255).tolist() == [0, 0, 255]
+    image = torch.randint(0, 256, (3, 17, 23), generator=make_generator(2)).float() / 255
+    save_image(tmp_path / "new" / "x.png", image)
+    assert torch.equal(load_image(tmp_path / "new" / "x.png"), image)
+    save_image(tmp_path / "x.png", torch.tensor([-0.3, 0.4999 / 255, 1.7]).view(3, 1, 1))
+    assert (load_image(tmp_path / "x.png").flatten() * 255).tolist() == [0, 0, 255]
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "x.txt"
     path.write_text("old")
     for content in ("half of the ne", "new"):
-        with contextlib.suppress(RuntimeError), common.replacing(path) as temporary:
+        with contextlib.suppress(RuntimeError), replacing(path) as temporary:
             temporary.write_text(content)
             assert path.read_text() == "old"
             if content != "new":
@@ -318,7 +322,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
 
 
 def test_images_are_cut_to_a_multiple_of_the_scale():
-    image = torch.rand(3, 67, 50, generator=common.generator(0))
-    assert torch.equal(common.crop_to_multiple(image, 4, "x"), image[:, :64, :48])
+    image = torch.rand(3, 67, 50, generator=make_generator(0))
+    assert torch.equal(crop_to_multiple(image, 4, "x"), image[:, :64, :48])
     with pytest.raises(ValueError, match="small.png"):
-        common.crop_to_multiple(image[:, :31], 4, "small.png")
+        crop_to_multiple(image[:, :31], 4, "small.png")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from drawn import scenes, write_pairs
 
-import common
+from common.cli import parse_args
+from common.photos import save_image
 from tests import commands
 
 REPO = Path(__file__).resolve().parents[1]
@@ -44,7 +45,7 @@ def test_the_readme_has_all_stages_on_one_page():
 @pytest.mark.parametrize("path, name, flags", EVERY, ids=str)
 def test_every_flag_that_is_shown_exists(path, name, flags):
     module = importlib.import_module(name)
-    common.parse_args(module.Config, getattr(module, "PRESETS", {}), "", shlex.split(flags))
+    parse_args(module.Config, getattr(module, "PRESETS", {}), "", shlex.split(flags))
 
 
 TRAINING = "--batch-size 4 --no-compile"
@@ -63,8 +64,8 @@ PAPER = "--widths 8 16 --blocks 1 --attention 1 --mod-channels 8 --cond-channels
 def test_the_commands_of_the_readme_run(tmp_path):
     """In a folder with small photos, in order, with few steps and small crops."""
     for number, x in enumerate(scenes(4, 128)):
-        common.save_image(tmp_path / f"data/hr/{number}.png", x)
-        common.save_image(tmp_path / f"data/lr/mine/{number}.png", x[:, ::2, ::2])
+        save_image(tmp_path / f"data/hr/{number}.png", x)
+        save_image(tmp_path / f"data/lr/mine/{number}.png", x[:, ::2, ::2])
     for name in ("RealSR", "DRealSR"):
         write_pairs(tmp_path / "data" / name, [f"Canon_{i}" for i in range(4)])
     (tmp_path / "data/pretrained").symlink_to(REPO / "data/pretrained")

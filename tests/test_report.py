@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-import common
 import generate
+from common import UserError
+from common.photos import load_image, save_image
 from data import report
 from data import shards as tars
 from tests.commands import assert_refused, run
@@ -31,7 +32,7 @@ def make_records(out: Path, count: int) -> list[dict]:
         g = torch.Generator().manual_seed(i)
         lr_ref = out / f"ref/camera{i % 2}/{i}.png"
         for path, *size in ((f"hr/{i}.png", 64, 96), (f"lr/{i}.png", 16, 24), (lr_ref, 40, 40)):
-            common.save_image(out / path, torch.rand(3, *size, generator=g))
+            save_image(out / path, torch.rand(3, *size, generator=g))
         errors = torch.rand(2, 3, generator=g).tolist()
         record = {"hr": f"hr/{i}.png", "lr": f"lr/{i}.png", "source": f"photos/{i}.jpg"}
         record |= {"lr_ref": str(lr_ref), "dropped": False, "kept": i % 3, "candidates": 3}
@@ -131,7 +132,7 @@ def test_webdataset_reads_the_shards_which_hold_nothing_of_the_machine(source, t
         assert "." not in sample["__key__"] and "/" not in sample["__key__"]
         assert sample["json"] == row
         for side in ("hr", "lr"):
-            torch.testing.assert_close(sample[f"{side}.png"], common.load_image(folder / row[side]))
+            torch.testing.assert_close(sample[f"{side}.png"], load_image(folder / row[side]))
     with tarfile.open(shard) as tar:
         assert tar.getnames()[:3] == ["a%2Eb.hr.png", "a%2Eb.lr.png", "a%2Eb.json"]
         facts = {(m.mtime, m.uid, m.gid, m.mode, m.uname, m.gname) for m in tar}
@@ -181,7 +182,7 @@ def test_a_damaged_shard_is_named(source, tmp_path):
     tars.write_shard(shard, source[0], source[1].items())
     for damage in (shard.read_bytes()[:4000], b"", os.urandom(4096)):
         shard.write_bytes(damage)
-        with pytest.raises(common.UserError, match="0000-000000.tar"):
+        with pytest.raises(UserError, match="0000-000000.tar"):
             tars.read_shards(tmp_path / "x")
 
 

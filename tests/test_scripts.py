@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import common
+from common.checkpoint import load_checkpoint
 from tests.commands import assert_refused, files_of, run, run_two
 
 REPO = Path(__file__).resolve().parents[1]
@@ -38,7 +38,7 @@ def run_apart(script: str | Path, *args: object, cwd: Path) -> subprocess.Comple
 
 
 def step_of(path: Path) -> int:
-    return common.load_checkpoint(path)["step"]
+    return load_checkpoint(path)["step"]
 
 
 @pytest.fixture(scope="module")

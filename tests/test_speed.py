@@ -4,16 +4,16 @@ import sys
 
 import pytest
 
-import common
 import degrade
 import diffusion
 import extractors
 from bench import speed
+from common.cli import launch
 
 
 def launch(monkeypatch, *argv: object) -> None:
     monkeypatch.setattr(sys, "argv", ["speed.py", *map(str, argv)])
-    common.launch(speed.main, speed.Config, {}, speed.__doc__)
+    launch(speed.main, speed.Config, {}, speed.__doc__)
 
 
 def test_the_table_has_a_row_for_each_recipe_and_the_ratio_of_each_rate(monkeypatch, capsys):

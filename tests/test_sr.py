@@ -15,27 +15,29 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-import common
 import degrade
 from bench import metrics, sr
 from bench.sr import Config
-from data.pack import Crops, Photos, dihedral
+from common import UserError
+from common.checkpoint import load_checkpoint
+from common.photos import Crops, Photos, dihedral, load_image, save_image, to_uint8
+from common.runtime import Runtime, make_generator
 
 REPO = Path(__file__).resolve().parents[1]
-CPU = common.Runtime(torch.device("cpu"))
+CPU = Runtime(torch.device("cpu"))
 TINY = Config(sr="fsrcnn", compile=False, batch_size=2, crop=16, bf16=False, learning_rate=1e-3)
 
 
 def uniform(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(*shape, generator=common.generator(seed, *shape))
+    return torch.rand(*shape, generator=make_generator(seed, *shape))
 
 
 def save_pairs(folder: Path, sizes: list[tuple[int, int]], names: tuple[str, str] = ("hr", "lr")):
     """Pairs 0.png, 1.png, ... of these LR sizes; returns the folder as a flag."""
     for i, (h, w) in enumerate(sizes):
         hr = uniform(3, 4 * h, 4 * w, seed=i)
-        common.save_image(folder / names[0] / f"{i}.png", hr)
-        common.save_image(folder / names[1] / f"{i}.png", F.avg_pool2d(hr, 4))
+        save_image(folder / names[0] / f"{i}.png", hr)
+        save_image(folder / names[1] / f"{i}.png", F.avg_pool2d(hr, 4))
     return str(folder)
 
 
@@ -146,8 +148,8 @@ def test_crops_of_both_images_are_of_the_same_place_and_turned_alike(tmp_path):
     lr = coordinates(h, w)
     hr = lr.repeat_interleave(4, 1).repeat_interleave(4, 2)
     hr[2] = torch.arange(16).view(4, 4).repeat(h, w) / 255
-    common.save_image(tmp_path / "pairs" / "hr" / "a.png", hr)
-    common.save_image(tmp_path / "pairs" / "lr" / "a.png", lr)
+    save_image(tmp_path / "pairs" / "hr" / "a.png", hr)
+    save_image(tmp_path / "pairs" / "lr" / "a.png", lr)
     batch, turns, places = crops_of_pairs(str(tmp_path / "pairs")).batch(0, 100), set(), set()
     for hr_crop, lr_crop in zip(*sr.split(batch.float() / 255), strict=True):
         assert hr_crop.shape == (3, 64, 64) and lr_crop.shape == (3, 16, 16)
@@ -164,9 +166,9 @@ def test_crops_of_both_images_are_of_the_same_place_and_turned_alike(tmp_path):
 
 def test_hr_crops_are_turned_all_eight_ways_and_keep_to_the_blocks_of_jpeg(tmp_path):
     hr = coordinates(90, 99)
-    common.save_image(tmp_path / "a.png", hr)
+    save_image(tmp_path / "a.png", hr)
     photos = Photos([tmp_path / "a.png"], tmp_path / "decoded", CPU)
-    turns, image = set(), common.to_uint8(hr)
+    turns, image = set(), to_uint8(hr)
     for crop in Crops(photos, 16, 1, 0, scale=4).batch(0, 100):
         top, left = crop[:2].amin((1, 2)).tolist()
         assert top % 8 == 0 and left % 8 == 0
@@ -215,12 +217,12 @@ def test_a_pair_of_which_exif_turns_one_image_is_skipped(tmp_path, capsys, size,
 
 def test_hr_that_is_a_little_larger_is_cut_at_the_right_and_at_the_bottom(tmp_path):
     exact, larger = (save_pairs(tmp_path / name, [(20, 24)]) for name in ("exact", "larger"))
-    hr = common.load_image(f"{larger}/hr/0.png")
-    common.save_image(f"{larger}/hr/0.png", F.pad(hr, (0, 3, 0, 1)))
+    hr = load_image(f"{larger}/hr/0.png")
+    save_image(f"{larger}/hr/0.png", F.pad(hr, (0, 3, 0, 1)))
     first, second = (crops_of_pairs(folder).batch(0, 9) for folder in (exact, larger))
     assert torch.equal(first, second)
-    common.save_image(f"{larger}/hr/0.png", F.pad(hr, (0, 4)))
-    with pytest.raises(common.UserError, match="0 has 100 x 80 and 24 x 20 pixels, which is not"):
+    save_image(f"{larger}/hr/0.png", F.pad(hr, (0, 4)))
+    with pytest.raises(UserError, match="0 has 100 x 80 and 24 x 20 pixels, which is not"):
         sr.find_pairs(larger, 4, CPU)
 
 
@@ -243,13 +245,13 @@ def test_sr_loss_is_l1_and_a_weighted_distance(monkeypatch):
 
 def test_each_image_of_a_batch_is_degraded_in_its_own_way():
     hr = uniform(1, 3, 64, 64).repeat(4, 1, 1, 1)
-    lr = sr.degraded(hr, "bsrgan", 4, common.generator(0))
-    assert torch.equal(lr, sr.degraded(hr, "bsrgan", 4, common.generator(0)))
+    lr = sr.degraded(hr, "bsrgan", 4, make_generator(0))
+    assert torch.equal(lr, sr.degraded(hr, "bsrgan", 4, make_generator(0)))
     assert all(not torch.equal(lr[0], lr[b]) for b in (1, 2, 3))
 
 
 def test_a_few_steps_on_one_pair_beat_bicubic():
-    photo = common.load_image(REPO / "data" / "sample" / "hr" / "coffee.jpg")
+    photo = load_image(REPO / "data" / "sample" / "hr" / "coffee.jpg")
     hr = photo[None, :, 100:196, 200:296]
     lr = degrade.degrade(hr, degrade.bicubic(1, 4))
     torch.manual_seed(0)
@@ -273,7 +275,7 @@ def test_training_resumes_exactly_and_returns_the_averaged_weights(tmp_path, pai
             torch.manual_seed(steps)
             file = sr.train(replace(cfg, out=str(tmp_path / out), steps=steps), CPU)
             assert file == tmp_path / out / "a.safetensors"
-    once, twice = (common.load_checkpoint(tmp_path / out / "a.pt") for out in ("once", "twice"))
+    once, twice = (load_checkpoint(tmp_path / out / "a.pt") for out in ("once", "twice"))
     assert equal(once["net"], twice["net"]) and equal(once["ema"], twice["ema"])
     assert not equal(once["net"], once["ema"])
     assert equal(weights_of(file), once["ema"]) and equal(
@@ -292,7 +294,7 @@ def test_training_goes_on_from_given_weights(tmp_path, pairs):
     expected = weights_of(first)
     assert all((v - again[k]).abs().max() < 1e-25 for k, v in expected.items())
     assert any((v - other[k]).abs().max() > 1e-3 for k, v in expected.items())
-    with pytest.raises(common.UserError, match="--start-from .*another configuration"):
+    with pytest.raises(UserError, match="--start-from .*another configuration"):
         sr.train(replace(go_on, sr="swinir-l", start_from=str(first)), CPU)
 
 
@@ -366,8 +368,8 @@ def test_images_are_enlarged_by_the_named_network_and_a_corrupt_one_is_skipped(
     out = tmp_path / "runs/sr" / name
     assert {file.name for file in out.iterdir()} == {"0.png", "2.png"}
     net = sr.load_network(f"{out}.safetensors")
-    expected = sr.super_resolve(net, common.load_image(f"{pairs}/lr/0.png")[None])[0]
-    found = common.load_image(out / "0.png")
+    expected = sr.super_resolve(net, load_image(f"{pairs}/lr/0.png")[None])[0]
+    found = load_image(out / "0.png")
     torch.testing.assert_close(found, expected, rtol=0, atol=0.51 / 255)
 
 

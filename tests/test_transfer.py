@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from drawn import scenes as drawn
 
-import common
 import degrade
 from bench import factors, transfer
 from bench.inputs import Config, Inputs, resolved
+from common import UserError
+from common.photos import save_image, to_uint8
+from common.runtime import Runtime, make_generator
 
-CPU = common.Runtime(torch.device("cpu"))
+CPU = Runtime(torch.device("cpu"))
 CAMERAS = {"soft": ("blur", 1.5), "grainy": ("noise", 6.0), "sharp": ("sharpen", 1.2)}
 
 
@@ -26,7 +28,7 @@ def taken(camera, hr, seed):
     """LR of hr (B, 3, H, W) by a planted camera, with fresh noise of 1 level."""
     factor, level = CAMERAS[camera]
     lr = degrade.degrade(hr, factors.only(factor, torch.full((len(hr),), level), noise=seed))
-    noise = torch.randn(lr.shape, generator=common.generator(seed))
+    noise = torch.randn(lr.shape, generator=make_generator(seed))
     return (lr + noise / 255).clamp(0, 1)
 
 
@@ -36,7 +38,7 @@ def planted():
     scenes = []
     for number, x in enumerate(drawn(12)):
         camera = list(CAMERAS)[number % 3]
-        lr = common.to_uint8(taken(camera, x[None], number)[0]) / 255
+        lr = to_uint8(taken(camera, x[None], number)[0]) / 255
         scenes.append(transfer.Scene(camera, number // 3 % 2, lr, lr, x))
     return scenes
 
@@ -54,10 +56,10 @@ def test_hr_and_lr_keep_the_same_middle_and_small_cameras_are_left_out(
     sizes = {"a_0": (37, 41), "a_1": (48, 48), "a_2": (40, 33), "a_3": (37, 41)}
     sizes |= {"a_tiny": (32, 35), "b_0": (64, 64)}
     for number, (name, (h, w)) in enumerate(sizes.items()):
-        lr = torch.rand(3, h, w, generator=common.generator(number))
-        common.save_image(tmp_path / f"set/LR/{name}.png", lr)
+        lr = torch.rand(3, h, w, generator=make_generator(number))
+        save_image(tmp_path / f"set/LR/{name}.png", lr)
         hr = F.interpolate(lr[None], scale_factor=4)[0]
-        common.save_image(tmp_path / f"set/HR/{name}.png", hr)
+        save_image(tmp_path / f"set/HR/{name}.png", hr)
     inputs = inputs_with(monkeypatch, {}, pairs=(str(tmp_path / "set"),))
     inputs.cfg = resolved(Config(crop=32, pairs=inputs.cfg.pairs), CPU)
     scenes, left_out = transfer.scenes_of("set", inputs)
@@ -65,7 +67,7 @@ def test_hr_and_lr_keep_the_same_middle_and_small_cameras_are_left_out(
     for scene in scenes:
         assert scene.hr.shape == (3, 128, 128)
         torch.testing.assert_close(F.avg_pool2d(scene.hr, 4), scene.middle)
-    with pytest.raises(common.UserError, match="transfer needs a set with two cameras"):
+    with pytest.raises(UserError, match="transfer needs a set with two cameras"):
         transfer.table_transfer("transfer", inputs)
 
 
@@ -101,7 +103,7 @@ def test_no_classifier_judges_a_scene_of_the_half_it_was_trained_on(planted, mon
 
     monkeypatch.setattr(transfer, "discriminant", discriminant)
     made = {"method": torch.tensor([[float(s.half)] * 3 for s in planted])}
-    found = transfer.judge(planted, range(12), made, 32, common.generator(0))
+    found = transfer.judge(planted, range(12), made, 32, make_generator(0))
     assert trained == [1, 0] and found["method"] == pytest.approx(1 / 3)  # blind: chance
 
 
@@ -134,7 +136,7 @@ def test_features_see_noise_and_blur_and_hardly_the_contrast_of_the_scene():
 
 
 def test_a_planted_share_is_measured_and_found_and_nothing_else_is():
-    gen = common.generator(3)
+    gen = make_generator(3)
     ref = [torch.randn(6, 500, generator=gen).double() for _ in range(2)]
     noise = [0.3 * torch.randn(4, 6, 500, generator=gen).double() for _ in range(2)]
     content = torch.randn(4, 1, 500, generator=gen).double()
@@ -147,7 +149,7 @@ def test_a_planted_share_is_measured_and_found_and_nothing_else_is():
 
 
 def test_z_is_in_standard_deviations_of_all_permutations():
-    gen = common.generator(4)
+    gen = make_generator(4)
     ref = torch.randn(4, 9, generator=gen).double()
     made = torch.randn(3, 4, 9, generator=gen).double()
     orders = [list(order) for order in itertools.permutations(range(4))]
@@ -162,7 +164,7 @@ def test_leaks_and_noise_have_their_size(planted, monkeypatch):
         return torch.lerp(plain(hr, lr_ref, seeds), torch.stack([*lr_ref]), 0.04)
 
     def noisy(hr, lr_ref, seeds):
-        noise = [torch.randn(3, 48, 48, generator=common.generator(s)) for s in seeds]
+        noise = [torch.randn(3, 48, 48, generator=make_generator(s)) for s in seeds]
         return plain(hr, lr_ref, seeds) + 5 / 255 * torch.stack(noise)
 
     methods = {"bicubic": plain, "noisy": noisy, "leaks": leaks}

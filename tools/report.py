@@ -22,8 +22,12 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import common
 import generate
+from common import require
+from common.cli import launch
+from common.files import replacing
+from common.photos import centre, load_image, to_uint8
+from common.runtime import Runtime
 
 PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>$title</title><style>
@@ -68,11 +72,11 @@ def picture(png: io.BytesIO, title: str) -> str:
 def photo(path: Path, size: int, title: str) -> str:
     """The middle size x size pixels of an image file, at most 192 on a side, inside the page."""
     try:
-        x = common.centre(common.load_image(path), size, min(size, 192))
+        x = centre(load_image(path), size, min(size, 192))
     except ValueError:
         return f'<span class="missing" title="{html.escape(str(path))}">not readable</span>'
     png = io.BytesIO()
-    Image.fromarray(common.to_uint8(x).permute(1, 2, 0).numpy()).save(png, format="PNG")
+    Image.fromarray(to_uint8(x).permute(1, 2, 0).numpy()).save(png, format="PNG")
     return picture(png, title)
 
 
@@ -142,7 +146,7 @@ def save_report(path: Path, out: Path, records: list[dict], settings: dict) -> N
         domains=table(rows),
         pairs=pairs,
     )
-    with common.replacing(path) as temporary:  # a file name need not be valid Unicode
+    with replacing(path) as temporary:  # a file name need not be valid Unicode
         temporary.write_text(page, encoding="utf-8", errors="replace")
 
 
@@ -155,14 +159,14 @@ class Config:
     device: ClassVar[str] = "cpu"
 
 
-def main(cfg: Config, rt: common.Runtime) -> None:
+def main(cfg: Config, rt: Runtime) -> None:
     """Write report.html beside pairs.jsonl."""
     path = Path(cfg.pairs) / "pairs.jsonl"
-    common.require(path.is_file(), f"{path} is missing: make it with `python generate.py`.")
+    require(path.is_file(), f"{path} is missing: make it with `python generate.py`.")
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    common.require(all("lr_ref" in r for r in records), f"{path}: not of generate.py.")
+    require(all("lr_ref" in r for r in records), f"{path}: not of generate.py.")
     records = [record for record in records if not record["dropped"]]
-    common.require(bool(records), f"{path} has no pairs.")
+    require(bool(records), f"{path} has no pairs.")
     of_pair = ("hr", "lr", "source", "lr_ref", "averaged", "kept", "dropped")
     settings = {k: v for k, v in records[0].items() if k not in of_pair and "errors" not in k}
     save_report(path.with_name("report.html"), path.parent, records, settings)
@@ -170,4 +174,4 @@ def main(cfg: Config, rt: common.Runtime) -> None:
 
 
 if __name__ == "__main__":
-    common.launch(main, Config, {}, __doc__)
+    launch(main, Config, {}, __doc__)

@@ -1,32 +1,134 @@
-"""Photos to train on: decoded once, mapped into memory, read in random crops.
-
-The stages use Photos and Crops. For sets that many runs need, the command writes one array of
-neighbouring crops (N, 3, size, size) of 8 bits: native pixels, never resized, without flat ones.
-
-    python data/pack.py --photos data/sample/lr --out data/lr.npy --size 128
-    python diffusion.py --lr data/lr.npy --hr data/sample/hr
-"""
+"""Read and write images; decode photos once, and read random crops of them."""
 
 import json
-import math
 import os
-import sys
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import ExifTags, Image, ImageDraw, ImageFile, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import common
+from common import UserError, require
+from common.files import replacing
+from common.runtime import Runtime, in_parallel, make_generator, process_rank, wait_for_all
+
+# ---- one image --------------------------------------------------------------------------------
+
+
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS = 2**29  # some photos are larger than Pillow's limit
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an opened image; 1, upright, if EXIF is missing or damaged."""
+    try:
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF raises errors of many types
+        return 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF says; as it is, if that is damaged."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # of many types
+        return image
+
+
+def pixels_of(file: ImageFile.ImageFile) -> Tensor:
+    """Pixels (3, H, W) in [0, 1] of an opened image; ValueError if their range is not known."""
+    if file.width * file.height > MAX_PIXELS:
+        raise ValueError(f"{file.width} x {file.height} pixels are more than {MAX_PIXELS}")
+    mode, tile, tags = file.mode, str(file.tile[:1]), getattr(file, "tag_v2", {})  # tags of TIFF
+    bits, signed, planar = tags.get(258, (8,)), 2 in tags.get(339, ()), tags.get(284) == 2
+    deep = mode.startswith("I")  # gray of 16 bits, which Pillow's convert() would clip
+    if (
+        (mode == "F" or mode == "I" and file.format not in ("PNG", "PPM"))  # of 32 bits
+        or (signed or deep and tags.get(262) == 0)  # white is 0
+        or (planar and "raw" in tile and bits[0] > 8)  # Pillow reads them as 8 bits
+    ):
+        raise ValueError("numbers of a rare kind: convert it to RGB of 8 or 16 bits")
+    file.load()
+    image = upright(file)
+    if deep:
+        x = torch.from_numpy(np.asarray(image).astype(np.float32)).div_(65535).repeat(3, 1, 1)
+    else:
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+        x = x.float().div_(255)  # in place: photos may be large
+    if re.search(r"(I|LA|RGBA?);1[26]", tile) and x.max() < 1 / 16:
+        raise ValueError("numbers of 16 bits that use only 12 of them: scale them up")
+    return x
+
+
+def load_image(path: str | Path) -> Tensor:
+    """Read an image file as float32 RGB (3, H, W) in [0, 1]; ValueError if that is impossible.
+
+    Gray is repeated and keeps its 16 bits, alpha is laid over white, EXIF rotation is applied.
+    """
+    try:
+        with Image.open(path) as file:
+            return pixels_of(file)
+    except Exception as error:  # Pillow raises errors of many types for a damaged file
+        raise ValueError(f"{path}: not a readable image ({error})") from None
+
+
+def crop_to_multiple(image: Tensor, scale: int, path: str | Path) -> Tensor:
+    """Cut an image (3, H, W) to a multiple of the scale; ValueError if it is too small."""
+    H, W = (side // scale * scale for side in image.shape[1:])
+    if min(H, W) < 8 * scale:
+        size = f"{image.shape[2]} x {image.shape[1]} pixels"
+        raise ValueError(f"{path}: {size} are too few at scale {scale}")
+    return image[:, :H, :W]
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Round an image in [0, 1] to 8 bits."""
+    return x.clamp(0, 1).mul_(255).round_().to(torch.uint8)
+
+
+def save_image(path: str | Path, x: Tensor) -> None:
+    """Write an image (3, H, W) in [0, 1] as PNG: whole or not at all."""
+    image = Image.fromarray(to_uint8(x).permute(1, 2, 0).cpu().numpy())
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG", compress_level=1)
+
+
+def resized(image: Tensor, height: int, width: int) -> Tensor:
+    """Resize (B, 3, H, W) bicubically with antialiasing, as Pillow does but without rounding."""
+    return F.interpolate(image.float(), (height, width), mode="bicubic", antialias=True)
+
+
+def centre(image: Tensor, size: int, side: int) -> Tensor:
+    """The middle size x size pixels of an image, padded with white, as side x side pixels."""
+    top, left = (max(0, n - size) // 2 for n in image.shape[1:])
+    crop = image[:, top : top + size, left : left + size]
+    crop = F.pad(crop, (0, size - crop.shape[2], 0, size - crop.shape[1]), value=1.0)[None]
+    if side >= size:
+        return F.interpolate(crop, (side, side), mode="nearest")[0]
+    return F.interpolate(crop, (side, side), mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
+def save_sheet(path: str | Path, titles: Sequence[str], rows: Sequence[Sequence[Tensor]]) -> None:
+    """Write rows of pictures (3, side, side) under a line of titles."""
+    lines = [torch.cat([F.pad(x, (2, 2, 2, 2), value=1.0) for x in row], dim=2) for row in rows]
+    body = torch.cat(lines, dim=1).cpu()
+    head = Image.new("RGB", (body.shape[2], 18), "white")
+    for i, title in enumerate(titles):
+        ImageDraw.Draw(head).text((6 + i * body.shape[2] // len(titles), 3), title, fill="black")
+    pixels = torch.from_numpy(np.array(head)).permute(2, 0, 1) / 255
+    save_image(path, torch.cat([pixels, body], dim=1))
+
 
 # ---- photos to train on -----------------------------------------------------------------------
+
 
 Item = Path | tuple[Path, ...]  # a photo, or several files of which `read` makes one array
 
@@ -36,17 +138,17 @@ def open_pack(path: Path) -> np.ndarray:
     try:
         crops = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError) as error:
-        raise common.UserError(f"{path}: no readable .npy file ({error}).") from None
+        raise UserError(f"{path}: no readable .npy file ({error}).") from None
     found = f"{crops.dtype} of shape {crops.shape}"
     right = crops.dtype == np.uint8 and crops.ndim == 4 and crops.shape[1] == 3 and len(crops) > 0
-    wrong = f"{path}: {found}, not uint8 (N, 3, side, side): make it with data/pack.py."
-    common.require(right, wrong)
+    wrong = f"{path}: {found}, not uint8 (N, 3, side, side): make it with tools/pack.py."
+    require(right, wrong)
     return crops
 
 
 def read_photo(file: Path) -> np.ndarray:
     """A photo as uint8 (3, H, W); ValueError if it can't be read."""
-    return common.to_uint8(common.load_image(file)).numpy()
+    return to_uint8(load_image(file)).numpy()
 
 
 def decode(items: Sequence[Item], target: Path, read: Callable[..., np.ndarray]) -> None:
@@ -58,10 +160,10 @@ def decode(items: Sequence[Item], target: Path, read: Callable[..., np.ndarray])
         except ValueError as error:
             return str(error)
 
-    main = common.process_rank() == 0
+    main = process_rank() == 0
     table, bad, start = [], [], 0
-    with common.replacing(target) as temporary, open(temporary, "wb") as pixels:
-        photos = common.in_parallel(work, items, min(8, os.cpu_count() or 1))
+    with replacing(target) as temporary, open(temporary, "wb") as pixels:
+        photos = in_parallel(work, items, min(8, os.cpu_count() or 1))
         for photo in tqdm(photos, "decoding photos", len(items), disable=not main or None):
             if isinstance(photo, str):
                 bad.append(photo)
@@ -70,8 +172,8 @@ def decode(items: Sequence[Item], target: Path, read: Callable[..., np.ndarray])
             table.append((0, start, *photo.shape))
             start += photo.size
         first = "".join(bad[:1])
-        common.require(len(table) > 0, f"no photo can be read of {len(items)} ({first}).")
-        with common.replacing(target.with_suffix(".npy")) as index, open(index, "wb") as file:
+        require(len(table) > 0, f"no photo can be read of {len(items)} ({first}).")
+        with replacing(target.with_suffix(".npy")) as index, open(index, "wb") as file:
             np.save(file, np.array(table, np.int64))
     if bad and main:
         print(f"skipped {len(bad)} of {len(items)} photos: unreadable (the first: {first})")
@@ -93,7 +195,7 @@ class Photos:
         self,
         items: Sequence[Item],
         folder: Path,
-        rt: common.Runtime,
+        rt: Runtime,
         read: Callable[..., np.ndarray] = read_photo,
     ) -> None:
         packs = [open_pack(x) for x in items if isinstance(x, Path) and x.suffix == ".npy"]
@@ -109,7 +211,7 @@ class Photos:
             pixels = folder / f"{zlib.crc32(json.dumps(facts).encode()):08x}.pixels"
             if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not pixels.is_file():
                 decode(photos, pixels, read)
-            common.wait_for_all(rt)
+            wait_for_all(rt)
             table = np.load(pixels.with_suffix(".npy"))
             table[:, 0] = len(self.maps)
             self.maps.append(np.memmap(pixels, np.uint8, "r"))
@@ -156,7 +258,7 @@ class Crops:
         most = int(sides.max() / scale) // 16 * 16
         way_out = f"{flag} {most} is the largest that works" if most else "take larger ones"
         small = f"none of {len(rows)} photos has {self.size} x {self.size} pixels"
-        common.require(len(self.rows) > 0, f"{flag} {crop}: {small}; {way_out}.")
+        require(len(self.rows) > 0, f"{flag} {crop}: {small}; {way_out}.")
 
     def turned(self, crop: Tensor, draw: int) -> Tensor:
         """A crop (C, size, size), turned in one of 8 ways."""
@@ -164,7 +266,7 @@ class Crops:
 
     def batch(self, i: int, count: int) -> Tensor:
         """Batch i, uint8 (count, C, size, size)."""
-        draws = torch.randint(2**30, (count, 4), generator=common.generator(*self.key, i))
+        draws = torch.randint(2**30, (count, 4), generator=make_generator(*self.key, i))
         crops = []
         for index, *place, draw in draws.tolist():
             photo = self.photos[self.rows[index % len(self.rows)]]
@@ -181,91 +283,6 @@ class Crops:
             batch = self.batch(i, count)
             return batch.pin_memory() if device.type == "cuda" else batch
 
-        for batch in common.in_parallel(load, numbers, 1 if device.type == "cpu" else 4):
+        for batch in in_parallel(load, numbers, 1 if device.type == "cpu" else 4):
             batch = batch.to(device, non_blocking=True).float() / 255
             yield batch.contiguous(memory_format=torch.channels_last)
-
-
-# ---- the command ------------------------------------------------------------------------------
-
-
-def cut(photo: Tensor, size: int) -> Tensor:
-    """Neighbouring crops (N, 3, size, size) of a photo (3, H, W); its edges are left out."""
-    H, W = (side // size * size for side in photo.shape[1:])
-    top, left = (photo.shape[1] - H) // 2, (photo.shape[2] - W) // 2
-    tiles = photo[:, top : top + H, left : left + W].unfold(1, size, size).unfold(2, size, size)
-    return tiles.permute(1, 2, 0, 3, 4).flatten(0, 1)  # (3, H/size, W/size, ...) -> (N, 3, ...)
-
-
-def detail(crops: Tensor) -> Tensor:
-    """RMS step in levels (N,) between neighbouring 4 x 4 blocks of uint8 crops (N, 3, H, W).
-
-    The noise of an empty sky averages out in a block; its gradient is small from block to block.
-    """
-    blocks = F.avg_pool2d(crops.float().mean(1), 4)  # (N, H/4, W/4)
-    down, right = (blocks.diff(dim=d).square().mean((1, 2)) for d in (1, 2))
-    return ((down + right) / 2).sqrt()
-
-
-@dataclass(frozen=True)
-class Config:
-    """Settings of the command; every field is a flag."""
-
-    photos: tuple[str, ...] = ("data/lr",)  # folders or files of photos
-    out: str = ""  # file to write (default: the first of --photos, with .npy)
-    size: int = 256  # side of a crop; larger than the crops of training, so that places vary
-    flat: float = 2.0  # a crop is left out if 4 x 4 blocks differ by fewer levels of 255 (0: none)
-    seed: ClassVar[int] = 0
-    device: ClassVar[str] = "cpu"
-
-
-def write_header(file: BinaryIO, count: int, size: int) -> None:
-    """Write the header of a .npy file; numpy pads it to the same length for any count."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": (count, 3, size, size)}
-    file.seek(0)
-    np.lib.format.write_array_header_1_0(file, header)
-
-
-def main(cfg: Config, rt: common.Runtime) -> None:
-    """Pack the crops of all photos: the same photos and flags give the same bytes."""
-    out, size = Path(cfg.out or Path(cfg.photos[0]).with_suffix(".npy")), cfg.size
-    named = out.suffix == ".npy" and not out.is_dir()
-    common.require(named, f"--out {out}: must be a file name that ends in .npy.")
-    common.check_ranges(cfg, {"size": (8, 2**15), "flat": (0, math.inf)})
-    common.require(rt.world_size == 1, "pack.py takes every core: start it without torchrun.")
-    files = common.list_images(cfg.photos, "--photos")
-
-    def work(file: Path) -> tuple[np.ndarray, int] | str:
-        """The kept crops of a photo and the number of flat ones; or why it can't be used."""
-        try:
-            photo = torch.from_numpy(read_photo(file))
-        except ValueError as error:
-            return f"skipped: {error}"
-        if min(photo.shape[1:]) < size:
-            return f"skipped: {file}: under {size} pixels"
-        crops = cut(photo, size)
-        kept = crops[detail(crops) >= cfg.flat]
-        return kept.numpy(), len(crops) - len(kept)
-
-    threads, count, flat, skipped = torch.get_num_threads(), 0, 0, 0
-    torch.set_num_threads(1)  # each thread of in_parallel has a core to itself
-    # The number of crops is known in the end, and all of them may not fit into memory: they are
-    # written one after the other. A full disk is an error then; with a memory map it is a signal.
-    with common.replacing(out) as temporary, open(temporary, "wb") as target:
-        write_header(target, 0, size)
-        for result in tqdm(common.in_parallel(work, files, threads), total=len(files)):
-            if isinstance(result, str):
-                tqdm.write(result)
-                skipped += 1
-                continue
-            crops, left = result
-            target.write(crops.data)
-            count, flat = count + len(crops), flat + left
-        common.require(count > 0, f"no crop to keep: {skipped} photos skipped, {flat} crops flat.")
-        write_header(target, count, size)
-    left_out = f"left out {flat} flat crops and {skipped} photos"
-    print(f"{count} crops of {size} x {size} pixels in {out}; {left_out} of {len(files)}")
-
-
-if __name__ == "__main__":
-    common.launch(main, Config, {}, __doc__)

@@ -4,11 +4,12 @@ Each rate is also given as a ratio that carries over between machines. On a CPU 
 Pillow's JPEG round trip of 256 x 256 pixels, on a GPU the operations per second are relative to
 those of a product of bf16 matrices.
 
-    python -m bench.speed
-    python -m bench.speed --batch-size 256 --size paper --works stage
+    python -m tools.speed
+    python -m tools.speed --batch-size 256 --size paper --works stage
 """
 
 import io
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,11 +20,16 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import common
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import degrade
 import diffusion
 import extractors
 import generate
+from common import require
+from common.cli import check_ranges, launch
+from common.files import list_images
+from common.photos import load_image, to_uint8
+from common.runtime import Runtime, make_generator
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,10 @@ def best(work: Callable[[], object], runs: int, device: torch.device) -> float:
 
 def sample_photos(kind: str, count: int, side: int, device: torch.device) -> Tensor:
     """Crops (count, 3, side, side) of the sample photos, which are repeated where too small."""
-    files = common.list_images([str(Path(__file__).parents[1] / "data/sample" / kind)], "")
+    files = list_images([str(Path(__file__).parents[1] / "data/sample" / kind)], "")
     crops = []
     for i in range(count):
-        photo = common.load_image(files[i % len(files)])
+        photo = load_image(files[i % len(files)])
         repeats = [1 + side // n for n in photo.shape[1:]]
         crops.append(photo.repeat(1, *repeats)[:, :side, :side])
     return torch.stack(crops).to(device, memory_format=torch.channels_last)
@@ -66,16 +72,16 @@ def sample_photos(kind: str, count: int, side: int, device: torch.device) -> Ten
 
 def pillow_jpeg(hr: Tensor) -> None:
     """Pillow's JPEG round trip of each image."""
-    for photo in common.to_uint8(hr).permute(0, 2, 3, 1).cpu().numpy():
+    for photo in to_uint8(hr).permute(0, 2, 3, 1).cpu().numpy():
         file = io.BytesIO()
         Image.fromarray(photo).save(file, "JPEG", quality=60)
         Image.open(file).load()
 
 
-def degrading(cfg: Config, rt: common.Runtime) -> Rows:
+def degrading(cfg: Config, rt: Runtime) -> Rows:
     """D at 256 x 256 pixels: each recipe in a batch, images replayed one by one, JPEG."""
     hr = sample_photos("hr", cfg.batch_size, 256, rt.device)
-    draw = common.generator(cfg.seed)
+    draw = make_generator(cfg.seed)
 
     def batch(recipe: str) -> Callable[[], object]:
         theta = degrade.sample_degradation(len(hr), recipe, generator=draw)
@@ -89,28 +95,30 @@ def degrading(cfg: Config, rt: common.Runtime) -> Rows:
     }
 
 
-def training(cfg: Config, rt: common.Runtime) -> Rows:
-    """One training step of each part: loss, gradient, AdamW."""
+def training(cfg: Config, rt: Runtime) -> Rows:
+    """One training step of each phase: loss, gradient, AdamW."""
     stage_1 = extractors.Config(**extractors.PRESETS[cfg.size])
     stage_2 = diffusion.Config(**diffusion.PRESETS[cfg.size])
     nets = extractors.Extractors(stage_1)
     net = diffusion.DecoupledDDPM(extractors.Extractors(stage_1), stage_1, stage_2)
-    for part in (nets, net):
-        part.to(rt.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    B, draw = cfg.batch_size, common.generator(cfg.seed, device=rt.device)
+    for module in (nets, net):
+        module.to(rt.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    B, draw = cfg.batch_size, make_generator(cfg.seed, device=rt.device)
     large, small, hr = (
         sample_photos("hr", B, side, rt.device)
         for side in (stage_1.vq_crop, stage_1.crop, 4 * stage_2.crop)
     )
     lr, synthetic = sample_photos("lr", B, stage_2.crop, rt.device), None
-    real_lr = None
+    photos: tuple[Tensor, ...] = (small,)
+    e_deg: Callable[..., dict[str, Tensor]] = extractors.degradation_loss
     if not stage_1.as_printed:
-        small, real_lr = small[: B // 2], sample_photos("lr", B // 2, stage_1.crop, rt.device)
+        photos = small[: B // 2], sample_photos("lr", B // 2, stage_1.crop, rt.device)
+        e_deg = extractors.degradation_loss_with_additions
     if not stage_2.as_printed:
         lr, synthetic = lr[: B // 2], hr[B // 2 :]
 
-    def step(part: nn.Module, loss: Callable[[], dict[str, Tensor]]) -> Callable[[], object]:
-        optimizer = torch.optim.AdamW(part.parameters(), lr=1e-6, fused=True)
+    def step(net: nn.Module, loss: Callable[[], dict[str, Tensor]]) -> Callable[[], object]:
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, fused=True)
 
         def work() -> None:
             with rt.autocast(bf16=True):
@@ -120,17 +128,16 @@ def training(cfg: Config, rt: common.Runtime) -> Rows:
 
         return work
 
-    e_cont, e_deg = extractors.content_loss, extractors.degradation_loss
-    loss = diffusion.decoupled_loss
+    e_cont, loss = extractors.content_loss, diffusion.decoupled_loss
     return {
         "stage 1 VQ-VAE": step(nets.vqvae, lambda: extractors.vqvae_loss(nets, large)),
         "stage 1 E_cont": step(nets.vqvae, lambda: e_cont(nets, large, stage_1, draw)),
-        "stage 1 E_deg": step(nets, lambda: e_deg(nets, small, real_lr, stage_1, draw)),
+        "stage 1 E_deg": step(nets, lambda: e_deg(nets, *photos, stage_1, draw)),
         "stage 2": step(net, lambda: loss(net, lr, synthetic, stage_2, draw)),
     }
 
 
-def generating(cfg: Config, rt: common.Runtime) -> Rows:
+def generating(cfg: Config, rt: Runtime) -> Rows:
     """Generation with the shipped weights from 512 x 512 pixels."""
     net = generate.load_generator("", rt.device, grain=True)
     hr = sample_photos("hr", cfg.batch_size, 512, rt.device)
@@ -149,12 +156,12 @@ def generating(cfg: Config, rt: common.Runtime) -> Rows:
 GROUPS = {"D": degrading, "stage": training, "generate": generating}
 
 
-def main(cfg: Config, rt: common.Runtime) -> None:
+def main(cfg: Config, rt: Runtime) -> None:
     """Print the table."""
     for name in cfg.works:
-        common.require(name in GROUPS, f"--works {name}: choose of {', '.join(GROUPS)}.")
-    common.require(cfg.size in ("small", "paper"), f"--size {cfg.size}: small or paper.")
-    common.check_ranges(cfg, {"batch_size": (8, 2**16), "runs": (1, 1000)})
+        require(name in GROUPS, f"--works {name}: choose of {', '.join(GROUPS)}.")
+    require(cfg.size in ("small", "paper"), f"--size {cfg.size}: small or paper.")
+    check_ranges(cfg, {"batch_size": (8, 2**16), "runs": (1, 1000)})
     device, on_gpu = rt.device, rt.device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} threads"
     print(f"{device} ({name}), torch {torch.__version__}, batches of {cfg.batch_size}")
@@ -185,4 +192,4 @@ def main(cfg: Config, rt: common.Runtime) -> None:
 
 
 if __name__ == "__main__":
-    common.launch(main, Config, {}, __doc__)
+    launch(main, Config, {}, __doc__)

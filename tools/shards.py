@@ -22,7 +22,10 @@ from urllib.parse import quote, unquote
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import common
+from common import UserError, require
+from common.cli import launch
+from common.files import replacing
+from common.runtime import Runtime
 
 
 def read_shards(folder: Path) -> dict[str, dict]:
@@ -36,7 +39,7 @@ def read_shards(folder: Path) -> dict[str, dict]:
                         name = unquote(member.name[: -len(".json")], errors="surrogateescape")
                         rows[name] = json.load(file)
         except (tarfile.TarError, ValueError) as error:
-            raise common.UserError(f"{shard}: damaged ({error}): delete it.") from None
+            raise UserError(f"{shard}: damaged ({error}): delete it.") from None
     return rows
 
 
@@ -47,7 +50,7 @@ def write_shard(shard: Path, source: Path, rows: Iterable[tuple[str, dict]]) -> 
     letters, digits, _, - and ~ is percent-encoded, because webdataset ends a key at the first dot.
     """
     with (
-        common.replacing(shard) as temporary,
+        replacing(shard) as temporary,
         tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar,
     ):
         for name, row in rows:
@@ -70,18 +73,18 @@ class Config:
     device: ClassVar[str] = "cpu"
 
 
-def main(cfg: Config, rt: common.Runtime) -> None:
+def main(cfg: Config, rt: Runtime) -> None:
     """Write the pairs that no shard holds yet."""
-    common.require(cfg.per_shard > 0, f"--per-shard {cfg.per_shard}: must be positive.")
+    require(cfg.per_shard > 0, f"--per-shard {cfg.per_shard}: must be positive.")
     source, out = Path(cfg.pairs), Path(cfg.out)
     table = source / "pairs.jsonl"
-    common.require(table.is_file(), f"{table} is missing: make it with `python generate.py`.")
+    require(table.is_file(), f"{table} is missing: make it with `python generate.py`.")
     lines = table.read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if not row.get("dropped")]
     named = {Path(row["lr"]).stem: row for row in rows}
     done = read_shards(out)
     other = [name for name in done if named.get(name) != done[name]]
-    common.require(not other, f"{out} holds other pairs, {''.join(other[:1])}: give another --out.")
+    require(not other, f"{out} holds other pairs, {''.join(other[:1])}: give another --out.")
     missing = [(name, row) for name, row in named.items() if name not in done]
     number = max((int(shard.stem.split("-")[1]) + 1 for shard in out.glob("*-*.tar")), default=0)
     rest = iter(tqdm(missing, unit="pair"))
@@ -94,4 +97,4 @@ def main(cfg: Config, rt: common.Runtime) -> None:
 
 
 if __name__ == "__main__":
-    common.launch(main, Config, {}, __doc__)
+    launch(main, Config, {}, __doc__)

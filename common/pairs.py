@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import common
+from common import UserError, require
+from common.files import write_text
+from common.runtime import Runtime, wait_for_all
 
 
 class PairFolder:
@@ -27,11 +29,11 @@ class PairFolder:
         out: Path,
         names: Sequence[str],
         field: str,
-        rt: common.Runtime,
+        rt: Runtime,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.out, self.names, self.rt = out, names, rt
-        self.table, self.part = out / "pairs.jsonl", out / f"pairs.{rt.rank}.jsonl"
+        self.table, self.own_table = out / "pairs.jsonl", out / f"pairs.{rt.rank}.jsonl"
         self.lock_file: TextIO | None = None
         self.mutex = threading.Lock()
         if out.is_dir():
@@ -39,25 +41,25 @@ class PairFolder:
         try:
             self.before = self.read("pairs*.jsonl")
             self.check(field, settings or {})
-        except common.UserError:
+        except UserError:
             self.unlock()
             raise
-        common.wait_for_all(rt)  # no process writes before all have read
+        wait_for_all(rt)  # no process writes before all have read
         if rt.is_main and list(out.glob("pairs.*.jsonl")):  # of a killed run
             self.write(list(self.before.values()))
-        common.wait_for_all(rt)
+        wait_for_all(rt)
 
     def check(self, field: str, settings: Mapping[str, Any]) -> None:
         """UserError unless the folder holds pairs of this command and these settings alone."""
         for row in self.before.values():
             foreign = f"--out {self.out} holds pairs of another command: give another --out."
-            common.require(field in row, foreign)
+            require(field in row, foreign)
             different = [key for key, value in settings.items() if row.get(key) != value]
             other = f"{self.table} has pairs of other settings ({', '.join(different)})"
-            common.require(not different, f"{other}: give another --out.")
+            require(not different, f"{other}: give another --out.")
         for file in self.images():
-            stray = f"{file} is of no pair in {self.table}: move it or give another --out."
-            common.require(file.stem in self.before or file.stem in self.names, stray)
+            stray = f"{file} is not listed in {self.table}: move it or give another --out."
+            require(file.stem in self.before or file.stem in self.names, stray)
 
     def images(self) -> list[Path]:
         """All files of the folders hr and lr but temporary ones."""
@@ -77,7 +79,7 @@ class PairFolder:
             except (BlockingIOError, PermissionError):
                 file.close()
                 busy = "another run is writing there: wait for it, or give another --out."
-                raise common.UserError(f"--out {self.out}: {busy}") from None
+                raise UserError(f"--out {self.out}: {busy}") from None
             except OSError:  # a file system without locks
                 pass
             self.lock_file = file
@@ -104,7 +106,7 @@ class PairFolder:
                 except ValueError:  # a killed run may leave half a line
                     continue
                 ours = isinstance(row, dict) and str(row.get("hr")).startswith("hr/")
-                common.require(ours, f"{table} is of another program: give another --out.")
+                require(ours, f"{table} is of another program: give another --out.")
                 rows[Path(row["hr"]).stem] = row
         return rows
 
@@ -113,9 +115,9 @@ class PairFolder:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         if not self.table.is_file() or self.table.read_bytes() != text.encode():
             (self.out / "preview.png").unlink(missing_ok=True)
-            common.write_text(self.table, text)
-        for part in self.out.glob("pairs.*.jsonl"):
-            part.unlink()
+            write_text(self.table, text)
+        for table in self.out.glob("pairs.*.jsonl"):
+            table.unlink()
 
     def row(self, name: str, **facts: Any) -> dict[str, Any]:
         """A row of the table."""
@@ -134,7 +136,7 @@ class PairFolder:
         """Append the rows of pairs whose images are written."""
         if rows:
             self.lock()
-            with open(self.part, "a", encoding="utf-8") as file:
+            with open(self.own_table, "a", encoding="utf-8") as file:
                 file.write("".join("\n" + json.dumps(row) + "\n" for row in rows))
 
     def finish(self) -> list[dict]:
@@ -144,9 +146,7 @@ class PairFolder:
         """
         made = self.read("pairs.*.jsonl")
         rows = [made[name] for name in self.names if name in made]
-        common.require(
-            bool(rows), "none of the HR images could be used; see the files named above."
-        )
+        require(bool(rows), "none of the HR images could be used; see the files named above.")
         kept = {Path(row["hr"]).stem for row in rows if not row.get("dropped")}
         others = [f for f in self.images() if f.suffix == ".png" and f.stem not in kept]
         for file in others:

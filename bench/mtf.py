@@ -1,0 +1,112 @@
+"""The transfer function of real and of generated LR, by least squares. Not in the paper.
+
+In: real pairs. Out: the table mtf, and the plot mtf.png.
+
+    python benchmark.py --table mtf --pairs data/RealSR data/DRealSR
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import additions
+import degrade
+from bench.generated import all_methods, mean_degradations
+from bench.inputs import Inputs, Measure
+from bench.kernels import fitted_kernel, normal_equations, transfer_function
+from bench.pairs import Pair, camera_of, load_hr, load_lr, table_text, with_other_scenes
+from common import require
+from common.files import replacing
+from common.photos import to_uint8
+from common.runtime import make_generator
+from generate import SCALE
+
+FREQUENCIES = torch.linspace(0, 0.5, 21, dtype=torch.float64)  # cycles per LR pixel
+SHOWN = slice(0, None, 4)  # of them in the table
+
+
+@torch.no_grad()
+def measure_mtf(pairs: Sequence[Pair], inputs: Inputs) -> dict[str, Any]:
+    """Transfer functions of real LR, of each camera's, and of each method's LR, for one set."""
+    cfg = inputs.cfg
+    methods, means = all_methods(inputs), mean_degradations(pairs, inputs.net)
+    equations: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for pair in tqdm(pairs, unit="pair", leave=False):
+        hr, camera = load_hr(pair), camera_of(pair.name) or "unnamed"
+        lr_ref, seeds = [load_lr(pair.reference, pair.full)], [cfg.seed << 32 | pair.index]
+        images = {"real LR": load_lr(pair.lr, pair.full)}
+        for name, method in methods.items():
+            lr = method(hr[None].to(inputs.device), lr_ref, seeds)[0].cpu()
+            images[name] = to_uint8(lr) / 255
+        lr = methods["RealDGen"](hr[None].to(inputs.device), [means[pair.index]], seeds)[0].cpu()
+        images["RealDGen, mean F_deg"] = to_uint8(lr) / 255
+        AA, Ay = normal_equations(hr, torch.stack([*images.values()]))
+        for name, y in zip(images, Ay, strict=True):
+            equations.setdefault(name, []).append((AA, y))
+            if name == "real LR":
+                equations.setdefault(f"real LR, {camera}", []).append((AA, y))
+    curves = {
+        name: transfer_function(fitted_kernel(equations[name]), FREQUENCIES).tolist()
+        for name in sorted(equations, key=lambda name: not name.startswith("real"))
+    }
+    count = {name: len(found) for name, found in equations.items()}
+    return {"curves": curves, "n": count}
+
+
+def table_mtf(name: str, inputs: Inputs) -> Measure:
+    """The transfer functions of each set, as a table and as mtf.png."""
+    cfg = inputs.cfg
+    inputs.check_steps(cfg.t_start, *cfg.t_starts)
+    sets = {}
+    for folder, pairs in inputs.sets.items():
+        sets[folder] = with_other_scenes(pairs, cfg.seed)[: cfg.images]
+        require(bool(sets[folder]), f"--pairs {folder}: no camera has two pairs.")
+
+    def measure() -> tuple[dict[str, Any], str]:
+        values = {folder: measure_mtf(pairs, inputs) for folder, pairs in sets.items()}
+        draw_mtf(values, Path(cfg.out) / "mtf.png")
+        return values, "".join(text_of_mtf(folder, v) for folder, v in values.items())
+
+    return measure
+
+
+def draw_mtf(values: dict[str, Any], path: Path) -> None:
+    """A plot of the transfer functions for each set, and of what the recipe `camera` draws."""
+    from matplotlib.figure import Figure
+
+    theta = degrade.sample_degradation(1000, "camera", SCALE, make_generator(0))
+    drawn = additions.effects_of(theta)[:, :5].quantile(torch.tensor([0.05, 0.95]), dim=0)
+    figure = Figure(figsize=(6 * len(values), 4.5), layout="constrained")
+    for axes, (folder, found) in zip(
+        figure.subplots(1, len(values), squeeze=False)[0], values.items(), strict=True
+    ):
+        for name, curve in found["curves"].items():
+            real = name.startswith("real")
+            width, style = (2.5, "-") if name == "real LR" else (1, ":" if real else "-")
+            axes.plot(FREQUENCIES, curve, style, linewidth=width, label=name,
+                      color="black" if name == "real LR" else None)  # fmt: skip
+        axes.fill_between(additions.FREQUENCIES, *drawn, color="0.9", label="drawn by D, 5 to 95%")
+        axes.set(title=folder, xlabel="cycles per LR pixel", ylabel="amplitude", ylim=(0, 2))
+        axes.legend(fontsize="x-small")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def text_of_mtf(folder: str, found: dict[str, Any]) -> str:
+    """The table of one set."""
+    heads = [f"{f:.1f}" for f in FREQUENCIES[SHOWN].tolist()]
+    rows = [
+        [name, *(f"{v:.2f}" for v in curve[SHOWN]), str(found["n"][name])]
+        for name, curve in found["curves"].items()
+    ]
+    return f"""## {folder}: transfer function, amplitude by cycles per LR pixel
+
+{table_text(["LR", *heads, "n"], rows)}
+Of one kernel from HR to all LR images of the row, by least squares. RealDGen's references are other
+scenes.
+
+"""

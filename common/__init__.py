@@ -1,0 +1,23 @@
+"""Plumbing of all stages: a reader of the method can skip it, and loses no idea of the paper.
+
+    cli         flags, presets, ranges; the start of a command
+    runtime     processes and devices, threads, random generators
+    files       find photos, name them, write files whole or not at all
+    photos      read and write images; decode photos once, read random crops
+    tiles       compute large images in tiles
+    checkpoint  read weights and check that they fit
+    run         a training: optimiser, averaged weights, log, checkpoints, resuming
+    pairs       a folder of pairs and its table
+
+Rooms import from the rooms above them. None knows a stage, or a flag of one stage only.
+"""
+
+
+class UserError(ValueError):
+    """A mistake that the user can correct: printed as one sentence, with exit code 2."""
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raise UserError with this sentence unless the condition holds."""
+    if not condition:
+        raise UserError(sentence)

@@ -1,0 +1,103 @@
+"""The command line: a dataclass becomes flags, wrong ones one sentence."""
+
+import argparse
+import dataclasses
+import inspect
+import io
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from common import UserError, require
+from common.runtime import Runtime, process_rank, runtime
+
+C = TypeVar("C")
+
+
+def own_fields_first(config: type) -> list[dataclasses.Field]:
+    """The fields of a dataclass; those that it inherits come last."""
+    own = config.__dict__.get("__annotations__", {})
+    return sorted(dataclasses.fields(config), key=lambda field: field.name not in own)
+
+
+def parse_args(
+    config: type[C], presets: dict[str, dict[str, Any]], doc: str, argv: Sequence[str] | None = None
+) -> C:
+    """Turn each field of a dataclass into a flag, and the comment behind it into its help text.
+
+    A flag beats the preset, the preset beats the default. Tuples take one or more values.
+    """
+    source = "".join(inspect.getsource(c) for c in reversed(config.__mro__[:-1]))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
+    parser = argparse.ArgumentParser(
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    if presets:
+        parser.add_argument("--preset", choices=list(presets), default=next(iter(presets)))
+    for field in own_fields_first(config):
+        default: Any = field.default
+        kind: dict[str, Any] = {"type": type(default)}
+        if isinstance(default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(default, tuple):
+            kind = {"type": type(default[0]) if default else str, "nargs": "+"}
+        text = comments.get(field.name, "").replace("%", "%%")
+        parser.add_argument("--" + field.name.replace("_", "-"), help=text, **kind)
+    flags = vars(parser.parse_args(argv))
+    preset = flags.pop("preset", "")
+    if preset and process_rank() == 0:
+        print(f"preset {preset}")
+    flags = {key: tuple(v) if isinstance(v, list) else v for key, v in flags.items()}
+    return config(**presets.get(preset, {}) | flags)
+
+
+def from_dict(config: type[C], values: Any, name: str) -> C:
+    """A dataclass from a dict stored in the file `name`; UserError for another field or type."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}  # type: ignore[arg-type]
+    require(isinstance(values, dict), f"{name}: its configuration is no dict.")
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    for key, value in values.items():
+        wrong = f"{name}: {key} = {value!r} in its configuration: of another version, or damaged."
+        require(key in defaults, wrong)
+        default: Any = defaults[key]
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        require(type(value) in kinds, wrong)
+        if isinstance(default, tuple):
+            kind = type(default[0]) if default else str
+            require(all(type(v) is kind for v in value), wrong)
+    return config(**values)
+
+
+def check_ranges(cfg: Any, ranges: Mapping[str, tuple[float, float]], name: str = "") -> None:
+    """UserError for a number out of its range; it names the flag and the file `name`."""
+    for key, (low, high) in ranges.items():
+        value = getattr(cfg, key)
+        for number in value if isinstance(value, tuple) else (value,):
+            flag = f"{name}--{key.replace('_', '-')} {number}"
+            require(low <= number <= high, f"{flag}: must be in {low:g}..{high:g}.")
+
+
+def launch(main: Callable[[Any, Runtime], object], config: type, presets: dict, doc: str) -> None:
+    """Run a stage from the command line; a UserError becomes one sentence and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # it may be unable to print a file name
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        cfg: Any = parse_args(config, presets, doc)
+        require(0 <= cfg.seed < 2**63, f"--seed {cfg.seed}: must be in 0..2^63 - 1.")
+        with runtime(cfg.device, cfg.seed) as rt:
+            main(cfg, rt)
+    except (UserError, OSError, torch.OutOfMemoryError) as error:  # OSError: a full disk
+        if process_rank() > 0:
+            time.sleep(2)  # torchrun stops this process when the first has printed the same error
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
