@@ -103,8 +103,8 @@ def ddim_step(
     return x_next if noise is None else x_next + variance.sqrt() * noise
 
 
-def steps_of_noise(t_start: Sequence[int], num_steps: int) -> Tensor:
-    """The steps t at which a sampler stops, from t_start (B numbers) down to 0: (num_steps+1, B).
+def steps_of_noise(t_start: Sequence[int], num_steps: int) -> list[list[int]]:
+    """A table of the steps t at which a sampler stops: num_steps + 1 rows, from t_start (B) to 0.
 
     Where t_start is smaller than num_steps, the chain is shorter: the column begins with copies of
     t_start, so that all chains end together.
@@ -117,7 +117,7 @@ def steps_of_noise(t_start: Sequence[int], num_steps: int) -> Tensor:
         n = min(num_steps, T)
         chain = [max(i, round(T * (i / max(1, n)) ** 2)) for i in range(n, -1, -1)]
         columns.append([T] * (num_steps - n) + chain)
-    return torch.tensor(columns).T
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def sample(
@@ -136,18 +136,20 @@ def sample(
     the full chain of DDPM. Row b draws from generators[b]. Returns (B, 3, h, w) in [0, 1].
     """
 
-    steps = steps_of_noise(t_start, num_steps)  # (N+1, B)
-    on_device = functools.partial(Tensor.to, device=start.device, non_blocking=True)
+    def on_device(values: Sequence) -> Tensor:
+        return torch.tensor(values).to(start.device, non_blocking=True)
+
     x = to_signed(start)
-    x = q_sample(x, on_device(steps[0]), randn_rows(x, generators))
-    for t, t_next in itertools.pairwise(steps):
-        active = (t_next < t).nonzero()[:, 0]  # a short chain begins later
-        rows, t, t_next = (on_device(v) for v in (active, t[active], t_next[active]))
+    x = q_sample(x, on_device(t_start), randn_rows(x, generators))
+    for now, after in itertools.pairwise(steps_of_noise(t_start, num_steps)):
+        active = [b for b in range(len(x)) if after[b] < now[b]]  # a short chain begins later
+        t, t_next = (on_device([steps[b] for b in active]) for steps in (now, after))
+        rows = on_device(active)
         x_t = x[rows]
         x_0 = predict_x_0(x_t, t, net(x_t, t, c[rows]).float())
-        noise = randn_rows(x_t, [generators[b] for b in active.tolist()]) if eta > 0 else None
+        noise = randn_rows(x_t, [generators[b] for b in active]) if eta > 0 else None
         x[rows] = ddim_step(x_t, t, t_next, x_0, eta, noise)
-    unchanged = on_device(steps[0] == 0)[:, None, None, None]
+    unchanged = on_device([t == 0 for t in t_start])[:, None, None, None]
     return torch.where(unchanged, start.clamp(0, 1), to_image(x))
 
 
@@ -356,7 +358,7 @@ def decoupled_loss(
 
 
 @torch.no_grad()
-def swap_grid(net: DecoupledDDPM, lr: Tensor, hr: Tensor, path: Path) -> dict[str, Tensor]:
+def sampled_swap_grid(net: DecoupledDDPM, lr: Tensor, hr: Tensor, path: Path) -> dict[str, Tensor]:
     """Picture of LR from a short chain: degradation of each row's LR, content of each column."""
     nets, B = net.extractors, len(hr)
     content, t_start = nets.content(hr), [min(net.t_max, 100)] * B
@@ -498,7 +500,7 @@ def train(cfg: Config, rt: Runtime) -> None:
     # Not in the paper: Run takes AdamW, clipped gradients and an average of the weights.
     run = Run(
         cfg, rt, net, groups, out / "last.pt", cfg.steps, began=began, extractors=state["config"],
-        preview=lambda: swap_grid(net, shown[0], shown_hr, out / "last.png"),
+        preview=lambda: sampled_swap_grid(net, shown[0], shown_hr, out / "last.png"),
     )  # fmt: skip
     for lr, *hr, draw in run.batches(*crops):
         with rt.autocast(cfg.bf16):

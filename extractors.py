@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import additions
+import degrade
 from common import require
 from common.checkpoint import (
     count_parameters,
@@ -48,7 +49,7 @@ from common.photos import Crops, Photos, centre, resized, save_sheet
 from common.run import TRAINING_RANGES, Run, TrainingConfig, check_micro_batches, compile_networks
 from common.runtime import Runtime, make_generator
 from common.tiles import TILE, in_tiles
-from degrade import RECIPES, Degradation, degrade, sample_degradation
+from degrade import Degradation
 
 # ---- content extractor: a VQ-VAE with the structure and the keys of the public vq-f4 ------------
 
@@ -138,7 +139,7 @@ def level(c_in: int, c_out: int, blocks: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(block=nn.Sequential(*layers)))
 
 
-def middle(channels: int) -> nn.Sequential:
+def middle_blocks(channels: int) -> nn.Sequential:
     """Two residual blocks with attention between them, at the lowest resolution."""
     layers = ResBlock(channels, channels), Attention(channels), ResBlock(channels, channels)
     return nn.Sequential(OrderedDict(zip(("block_1", "attn_1", "block_2"), layers, strict=True)))
@@ -154,7 +155,7 @@ class Encoder(nn.Module):
         for wide, wider in itertools.pairwise(widths):
             self.down[-1].add_module("downsample", Downsample(wide))
             self.down.append(level(wide, wider, blocks))
-        self.mid, self.norm_out = middle(widths[-1]), GroupNorm(widths[-1])
+        self.mid, self.norm_out = middle_blocks(widths[-1]), GroupNorm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], z, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,7 +170,7 @@ class Decoder(nn.Module):
     def __init__(self, widths: Sequence[int], blocks: int, z: int) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(z, widths[-1], 3, padding=1)
-        self.mid = middle(widths[-1])
+        self.mid = middle_blocks(widths[-1])
         self.up = nn.ModuleList()  # from fine to coarse, as in the public weights
         for wide, wider in itertools.pairwise([*widths, widths[-1]]):
             self.up.append(level(wider, wide, blocks + 1))
@@ -392,7 +393,7 @@ def sample_mixed(batch: int, recipes: Sequence[str], generator: torch.Generator)
     first, thetas = int(torch.randint(len(recipes), (), generator=generator)), []
     for i, share in enumerate(torch.arange(batch).tensor_split(len(recipes))):
         recipe = recipes[(first + i) % len(recipes)]
-        thetas.append(sample_degradation(len(share), recipe, generator=generator))
+        thetas.append(degrade.sample_degradation(len(share), recipe, generator=generator))
     return Degradation.cat(thetas)
 
 
@@ -405,7 +406,7 @@ def degrade_randomly(
     """
     draw = make_generator(generator.initial_seed())  # of the CPU: does not synchronise the GPU
     theta = sample_mixed(len(hr) // groups, recipes, draw)
-    return degrade(hr, Degradation.cat([theta] * groups), draw), theta
+    return degrade.degrade(hr, Degradation.cat([theta] * groups), draw), theta
 
 
 def content_loss(
@@ -561,7 +562,7 @@ def save_swap_grid(path: Path, references: Tensor, made: Sequence[Tensor]) -> No
 def swap_grid(net: Extractors, hr: Tensor, cfg: "Config", path: Path) -> dict[str, Tensor]:
     """Picture of Rec_lr: the degradation of each row's LR, the content of each column."""
     draw = make_generator(cfg.seed)
-    lr = degrade(hr, sample_mixed(len(hr), cfg.recipes, draw), draw)
+    lr = degrade.degrade(hr, sample_mixed(len(hr), cfg.recipes, draw), draw)
     content = net.content(hr)
     made = [net.reconstruct(d.expand(len(hr), -1), hr, content) for d in net.e_deg(lr)]
     save_swap_grid(path, lr, made)
@@ -677,7 +678,7 @@ def checked(cfg: Config, rt: Runtime) -> Config:
     require(cfg.batch_size > cfg.num_samples, more)
     require(not (cfg.as_printed and cfg.lr), "--lr: training as printed takes no real LR.")
     check_micro_batches(cfg, least=cfg.num_samples + 1, sources=1 if cfg.as_printed else 2)
-    unknown = " ".join(set(cfg.recipes) - set(RECIPES))
+    unknown = " ".join(set(cfg.recipes) - set(degrade.RECIPES))
     require(not unknown, f"--recipes {unknown}: no such recipe of degrade.py.")
     files = [Path(cfg.out) / f"{phase}.pt" for phase in ("vqvae", "content", "last")]
     for (i, earlier), (_, later) in itertools.combinations(enumerate(files), 2):

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import additions
+import degrade
 import diffusion
 from common import UserError, require
 from common.checkpoint import find_checkpoint, fingerprint, load_checkpoint
@@ -42,7 +43,6 @@ from common.photos import (
 )
 from common.runtime import Runtime, in_parallel, make_generator, print_once, wait_for_all
 from common.tiles import TILE, in_tiles
-from degrade import Degradation, degrade, sample_degradation
 from diffusion import DecoupledDDPM
 
 SCALE = 4  # HR size / LR size. It is the VQ-VAE's factor, so content and LR have the same grid.
@@ -95,9 +95,9 @@ def start_images(
     if sampler.start == "reconstruct":
         return lr_hat, [sampler.t_start] * len(hr)
     draws = [make_generator(seed) for seed in seeds]
-    thetas = [sample_degradation(1, sampler.start, SCALE, draw) for draw in draws]
+    thetas = [degrade.sample_degradation(1, sampler.start, SCALE, draw) for draw in draws]
     t_start = [int(torch.randint(sampler.t_start + 1, (), generator=draw)) for draw in draws]
-    return degrade(hr, Degradation.cat(thetas)), t_start
+    return degrade.degrade(hr, degrade.Degradation.cat(thetas)), t_start
 
 
 def errors(
@@ -352,7 +352,7 @@ def check_config(cfg: Config) -> None:
     require(len(cfg.soften) in (0, 5), five)
 
 
-def plan(cfg: Config, files: Sequence[Path]) -> list[Job]:
+def pairs_to_make(cfg: Config, files: Sequence[Path]) -> list[Job]:
     """All pairs of a run. The seed of a pair depends on its name alone."""
     names = photo_names(files, cfg.hr)
     seeds = [make_generator(cfg.seed, name).initial_seed() for name in names]
@@ -398,7 +398,7 @@ class Maker:
                   f"F_deg is the mean of up to {cfg.average} of one folder")  # fmt: skip
         names = photo_names(lr_ref, cfg.lr_ref)
         self.references = References(lr_ref, names, net, cfg.average)
-        self.jobs = plan(cfg, files)
+        self.jobs = pairs_to_make(cfg, files)
         limits = [None if limit == math.inf else limit for limit in cfg.max_error]
         self.settings = {f.name: getattr(cfg, f.name) for f in fields(Sampler)}
         soften = cfg.soften or net.calibration.soften

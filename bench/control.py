@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import generate
 from bench.downstream import check_training, folder_of, spread_text, steps_of, tested, train_network
 from bench.generated import all_methods, best_blurs, mean_degradations
 from bench.inputs import Inputs, Measure
@@ -36,20 +35,18 @@ from common import require
 from common.photos import save_image
 from common.runtime import make_generator, wait_for_all
 
-SCALE = generate.SCALE
+# ---- kinds of LR --------------------------------------------------------------------------------
 
-# ---- control ------------------------------------------------------------------------------------
-
-NOISES = (0.0, 1.5, 3.0)  # levels of white noise behind a fitted kernel
-KindsOfLR = dict[str, Callable[[str, Pair, Tensor], Tensor]]  # set, pair, hr (3, 4h, 4w) -> lr
+KERNEL_NOISES = (0.0, 1.5, 3.0)  # std of the noise on LR of a fitted kernel, levels of 255
+KindOfLR = Callable[[str, Pair, Tensor], Tensor]  # name of the set, pair, hr (3, 4h, 4w) -> lr
 
 
-def kinds_of_lr(sets: dict[str, list[Pair]], inputs: Inputs) -> KindsOfLR:
-    """Each kind of LR of the HR images of some pairs."""
+def kinds_of_lr(sets: dict[str, list[Pair]], inputs: Inputs) -> dict[str, KindOfLR]:
+    """The kinds of LR that networks are trained on, by name."""
     seed = inputs.cfg.seed
-    every = [(folder, pair) for folder, pairs in sets.items() for pair in pairs]
+    all_pairs = [(folder, pair) for folder, pairs in sets.items() for pair in pairs]
     equations: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-    for folder, pair in tqdm(every, desc="kernels", unit="pair", leave=False):
+    for folder, pair in tqdm(all_pairs, desc="kernels", unit="pair", leave=False):
         AA, Ay = normal_equations(load_hr(pair), load_lr(pair.lr, pair.full)[None])
         equations[folder, pair.index] = AA, Ay[0]
 
@@ -60,14 +57,14 @@ def kinds_of_lr(sets: dict[str, list[Pair]], inputs: Inputs) -> KindsOfLR:
             if pair.index == index or (index is None and camera_of(pair.name) == camera)
         ])  # fmt: skip
 
-    def by_kernel(folder: str, pair: Pair, hr: Tensor, one: bool, noise: float) -> Tensor:
-        lr = reduced_by(kernel(folder, camera_of(pair.name), pair.index if one else None), hr)
+    def by_kernel(folder: str, pair: Pair, hr: Tensor, of_pair: bool, noise: float) -> Tensor:
+        lr = reduced_by(kernel(folder, camera_of(pair.name), pair.index if of_pair else None), hr)
         draw = make_generator(seed, pair.index)
         return lr + noise / 255 * torch.randn(lr.shape, generator=draw)
 
-    def by_method(folder: str, pair: Pair, hr: Tensor, name: str, one: bool = False) -> Tensor:
+    def by_method(folder: str, pair: Pair, hr: Tensor, name: str, mean: bool = True) -> Tensor:
         seeds = [seed << 32 | pair.index]
-        lr_ref = load_lr(pair.reference, pair.full) if one else degradations[folder][pair.index]
+        lr_ref = degradations[folder][pair.index] if mean else load_lr(pair.reference, pair.full)
         return methods[name](hr[None].to(inputs.device), [lr_ref], seeds)[0].cpu()
 
     blurs = {folder: best_blurs(pairs)[1] for folder, pairs in sets.items()}
@@ -76,24 +73,24 @@ def kinds_of_lr(sets: dict[str, list[Pair]], inputs: Inputs) -> KindsOfLR:
         name: mean_degradations(pairs, inputs.net, average) for name, pairs in sets.items()
     }
     methods = all_methods(inputs)
-    kinds: KindsOfLR = {
+    kinds: dict[str, KindOfLR] = {
         "real LR (oracle)": lambda folder, pair, hr: load_lr(pair.lr, pair.full),
         "bicubic": functools.partial(by_method, name="bicubic"),
         "best Gaussian of each pair*": lambda folder, pair, hr: blurs[folder][pair.index],
     }
-    for one, what in ((True, "pair"), (False, "camera")):
-        for noise in NOISES:
-            label = f"kernel of each {what}*, noise {noise:g}"
-            kinds[label] = functools.partial(by_kernel, one=one, noise=noise)
+    for unit in ("pair", "camera"):
+        for noise in KERNEL_NOISES:
+            label = f"kernel of each {unit}*, noise {noise:g}"
+            kinds[label] = functools.partial(by_kernel, of_pair=unit == "pair", noise=noise)
     for name in [name for name in methods if name != "bicubic"]:
         kinds[name] = functools.partial(by_method, name=name)
         if name == "RealDGen":
-            kinds[f"{name}, one reference"] = functools.partial(by_method, name=name, one=True)
+            kinds[f"{name}, one reference"] = functools.partial(by_method, name=name, mean=False)
     return kinds
 
 
-def write_training_set(folder: Path, sets: dict[str, list[Pair]], make_lr: Any) -> None:
-    """Pairs of the HR images and one kind of LR; the HR images are written once for all kinds."""
+def write_training_set(folder: Path, sets: dict[str, list[Pair]], make_lr: KindOfLR) -> None:
+    """Write pairs with one kind of LR. All kinds share the same files of HR images."""
     hr_folder = folder.parent / "hr"
     for name, pairs in sets.items():
         for pair in tqdm(pairs, desc=folder.name, unit="pair", leave=False):
@@ -105,6 +102,9 @@ def write_training_set(folder: Path, sets: dict[str, list[Pair]], make_lr: Any) 
                 save_image(folder / "lr" / file, make_lr(name, pair, hr))
     if not (folder / "hr").exists():
         (folder / "hr").symlink_to(hr_folder.resolve(), target_is_directory=True)
+
+
+# ---- the table control --------------------------------------------------------------------------
 
 
 def table_control(name: str, inputs: Inputs) -> Measure:
@@ -141,7 +141,7 @@ def table_control(name: str, inputs: Inputs) -> Measure:
 
 
 def text_of_control(result: dict[str, Any], inputs: Inputs) -> str:
-    """The table of the control: PSNR Y, and the share of the gap from bicubic to real LR."""
+    """PSNR Y of each kind of LR, and its share of the gap from bicubic to real LR."""
     network, rows = result["network"], result["rows"]
     sets = [*result["trained"]]
     psnr = {
@@ -159,12 +159,14 @@ def text_of_control(result: dict[str, Any], inputs: Inputs) -> str:
     heads = ["LR of the same HR images"]
     heads += [head for folder in sets for head in (f"{folder} PSNR Y", "share of the gap")]
     trained = ", ".join(f"{folder} {n}" for folder, n in result["trained"].items())
+    steps, seeds = steps_of(network, inputs.cfg), inputs.cfg.seeds
     return f"""## Control: {network} trained on the same HR images with different LR, on real LR
 
 {table_text(heads, lines)}
-Trained on pairs of one half ({trained}), {steps_of(network, inputs.cfg)} steps, {inputs.cfg.seeds}
-seeds; tested on the other half. Share of the gap: (x - bicubic) / (real - bicubic). RealDGen gets
-the mean F_deg of up to {inputs.sampler.average} other scenes of the same camera in the first half,
-or that of one. * looks at the real LR: a Gaussian of each pair, or a kernel of {TAPS} x {TAPS}
-HR pixels by least squares; noise in levels.
+Trained on one half of the pairs ({trained}), tested on the other half. Steps: {steps}; seeds:
+{seeds}. The share of the gap is (x - bicubic) / (real - bicubic). RealDGen takes the mean F_deg of
+up to {inputs.sampler.average} other scenes of the same camera in the first half, or F_deg of one of
+them. T=0 has neither diffusion nor remainder. * is fitted to the real LR: a Gaussian, or a kernel
+of {TAPS} x {TAPS} HR pixels by least squares. Noise is added to LR of a kernel; its std is in
+levels of 255.
 """

@@ -2,8 +2,7 @@
 
 In: real pairs, half of which give references and half of which are tested; HR photos to make
 training pairs from. Out: Tables 1, 3, 4, 5 and 7 (Sections 3.1 to 3.4). All else is equal: network,
-steps and seeds of bench.sr. What an earlier run has made is used again if all it depends on is the
-same.
+steps and seeds of bench.sr. Pairs and networks of an earlier run are reused if no input changed.
 
     python benchmark.py --sr swinir-l fsrcnn --seeds 3 --pairs data/RealSR
     python benchmark.py --table 3 5 7 --t-starts 200 500 --num-steps 10 --pairs data/RealSR
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 import generate
 from bench import sr
-from bench.inputs import DATA, SYNDIFF, Config, Inputs, Measure
+from bench.inputs import SOURCES, SYNDIFF, Config, Inputs, Measure
 from bench.metrics import perceptual_net
 from bench.pairs import (
     DECIMALS,
@@ -38,7 +37,7 @@ from bench.pairs import (
     halves,
     load_hr,
     load_lr,
-    resized,
+    resized_by_pillow,
     table_text,
 )
 from common import require
@@ -49,8 +48,8 @@ from common.runtime import wait_for_all
 # ---- rows ---------------------------------------------------------------------------------------
 
 LABELS = ("bicubic", "BSRGAN", "Real-ESRGAN", "SynDiff", "RealDGen", "real pairs (oracle)")
-LABEL = dict(zip(DATA, LABELS, strict=True))
-RECIPES = ("bicubic", "bsrgan", "realesrgan")  # drawn by degrade.py while training
+LABEL = dict(zip(SOURCES, LABELS, strict=True))
+DRAWN_IN_TRAINING = ("bicubic", "bsrgan", "realesrgan")  # recipes of degrade.py
 ABLATIONS = {  # Table 4: weights of diffusion.py --without
     "degradation": Path("runs/no_degradation/last.pt"),
     "content": Path("runs/no_content/last.pt"),
@@ -59,11 +58,11 @@ ABLATIONS = {  # Table 4: weights of diffusion.py --without
 
 @dataclass(frozen=True)
 class Row:
-    """A network, and the data it is trained on: one line of a table."""
+    """One line of a table: a network, and the data that it is trained on."""
 
     label: str
     network: str
-    data: str  # of DATA
+    data: str  # of SOURCES
     settings: dict[str, Any] = field(default_factory=dict)  # of generate.py
     perceptual: bool = False
     without: str = ""  # name of a set whose references are left out
@@ -82,7 +81,7 @@ def rows_of(table: str, cfg: Config, sets: Sequence[str]) -> list[Row]:
     if table == "3":
         return [Row(f"T={t}", network, "realdgen", {"t_start": t}) for t in cfg.t_starts]
     if table == "4":
-        # Rec_lr's answer and grain would bring in what an ablation is to do without.
+        # The output of Rec_lr, and grain, would give an ablation what it must do without.
         noised = {"t_start": max(cfg.t_start, 300), "num_steps": max(cfg.num_steps, 10)}
         plain = {"start": "realesrgan", "grain": False, "remainder": 0.0} | noised
         plain |= {"soften": generate.NOT_SOFTENED}
@@ -109,7 +108,7 @@ def rows_of(table: str, cfg: Config, sets: Sequence[str]) -> list[Row]:
 
 
 def write_references(sets: dict[str, list[Pair]], out: Path) -> None:
-    """The half of the pairs that is not tested: references/SET/CAMERA/, paired/ for the oracle."""
+    """Write the half of the pairs that is not tested: references/SET/CAMERA/, paired/{hr,lr}/."""
     for name, pairs in sets.items():
         for pair in halves(pairs)[0]:
             file = f"{pair.name.replace('/', '_')}.png"
@@ -125,9 +124,9 @@ def write_references(sets: dict[str, list[Pair]], out: Path) -> None:
 
 
 def folder_of(inputs: Inputs) -> Path:
-    """The folder for what is made; its name depends on all that pairs and networks depend on.
+    """The folder of training pairs and networks; its name depends on all that they depend on.
 
-    Photos and weights count by their content, wherever they are.
+    Of photos and weights the content counts, not the path.
     """
     cfg = inputs.cfg
     weights = (cfg.checkpoint or find_checkpoint("", "diffusion", ""), SYNDIFF,
@@ -148,7 +147,7 @@ def folder_of(inputs: Inputs) -> Path:
 def training_source(row: Row, out: Path, inputs: Inputs) -> dict[str, Any]:
     """Flags of bench.sr for a row's training pairs, which are generated if they are missing."""
     cfg = inputs.cfg
-    if row.data in RECIPES:
+    if row.data in DRAWN_IN_TRAINING:
         return {"recipe": row.data, "hr": tuple(map(str, inputs.hr_files))}
     if row.data == "paired":
         return {"pairs": str(out / "paired")}
@@ -156,7 +155,8 @@ def training_source(row: Row, out: Path, inputs: Inputs) -> dict[str, Any]:
     settings |= row.settings
     if row.data == "syndiff":
         settings |= generate.PRESETS["syndiff"] | {"checkpoint": str(SYNDIFF)}
-    name = "_".join([row.data, *map(str, row.settings.values()), *filter(None, [row.without])])
+    words = [row.data, *(f"{key}-{value}" for key, value in row.settings.items())]
+    name = "_".join([*words, *filter(None, [row.without])])
     folder = out / "pairs" / re.sub(r"[^\w.-]", "-", name)
     settings |= {
         "lr_ref": tuple(str(out / "references" / s) for s in inputs.sets if s != row.without)
@@ -173,10 +173,11 @@ MEMORY = {"cuda": "most that torch had allocated", "cpu": "peak RSS of the whole
 
 @contextlib.contextmanager
 def measured(device: torch.device) -> Iterator[dict[str, float]]:
-    """What a block costs, once it has ended: seconds, and the peak of memory in bytes.
+    """What a block costs: seconds, and the peak of memory in bytes. The dict is filled at its end.
 
-    On a GPU this is what torch had allocated; on a CPU the resident memory of the whole process,
-    since the block began where the system can forget an earlier peak (Linux), else since its start.
+    On a GPU the memory is what torch had allocated. On a CPU it is the resident memory of the whole
+    process: its peak since the block began on Linux, which can forget an earlier one, and its peak
+    since the process began on other systems.
     """
     cost: dict[str, float] = {}
     if device.type == "cuda":
@@ -195,19 +196,19 @@ def measured(device: torch.device) -> Iterator[dict[str, float]]:
 
 
 def steps_of(network: str, cfg: Config) -> int:
-    """Training steps of a network: the flag, else the preset's, else a transformer's minute."""
+    """Training steps of a network: the flag, else the preset's; few of a transformer in smoke."""
     preset = sr.PRESETS[cfg.sr_preset].get("steps", sr.Config.steps)
-    minute = cfg.sr_preset == "smoke" and network != "fsrcnn"
-    return cfg.sr_steps or (20 if minute else preset)
+    few = cfg.sr_preset == "smoke" and network != "fsrcnn"  # they take a minute
+    return cfg.sr_steps or (20 if few else preset)
 
 
 def train_network(
     network: str, source: dict[str, Any], name: str, seed: int, out: Path, inputs: Inputs,
     perceptual: bool = False,
 ) -> tuple[nn.Module, dict[str, float]]:  # fmt: skip
-    """A network of bench.sr, trained with the preset of the tables, and what that cost.
+    """A network of bench.sr, trained with the preset of the tables, and what the training cost.
 
-    source: flags of bench.sr that name the training pairs; name: of the files in out/sr.
+    source: flags of bench.sr that name the training pairs; name: part of the file names in out/sr.
     """
     cfg = inputs.cfg
     steps = steps_of(network, cfg)
@@ -225,18 +226,18 @@ def train_network(
 
 
 def enlarging(net: nn.Module | None) -> Method:
-    """HR of real LR by a network; by Pillow's bicubic enlargement if there is none."""
+    """A method that enlarges real LR by a network, or by Pillow's bicubic resize without one."""
 
     def make(lr: Tensor, batch: Sequence[Pair]) -> Tensor:
         if net is None:
-            return resized(lr, *(generate.SCALE * side for side in lr.shape[2:]))
+            return resized_by_pillow(lr, *(generate.SCALE * side for side in lr.shape[2:]))
         return sr.super_resolve(net, lr)
 
     return make
 
 
 def tested(net: nn.Module | None, inputs: Inputs, metrics: Sequence[str]) -> dict[str, Any]:
-    """A network's distances to the real HR of each set; nothing but on the first process."""
+    """A network's distances to the real HR of each set; empty on all processes but the first."""
     sets = inputs.tests.items() if inputs.rt.is_main else ()
     return {
         name: evaluate(enlarging(net), pairs, metrics, inputs.device, upwards=True)
@@ -245,7 +246,7 @@ def tested(net: nn.Module | None, inputs: Inputs, metrics: Sequence[str]) -> dic
 
 
 def train_and_test(row: Row, out: Path, inputs: Inputs) -> dict[str, Any]:
-    """A row's values on each set, one for each seed; what it cost."""
+    """A row's values on each set for each seed, and what generation and training cost."""
     with measured(inputs.device) as cost:
         source = training_source(row, out, inputs)
     generated = row.data in ("realdgen", "syndiff")
@@ -259,7 +260,7 @@ def train_and_test(row: Row, out: Path, inputs: Inputs) -> dict[str, Any]:
 
 
 def check_training(inputs: Inputs) -> None:
-    """UserError for what is wrong with the flags of trained networks."""
+    """UserError for a wrong flag about the training of networks."""
     cfg = inputs.cfg
     for path in cfg.sr_start_from:
         require(Path(path).is_file(), f"--sr-start-from {path}: no such file.")
@@ -271,14 +272,14 @@ def check_training(inputs: Inputs) -> None:
 
 
 def table_downstream(table: str, inputs: Inputs) -> Measure:
-    """Table 1, 3, 4, 5 or 7, beside bicubic enlargement, which needs no network."""
+    """Table 1, 3, 4, 5 or 7; its first row is bicubic enlargement, without a network."""
     check_training(inputs)
     cfg = inputs.cfg
     rows = rows_of(table, cfg, [*inputs.sets])
     needed = {SYNDIFF: "content degradation"} if any(r.data == "syndiff" for r in rows) else {}
-    needed |= {path: part for part, path in ABLATIONS.items()} if table == "4" else {}
-    for path, part in needed.items():
-        make = f"python diffusion.py --without {part} --out {path.parent}"
+    needed |= {path: condition for condition, path in ABLATIONS.items()} if table == "4" else {}
+    for path, condition in needed.items():
+        make = f"python diffusion.py --without {condition} --out {path.parent}"
         require(path.is_file(), f"table {table}: {path} is missing: make it by `{make}`.")
         generate.load_generator(str(path), torch.device("cpu"))
     inputs.check_steps(*(row.settings.get("t_start", cfg.t_start) for row in rows))
@@ -302,8 +303,8 @@ def table_downstream(table: str, inputs: Inputs) -> Measure:
 # ---- the tables as text -------------------------------------------------------------------------
 
 COLUMNS = ("PSNR Y", "SSIM Y", "LPIPS", "DISTS", "FID")
-# Table 1 of the paper, all crops: RealSR PSNR, SSIM, DRealSR PSNR, SSIM of networks trained with
-# L1; RealSR LPIPS, FID, DRealSR LPIPS, FID of those trained with a perceptual loss.
+# Table 1 of the paper, all crops. With L1: RealSR PSNR, SSIM, DRealSR PSNR, SSIM. With a perceptual
+# loss: RealSR LPIPS, FID, DRealSR LPIPS, FID.
 PAPER_1 = """
 swinir realesrgan 24.395 .7760 26.944 .8308 .3037 69.965 .3219 39.175
 swinir bsrgan 25.852 .7808 27.985 .8308 .2945 79.833 .3023 38.541
@@ -325,7 +326,7 @@ swinir-l realdgen 26.025 .7810 28.869 .8328 .2795 75.779 .2862 42.542
 
 
 def paper_value(network: str, data: str, perceptual: bool, name: str, metric: str) -> str:
-    """What the paper's Table 1 has in this place, in brackets; empty where it has nothing."""
+    """The paper's value for a cell of Table 1, in brackets; empty if it has none."""
     columns = ("LPIPS", "FID") if perceptual else ("PSNR Y", "SSIM Y")
     for line in PAPER_1.split("\n"):
         if line.startswith(f"{network} {data} ") and metric in columns:
@@ -343,7 +344,7 @@ def spread_text(values: Sequence[float], metric: str) -> str:
 
 
 def cost_text(costs: Sequence[dict[str, float]], key: str) -> str:
-    """The mean of several costs as a cell of a table; a dash without costs."""
+    """A mean of costs as a cell of a table; a dash without costs."""
     unit, digits, name = {"parameters": (1e6, 2, " M"), "memory": (2**20, 0, " MiB")}.get(
         key, (1, 0, " s")
     )
@@ -352,7 +353,7 @@ def cost_text(costs: Sequence[dict[str, float]], key: str) -> str:
 
 
 def text_of_downstream(result: dict[str, Any], inputs: Inputs) -> str:
-    """A table of SR networks [with the paper's values], and one of what they cost."""
+    """A table of SR networks, and one of what they cost; Table 1 also has the paper's values."""
     cfg, table, sets = inputs.cfg, result["table"], [*result["tested"]]
     columns = [(name, metric) for name in sets for metric in COLUMNS]
     lines, costs = [], []
@@ -371,26 +372,18 @@ def text_of_downstream(result: dict[str, Any], inputs: Inputs) -> str:
             cells += [cost_text(generation, key) for key in ("seconds", "memory")]
             costs.append([row["network"], label, *cells])
     heads = ["network", "trained on", *(f"{name} {metric}" for name, metric in columns)]
-    cost_heads = [
-        "network",
-        "trained on",
-        "parameters",
-        "training",
-        "memory",
-        "generation",
-        "memory",
-    ]
+    cost_heads = [*heads[:2], "parameters", "training", "memory", "generation", "memory"]
     counts = ", ".join(f"{name} {n}" for name, n in result["tested"].items())
     steps = ", ".join(f"{network} {steps_of(network, cfg)}" for network in cfg.sr)
     begun = "".join(f"Trained further from {path}.\n" for path in cfg.sr_start_from)
-    return f"""## Table {table}: networks trained on each data, tested on real LR
+    paper = "In brackets: the paper, on all pairs.\n" if table == "1" else ""
+    return f"""## Table {table}: SR networks by their training data, tested on real LR
 
 {table_text(heads, lines, words=2)}
-Preset {cfg.sr_preset}, steps: {steps}; {cfg.seeds} seeds. {begun}Tested on every other pair of each
-camera ({counts}); the others trained the oracle, and their LR were RealDGen's references. In
-brackets: the paper, on all pairs.
-
+Preset {cfg.sr_preset}; steps: {steps}; seeds: {cfg.seeds}. {begun}Tested on every other pair of
+each camera ({counts}). The other pairs trained the oracle, and their LR gave RealDGen's references.
+{paper}
 {table_text(cost_heads, costs, words=2)}
-Memory: {MEMORY[inputs.device.type]}. Of several seeds the mean. What an earlier
-run had made took no time in this one.
+Costs are means over the seeds. Memory: {MEMORY[inputs.device.type]}.
+Pairs and networks that are reused from an earlier run cost next to nothing here.
 """

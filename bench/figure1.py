@@ -1,9 +1,9 @@
 """Figure 1: the nearer the training degradation, the better; and how near each method comes.
 
 In: HR photos and real pairs. Out: figure1.png with two panels, and their numbers. (a) A network is
-trained with each blur and noise of a grid, on the same photos, and tested with each of them on
-photos held out, and on the real pairs, whose own blur and noise are measured. (b) Codes E_deg of
-real LR and of what each method makes of HR images, in the plane where they differ most.
+trained on photos with each blur and noise of a grid. It is tested on other photos with each of
+them, and on the real pairs, whose blur and noise are measured. (b) F_deg of real LR and of each
+method's LR, in the plane where they differ most.
 
     python benchmark.py --table figure1 --hr data/hr --pairs data/RealSR --images 24
 """
@@ -57,7 +57,7 @@ def blurred_and_noisy(place: Place, seed: int) -> degrade.Degradation:
 
 
 def write_set(folder: Path, hr: Tensor, place: Place, seed: int) -> None:
-    """Pairs of photos (N, 3, H, W) and their LR of this blur and noise, as files in hr/ and lr/."""
+    """Write photos (N, 3, H, W) to hr/, and their LR of this blur and noise to lr/."""
     for i, photo in enumerate(hr):
         lr = degrade.degrade(photo[None], blurred_and_noisy(place, seed << 32 | i))[0]
         save_image(folder / "hr" / f"{i:04d}.png", photo)
@@ -66,7 +66,7 @@ def write_set(folder: Path, hr: Tensor, place: Place, seed: int) -> None:
 
 @torch.no_grad()
 def place_of(pairs: Sequence[Pair]) -> Place:
-    """Blur and noise of real LR, measured by comparison with its HR images: the medians."""
+    """Blur and noise of real LR: the medians of what comparison with its HR images gives."""
     values = []
     for pair in pairs:
         bank, lr = factors.reductions(load_hr(pair)), load_lr(pair.lr, pair.full)[None]
@@ -76,18 +76,18 @@ def place_of(pairs: Sequence[Pair]) -> Place:
 
 
 def name_of(place: Place) -> str:
-    """A place as people read it."""
+    """A place in words."""
     return f"blur {place[0]:.2g}, noise {place[1]:.2g}"
 
 
 def distances(place: Place) -> np.ndarray:
-    """How far each place of the grid is from a place, in units of the grid's extent."""
+    """Distance of each place of the grid from a place, in units of the grid's extent."""
     steps = (np.array(GRID) - np.array(place)) / np.ptp(np.array(GRID), axis=0)
     return np.sqrt((steps**2).sum(1))
 
 
 def rank_correlation(tests: Sequence[dict[str, Any]]) -> float:
-    """Spearman's, of the distance of a training set and what it loses to the test's best one."""
+    """Spearman's, of the distance of training set and test, and the dB lost to the best set."""
     x = np.concatenate([distances(test["place"]) for test in tests])
     y = np.concatenate([max(test["psnr"]) - np.array(test["psnr"]) for test in tests])
     return float(stats.spearmanr(x, y)[0]) if np.ptp(x) > 0 and np.ptp(y) > 0 else 0.0
@@ -108,75 +108,76 @@ def train_on_grid(photos: Tensor, root: Path, inputs: Inputs) -> dict[str, Any]:
     sets = {name_of(place): find_pairs(root / "test" / folder)[0]
             for place, folder in zip(GRID, folders, strict=True)} | inputs.sets  # fmt: skip
 
-    def psnr(net: nn.Module | None) -> list[float]:
-        return [
-            evaluate(enlarging(net), pairs, ["PSNR Y"], inputs.device, upwards=True)["mean"][
-                "PSNR Y"
-            ]
+    def psnr_of_tests(net: nn.Module | None) -> list[float]:
+        tested = (
+            evaluate(enlarging(net), pairs, ["PSNR Y"], inputs.device, upwards=True)
             for pairs in sets.values()
-        ]
+        )
+        return [found["mean"]["PSNR Y"] for found in tested]
 
     costs, values = [], []
     for folder in folders:
         source = {"pairs": str(root / "train" / folder)}
         net, cost = train_network(inputs.cfg.sr[-1], source, folder, seed, root, inputs)
         costs.append(cost)
-        values += [psnr(net)] if rt.is_main else []
+        values += [psnr_of_tests(net)] if rt.is_main else []
     if not rt.is_main:
         return {}
     places = [*GRID, *(place_of(pairs) for pairs in inputs.sets.values())]
+    bicubic = psnr_of_tests(None)
     tests = [
         {"name": name, "place": places[k], "real": k >= len(GRID), "n": len(pairs),
-         "psnr": [row[k] for row in values], "bicubic": bicubic}
-        for k, ((name, pairs), bicubic) in enumerate(zip(sets.items(), psnr(None), strict=True))
+         "psnr": [row[k] for row in values], "bicubic": bicubic[k]}
+        for k, (name, pairs) in enumerate(sets.items())
     ]  # fmt: skip
     for test in tests:
         test["rank"] = rank_correlation([test])
     return {"tests": tests, "costs": costs, "rank": rank_correlation(tests[: len(GRID)])}
 
 
-# ---- (b) codes of E_deg -------------------------------------------------------------------------
+# ---- (b) F_deg of real and of generated LR ------------------------------------------------------
 
-CAMERAS = 6  # of a set with more, they are not told apart
+MOST_CAMERAS = 6  # the cameras of a set with more get one label
 
 
 @torch.no_grad()
 def embed(inputs: Inputs) -> tuple[list[str], Tensor]:
-    """Codes (N, D) of real LR, and of what each method makes of the HR images; whose each is."""
-    labels, codes, seed = [], [], inputs.cfg.seed
+    """F_deg (N, D) of real LR and of each method's LR, and the label of each."""
+    labels, degradations, seed = [], [], inputs.cfg.seed
     for name, pairs in inputs.sets.items():
         pairs = with_other_scenes(pairs, seed)
         pairs = pairs[:: -(-len(pairs) // inputs.cfg.images)]  # evenly spread
         methods = syntheses(inputs.net, inputs.sampler)
-        few = len({camera_of(pair.name) for pair in pairs}) <= CAMERAS
-        for pair in tqdm(pairs, desc=f"codes of {name}", unit="image", leave=False):
-            camera = camera_of(pair.name) if few else ""
+        labelled = len({camera_of(pair.name) for pair in pairs}) <= MOST_CAMERAS
+        for pair in tqdm(pairs, desc=f"F_deg of {name}", unit="image", leave=False):
+            camera = camera_of(pair.name) if labelled else ""
             labels.append(" ".join(filter(None, ["real", name, camera])))
-            codes.append(generate.degradation_of(inputs.net, load_lr(pair.lr, pair.full)))
+            degradations.append(generate.degradation_of(inputs.net, load_lr(pair.lr, pair.full)))
             hr, lr_ref = load_hr(pair)[None].to(inputs.device), load_lr(pair.reference, pair.full)
             for method, make in methods.items():
-                lr = make(hr, [lr_ref], [seed << 32 | pair.index])[0]
+                lr = to_uint8(make(hr, [lr_ref], [seed << 32 | pair.index])[0]) / 255
                 labels.append(method)
-                codes.append(generate.degradation_of(inputs.net, to_uint8(lr) / 255))  # as in files
-    return labels, torch.cat(codes).double().cpu()
+                degradations.append(generate.degradation_of(inputs.net, lr))
+    return labels, torch.cat(degradations).double().cpu()
 
 
-def plane(codes: Tensor) -> tuple[Tensor, list[float]]:
-    """Principal components: codes (N, D) -> (N, 2), and the shares of variance they show."""
-    centred = codes - codes.mean(0)
+def plane(degradations: Tensor) -> tuple[Tensor, list[float]]:
+    """The first two principal components (N, 2) of F_deg (N, D), and their shares of variance."""
+    centred = degradations - degradations.mean(0)
     _, widths, axes = torch.linalg.svd(centred, full_matrices=False)
     axes = axes[:2] * axes[:2].gather(1, axes[:2].abs().argmax(1, keepdim=True)).sign()
     share = widths.square() / widths.square().sum()
     return centred @ axes.T, share[:2].tolist()
 
 
-def nearness(labels: Sequence[str], codes: Tensor) -> dict[str, float]:
-    """Median distance of each method's codes (of N, D) to the nearest real one.
+def nearness(labels: Sequence[str], degradations: Tensor) -> dict[str, float]:
+    """Median distance of each method's F_deg (of N, D) to the nearest real one.
 
-    In units of the same distance among real ones, to another one; nothing, if there is but one.
+    The unit is the median distance of a real one to the nearest other real one. Empty for a single
+    real image.
     """
     real = torch.tensor([label.startswith("real") for label in labels])
-    table = torch.cdist(codes, codes[real], compute_mode=EXACT)
+    table = torch.cdist(degradations, degradations[real], compute_mode=EXACT)
     table[real] += torch.full((int(real.sum()),), torch.inf, dtype=table.dtype).diag()
     nearest = table.min(1)[0]
     unit = nearest[real].median()
@@ -192,9 +193,9 @@ WORST = 3.0  # dB of loss at which a box is white
 
 
 def draw_panel_a(figure: Any, result: dict[str, Any]) -> None:
-    """A map for each test: the PSNR of each training set, and a triangle where the test is.
+    """A map for each test: the PSNR of each training set, and a triangle at the test's place.
 
-    Maps of the grid's tests stand where they are in the plane, those of real sets to the right.
+    The maps of the grid's tests are arranged as the grid; those of real sets are on the right.
     """
     tests = result["tests"]
     real = [test for test in tests if test["real"]]
@@ -230,7 +231,7 @@ def draw_panel_a(figure: Any, result: dict[str, Any]) -> None:
 
 
 def draw_panel_b(figure: Any, result: dict[str, Any]) -> None:
-    """A scatter of all codes: circles are real LR, triangles the methods'."""
+    """A scatter plot of F_deg: circles are real LR, triangles are generated LR."""
     axes, points = figure.subplots(), np.array(result["points"])
     for name in sorted(set(result["labels"]), key=lambda name: (name.startswith("real"), name)):
         x, y = points[[label == name for label in result["labels"]]].T
@@ -241,13 +242,13 @@ def draw_panel_b(figure: Any, result: dict[str, Any]) -> None:
         f"{axis}label": f"component {i + 1} ({share:.0%} of the variance)"
         for i, (axis, share) in enumerate(zip("xy", result["shares"], strict=True))
     })  # fmt: skip
-    title = "number: distance to the nearest real one (among real ones: 1)"
+    title = "number: distance to the nearest real image (between real images: 1)"
     figure.legend(loc="outside lower center", ncols=3, fontsize="small", title=title)
-    figure.suptitle("(b) E_deg's codes, principal components")
+    figure.suptitle("(b) F_deg, principal components")
 
 
 def save_figure(path: Path, result: dict[str, Any]) -> None:
-    """Both panels side by side, as PNG: whole or not at all."""
+    """Write both panels, side by side, as PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(17, 7.5), layout="constrained")
@@ -269,16 +270,16 @@ def table_figure1(name: str, inputs: Inputs) -> Measure:
         require(enough, f"--pairs {folder}: no camera has two pairs.")
 
     def measure() -> tuple[dict[str, Any], str]:
-        # What was trained on other photos is of no use to these.
+        # The folder's name depends on the photos, so that networks of other photos are not reused.
         key = zlib.crc32(to_uint8(photos).numpy().tobytes())
         out = Path(cfg.out)
         result = train_on_grid(photos, out / "figure1" / f"{key:08x}-{cfg.seed}", inputs)
         if not inputs.rt.is_main:
             return {}, ""
-        labels, codes = embed(inputs)
-        points, shares = plane(codes)
+        labels, degradations = embed(inputs)
+        points, shares = plane(degradations)
         result |= {"labels": labels, "points": points.tolist(), "shares": shares}
-        result |= {"nearness": nearness(labels, codes)}
+        result |= {"nearness": nearness(labels, degradations)}
         save_figure(out / "figure1.png", result)
         return result, text_of_figure1(result)
 
@@ -286,7 +287,7 @@ def table_figure1(name: str, inputs: Inputs) -> Measure:
 
 
 def text_of_figure1(result: dict[str, Any]) -> str:
-    """The numbers of Figure 1, and what a reader must know."""
+    """The numbers of Figure 1, and how to read them."""
     lines = []
     for test in result["tests"]:
         best = max(test["psnr"])
@@ -296,20 +297,23 @@ def text_of_figure1(result: dict[str, Any]) -> str:
         lines.append([label, *cells])
     heads = ["test", *map(name_of, GRID), "bicubic", "rank correlation", "n"]
     near = [[method, f"{value:.2f}"] for method, value in result["nearness"].items()]
-    cost = ", ".join(cost_text(result["costs"], key) for key in ("parameters", "seconds", "memory"))
+    parameters, seconds, memory = (
+        cost_text(result["costs"], key) for key in ("parameters", "seconds", "memory")
+    )
     return f"""## Figure 1: training sets of one blur and one noise each, PSNR Y
 
 ![Figure 1](figure1.png)
 
 {table_text(heads, lines)}
-Rank correlation (Spearman): of the distance between training set and test with the dB that the
-training set loses to the test's best one; {result["rank"]:.3f} over all tests of the grid. Blur (of
-a Gaussian) in LR pixels, noise in levels of 255; both in units of the grid's extent for the
-distance. Columns are training sets. Blur and noise of real sets are medians of what is measured
-with the help of the HR images; n is the number of images tested. A training: {cost}.
+Columns are training sets. Blur is the width of a Gaussian in LR pixels, noise is in levels of 255.
+Those of real sets are medians, measured by comparison with the HR images. Rank correlation is
+Spearman's, of the distance between training set and test, and the dB that the training set loses to
+the test's best one. For the distance, blur and noise are divided by the grid's extent. It is
+{result["rank"]:.3f} over all tests of the grid. n is the number of images tested. A network has
+{parameters} parameters; its training takes {seconds} and {memory}.
 
-{table_text(["LR of", "distance of its codes to the nearest real one"], near)}
-Codes E_deg; medians, in units of the same distance among real images. RealDGen's filter looks at
-these codes, too, and E_deg's training has seen the recipes of D: a picture of what E_deg sees, no
-proof. The plane shows {sum(result["shares"]):.0%} of the variance.
+{table_text(["LR of", "distance of F_deg to the nearest real one"], near)}
+Distances are medians, in units of the same distance between real images. They show what E_deg sees,
+and prove nothing: the filter of RealDGen compares F_deg, too, and E_deg was trained on recipes of
+D. The plane shows {sum(result["shares"]):.0%} of the variance.
 """

@@ -3,7 +3,7 @@
 In: real pairs, which were never trained on. Out: distances of each method's LR to the real LR.
 RealDGen is given the pair's own LR as reference, as in the paper, and another photo of the same
 camera, as in real use, where nobody has the LR image that is to be generated. The table sampling
-(not in the paper) shows what start image, T and number of network evaluations are worth.
+(not in the paper) compares start images, T and numbers of network evaluations.
 
     python benchmark.py --table 2 6 sampling --pairs data/RealSR data/DRealSR
 """
@@ -30,7 +30,7 @@ from bench.pairs import (
     load_hr,
     load_lr,
     metric_text,
-    resized,
+    resized_by_pillow,
     table_text,
     with_other_scenes,
 )
@@ -44,8 +44,8 @@ Synthesis = Callable[[Tensor, Sequence[Tensor], Sequence[int]], Tensor]  # lr (B
 
 
 def bicubic(hr: Tensor, lr_ref: Sequence[Tensor], seeds: Sequence[int]) -> Tensor:
-    """The HR image, reduced by Pillow."""
-    return resized(hr, *(side // generate.SCALE for side in hr.shape[2:]))
+    """The HR images, reduced by Pillow."""
+    return resized_by_pillow(hr, *(side // generate.SCALE for side in hr.shape[2:]))
 
 
 def synthetic(recipe: str) -> Synthesis:
@@ -69,7 +69,7 @@ def realdgen(net: diffusion.DecoupledDDPM, sampler: generate.Sampler) -> Synthes
 
 
 def without_diffusion(sampler: generate.Sampler) -> generate.Sampler:
-    """The same with T = 0 and no remainder: the output of Rec_lr, softened."""
+    """The sampler with T = 0 and no remainder: the output of Rec_lr, softened, with grain."""
     return replace(sampler, t_start=0, start="reconstruct", remainder=0.0)
 
 
@@ -94,9 +94,9 @@ def all_methods(inputs: Inputs) -> dict[str, Synthesis]:
 
 
 def on_pairs(method: Synthesis, seed: int, degradations: dict[int, Tensor] | None = None) -> Method:
-    """A method as `evaluate` takes it: with the references of the pairs.
+    """A method as evaluate() takes it, with the references of the pairs.
 
-    degradations: F_deg (D,) by index of the pair, in place of its reference. Image i draws from
+    degradations: F_deg (D,) by index of the pair, which replaces its reference. Image i draws from
     (seed, i).
     """
 
@@ -110,10 +110,10 @@ def on_pairs(method: Synthesis, seed: int, degradations: dict[int, Tensor] | Non
 
 
 def best_blurs(pairs: Sequence[Pair]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """LR (3, h, w) by index of the pair, of the Gaussian nearest to the real LR: for all, for each.
+    """LR made by the best Gaussian fitted to the real LR: of the whole set, and of each pair.
 
-    They are chosen by looking at the real LR, so no method can be asked to reach them: this is what
-    blur alone can do.
+    Both are LR (3, h, w) by index of the pair. They show what blur alone can do. No method has to
+    reach them, because no method sees the real LR.
     """
     banks, values = {}, {}
     for pair in pairs:
@@ -121,22 +121,22 @@ def best_blurs(pairs: Sequence[Pair]) -> tuple[dict[int, Tensor], dict[int, Tens
         lr = load_lr(pair.lr, pair.full).expand(len(bank), -1, -1, -1)
         banks[pair.index], values[pair.index] = bank, psnr(bank / 255, lr).clamp(max=100)
     best = int(torch.stack([*values.values()]).mean(0).argmax())
-    of_all = {index: bank[best] / 255 for index, bank in banks.items()}
-    return of_all, {i: bank[values[i].argmax()] / 255 for i, bank in banks.items()}
+    of_set = {i: bank[best] / 255 for i, bank in banks.items()}
+    return of_set, {i: bank[values[i].argmax()] / 255 for i, bank in banks.items()}
 
 
 def stored(lr: dict[int, Tensor]) -> Method:
-    """Images made before, by index of the pair."""
+    """A method that returns LR made earlier, by index of the pair."""
     return lambda hr, batch: torch.stack([lr[pair.index] for pair in batch]).to(hr.device)
 
 
 @torch.no_grad()
 def mean_degradations(
-    pairs: Sequence[Pair], net: diffusion.DecoupledDDPM, most: int | None = None
+    pairs: Sequence[Pair], net: diffusion.DecoupledDDPM, average: int | None = None
 ) -> dict[int, Tensor]:
     """For each pair (by index) the mean F_deg (D,) of the other LR images of its camera.
 
-    Of at most so many, from the pair's reference on.
+    average: the most images that are taken, from the pair's reference on; None takes all.
     """
     each = {p.index: generate.degradation_of(net, load_lr(p.lr, p.full))[0] for p in pairs}
     means = {}
@@ -144,7 +144,7 @@ def mean_degradations(
         camera = camera_of(pair.name)
         same = [p for p in pairs if camera_of(p.name) == camera and p is not pair]
         first = next((i for i, p in enumerate(same) if p.lr == pair.reference), 0)
-        chosen = [each[p.index] for p in (same[first:] + same[:first])[:most]]
+        chosen = [each[p.index] for p in (same[first:] + same[:first])[:average]]
         if chosen:
             means[pair.index] = torch.stack(chosen).mean(0)
     return means
@@ -161,7 +161,7 @@ Rows = list[tuple[str, Method, Sequence[Pair]]]  # label, method, pairs
 
 
 def rows_of_table_2(pairs: list[Pair], inputs: Inputs) -> Rows:
-    """The methods, and what blur alone can do."""
+    """All methods, and the best Gaussians."""
     seed, net = inputs.cfg.seed, inputs.net
     rec_lr = realdgen(net, replace(without_diffusion(inputs.sampler), grain=False))
     full = realdgen(net, inputs.sampler)
@@ -183,7 +183,7 @@ def rows_of_table_2(pairs: list[Pair], inputs: Inputs) -> Rows:
 
 
 def rows_of_table_6(pairs: list[Pair], inputs: Inputs) -> Rows:
-    """RealDGen with and without the filter; references are other scenes."""
+    """RealDGen with and without the filter, with references of other scenes."""
     K = max(inputs.cfg.candidates, generate.CANDIDATES)
     other = with_other_scenes(pairs, inputs.cfg.seed)
     rows: Rows = []
@@ -198,7 +198,7 @@ FULL = 300  # steps of the paper's chain
 
 
 def rows_of_sampling(pairs: list[Pair], inputs: Inputs) -> Rows:
-    """Start images, T, solvers and numbers of evaluations, on some pairs of all cameras."""
+    """Start images, T, solvers and numbers of evaluations, on pairs spread over all cameras."""
     cfg = inputs.cfg
     other = with_other_scenes(pairs, cfg.seed)
     other = other[:: max(1, len(other) // cfg.images)][: cfg.images]
@@ -240,12 +240,12 @@ def table_generated(name: str, inputs: Inputs) -> Measure:
         values, text = {}, ""
         for folder, pairs in inputs.sets.items():
             values[folder] = [
-                {"method": label} | evaluate(method, own, metrics, inputs.device, cfg.batch_size)
-                for label, method, own in rows_of(pairs, inputs)
+                {"method": label} | evaluate(method, rows, metrics, inputs.device, cfg.batch_size)
+                for label, method, rows in rows_of(pairs, inputs)
             ]
             text += f"## {folder}: {TITLES[name]}\n\n" + method_table(values[folder], name)
             if name == "2":
-                text += notes_of_table_2(folder, pairs, values[folder], inputs.skipped[folder])
+                text += notes_of_table_2(folder, pairs, inputs.skipped[folder])
             text += "\n"
         return values, text
 
@@ -258,26 +258,25 @@ def method_table(rows: Sequence[dict[str, Any]], name: str) -> str:
     lines = []
     for row in rows:
         rate = row["n"] / max(row["seconds"], 1e-9)
-        speed = f"{rate:.3g}" if rate < 1000 else "-"  # made before
+        speed = f"{rate:.3g}" if rate < 1000 else "-"  # of images made earlier it means nothing
         cells = [metric_text(row["mean"], metric) for metric in columns]
         lines.append([row["method"], *cells, str(row["n"]), speed])
     return table_text(["method", *columns, "n", "images/s"], lines)
 
 
-def notes_of_table_2(
-    folder: str, pairs: list[Pair], rows: Sequence[dict[str, Any]], skipped: int
-) -> str:
-    """What a reader of Table 2 must know."""
+def notes_of_table_2(folder: str, pairs: list[Pair], skipped: int) -> str:
+    """How to read Table 2."""
     cameras = Counter(camera_of(pair.name) or "unnamed" for pair in pairs)
+    alone = sum(n == 1 for n in cameras.values())
     lines = [
         "",
-        "bicubic is Pillow's, of the 8-bit HR image; T=0 is Rec_lr without diffusion and grain; n",
-        "is the number of pairs. The LR reference is the pair's own LR, another scene of the same",
-        f"camera ({', '.join(f'{camera} {n}' for camera, n in cameras.items())}), or all of them",
-        "(mean F_deg). * A Gaussian chosen by looking at the real LR: what blur alone can do.",
-        "FID is too large for so few images, by an amount that depends on n; KID is not.",
-        f"Pairs without another scene, left out there: {len(pairs) - rows[-1]['n']}.",
-        f"Pairs that can't be read, left out everywhere: {skipped}.",
+        "bicubic is Pillow's, of the 8-bit HR image. T=0 is Rec_lr without diffusion and grain. n",
+        "is the number of pairs. The reference is the pair's own LR, another scene of the same",
+        f"camera ({', '.join(f'{camera} {n}' for camera, n in cameras.items())}), or all",
+        "other scenes (mean F_deg). * The best Gaussian fitted to the real LR: what blur alone can",
+        "do. FID is too large for few images, by an amount that depends on n; KID is unbiased.",
+        f"Pairs without another scene, missing in the rows of other scenes: {alone}.",
+        f"Pairs that can't be read, missing in all rows: {skipped}.",
     ]
     if folder in PAPER_2:
         lines += ["", f"RealDGen (paper), on the whole {folder} benchmark: {PAPER_2[folder]}."]

@@ -1,7 +1,6 @@
-"""What the tables of the benchmark share: the settings of the command, the pairs, photos, weights.
+"""What the tables of the benchmark share: the command's settings, pairs, photos, the generator.
 
-Everything is loaded when a table first asks for it, and checked then. All tables ask before the
-first of them begins to measure.
+All inputs are checked before any measurement starts.
 """
 
 import tempfile
@@ -22,13 +21,14 @@ from bench.metrics import available_metrics
 from bench.pairs import Pair, find_pairs, halves
 from common import require
 from common.cli import check_ranges
-from common.files import find_photos, list_images
+from common.files import DATA, find_photos, list_images
 from common.photos import crop_to_multiple, load_image, save_image
 from common.runtime import Runtime, make_generator
 
 SYNDIFF = Path("runs/syndiff/last.pt")  # made by diffusion.py --without content degradation
-SAMPLE = Path(__file__).parents[1] / "data/sample/hr"
-DATA = ("bicubic", "bsrgan", "realesrgan", "syndiff", "realdgen", "paired")
+SAMPLE = DATA / "sample/hr"
+# What SR networks are trained on.
+SOURCES = ("bicubic", "bsrgan", "realesrgan", "syndiff", "realdgen", "paired")
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,20 @@ class Config(generate.Sampler):
     table: tuple[str, ...] = ()  # tables to print (default: 2 and 1; with --sr only 1)
     pairs: tuple[str, ...] = ()  # folders of pairs (default: data/RealSR, data/DRealSR, or samples)
     sr: tuple[str, ...] = ()  # networks: swinir, swinir-l, rrdb, hat, fsrcnn (default: fsrcnn)
-    data: tuple[str, ...] = DATA  # what they are trained on
+    data: tuple[str, ...] = SOURCES  # what they are trained on
     sr_preset: str = ""  # of bench.sr (default: paper on a GPU with real pairs, else smoke)
-    sr_steps: int = 0  # of training, in place of the preset's
+    sr_steps: int = 0  # training steps of each network (0: those of its preset)
     sr_start_from: tuple[str, ...] = ()  # networks of bench.sr to train further, for all data
-    seeds: int = 1  # trainings of each network, from --seed on
-    perceptual_weight: float = 0.0  # above 0: Table 1 also with networks trained with this LPIPS
+    seeds: int = 1  # trainings of each network, with the seeds --seed, --seed + 1, ...
+    perceptual_weight: float = 0.0  # of LPIPS; above 0, Table 1 also has networks trained with it
     hr: tuple[str, ...] = ()  # HR photos to make training pairs of (default: data/hr or samples)
     lr: tuple[str, ...] = ()  # extractors: real LR, a sub-folder for each device (default: data/lr)
-    images: int = 64  # at most, in tables that do not use all
-    crop: int = 96  # side of the LR crops of factors, extractors, figure1, transfer; pixels
+    images: int = 64  # the most that factors, extractors, figure1, mtf, leakage and sampling take
+    crop: int = 96  # side of the LR crops of factors, extractors, figure1, leakage; pixels
     t_starts: tuple[int, ...] = (0, 200)  # T in the rows of 3, control, mtf, factors and sampling
     checkpoint: str = ""  # generator (default: runs/diffusion, else data/pretrained)
     out: str = "out/benchmark"  # folder of results.json and of a .md for each table
-    batch_size: int = 8  # images at a time; no draw depends on it
+    batch_size: int = 8  # images that are generated at once; no draw depends on it
     seed: int = 0  # image i draws from (seed, i)
     device: str = "auto"  # cpu, cuda or auto
 
@@ -62,29 +62,28 @@ RANGES = {"t_starts": (0, 1000), "batch_size": (1, 2**20), "images": (2, 2**20),
 
 
 def resolved(cfg: Config, rt: Runtime) -> Config:
-    """The settings with the defaults that depend on others; UserError for a wrong flag."""
+    """The settings with the defaults that depend on other settings; UserError for a wrong flag."""
     check_ranges(cfg, RANGES)
     require(cfg.crop % 8 == 0, f"--crop {cfg.crop}: must be a multiple of 8.")
     generate.check_config(generate.Config(**asdict(sampler_of(cfg))))
-    here = Path(__file__).parents[1] / "data"
-    found = [str(here / name) for name in ("RealSR", "DRealSR") if (here / name).is_dir()]
-    pairs = cfg.pairs or tuple(found)
+    folders = [DATA / name for name in ("RealSR", "DRealSR")]
+    pairs = cfg.pairs or tuple(str(folder) for folder in folders if folder.is_dir())
     preset = cfg.sr_preset or ("paper" if rt.device.type == "cuda" and pairs else "smoke")
     data = cfg.data
-    if data == DATA and not SYNDIFF.is_file():  # a part of the default
+    if data == SOURCES and not SYNDIFF.is_file():  # named by the default, not by the user
         data = tuple(name for name in data if name != "syndiff")
     for flag, names, choices in (
         ("--sr", cfg.sr, sr.NETWORKS),
-        ("--data", data, DATA),
+        ("--data", data, SOURCES),
         ("--sr-preset", (preset,), tuple(sr.PRESETS)),
     ):
         for name in names:
             require(name in choices, f"{flag} {name}: choose among {', '.join(choices)}.")
     table = cfg.table or (("1",) if cfg.sr else ("2", "1"))
     networks = cfg.sr or ("fsrcnn",)
-    alone = "--average acts on control and tables 1, 3, 4, 5, 7 alone; 2 and mtf have rows of it."
-    obey = {*"13457", "control"}
-    require(cfg.average == generate.Sampler.average or set(table) <= obey, alone)
+    averaging = {*"13457", "control"}
+    wrong = f"--average {cfg.average}: it acts only on tables 1, 3, 4, 5, 7 and control."
+    require(cfg.average == generate.Sampler.average or set(table) <= averaging, wrong)
     return replace(cfg, table=table, pairs=pairs, sr=networks, sr_preset=preset, data=data)
 
 
@@ -99,7 +98,7 @@ Measure = Callable[[], tuple[dict[str, Any], str]]
 
 
 class Inputs:
-    """Pairs, photos and networks of a run of the benchmark, loaded when first used."""
+    """Pairs, photos and the generator of a run, each loaded and checked when it is first used."""
 
     def __init__(self, cfg: Config, rt: Runtime) -> None:
         self.cfg, self.rt, self.device = cfg, rt, rt.device
@@ -107,14 +106,14 @@ class Inputs:
 
     @cached_property
     def folders(self) -> list[Path]:
-        """The folders of pairs; without --pairs and data/RealSR sample photos degraded by D."""
+        """The folders of pairs; if there are none, a folder of sample photos degraded by D."""
         if self.cfg.pairs:
             return [Path(folder) for folder in self.cfg.pairs]
         if self.rt.is_main:
             print("no --pairs, no data/RealSR, no data/DRealSR: testing on sample photos degraded "
-                  "by D. That shows that everything works, and nothing else.")  # fmt: skip
-        self.kept = tempfile.TemporaryDirectory(prefix="realdgen-")
-        folder = Path(self.kept.name) / "sample"
+                  "by D. That shows only that everything works.")  # fmt: skip
+        self.temporary = tempfile.TemporaryDirectory(prefix="realdgen-")
+        folder = Path(self.temporary.name) / "sample"
         for i, file in enumerate(list_images([str(SAMPLE)], "--hr")):
             hr = crop_to_multiple(load_image(file), generate.SCALE, file)
             theta = degrade.sample_degradation(1, "camera", generator=make_generator(i))
@@ -168,7 +167,7 @@ class Inputs:
 
     @cached_property
     def photos(self) -> Tensor:
-        """The middle of HR photos drawn from all, (N, 3, 4 crop, 4 crop) in [0, 1], N > 1."""
+        """The middles (N, 3, 4 crop, 4 crop) of N > 1 HR photos, in [0, 1], in random order."""
         side, files = generate.SCALE * self.cfg.crop, self.hr_files
         crops: list[Tensor] = []
         draw = make_generator(self.cfg.seed)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from generate import SCALE
 
-TAPS = 24  # HR pixels, 6 LR pixels
-BEFORE = (TAPS - SCALE) // 2  # of them to the left of an LR pixel
-RIDGE = 1e-4  # pull towards the bicubic kernel, for pixel values in [0, 1]
+TAPS = 24  # side of a kernel in HR pixels: 6 LR pixels
+BEFORE = (TAPS - SCALE) // 2  # HR pixels of the kernel to the left of an LR pixel
+RIDGE = 1e-4  # weight that pulls the fit towards the bicubic kernel, for pixels in [0, 1]
 
 
 def bicubic_kernel() -> Tensor:
@@ -24,9 +24,10 @@ def bicubic_kernel() -> Tensor:
 
 
 def normal_equations(hr: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:
-    """A'A (576, 576) and A'y (K, 576) of the LR pixels y = A k, per pixel, all colours together.
+    """A'A (576, 576) and A'y (K, 576) of the LR pixels y = A k, divided by their number.
 
-    hr (3, 4h, 4w), lr (K, 3, h, w) in [0, 1]; three LR pixels at each edge are left out.
+    hr (3, 4h, 4w), lr (K, 3, h, w) in [0, 1]. All colours share the kernel k. Three LR pixels at
+    each edge are left out.
     """
     start = 3 * SCALE - BEFORE
     A = F.unfold(hr[:, None, start:, start:], TAPS, stride=SCALE)  # (3, 576, n)
@@ -36,7 +37,7 @@ def normal_equations(hr: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fitted_kernel(equations: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The kernel (TAPS, TAPS) that explains the LR of some pairs best, by least squares."""
+    """The kernel (TAPS, TAPS) that fits the LR of all these pairs best, by least squares."""
     AA, Ay = (torch.stack(sides).mean(0) for sides in zip(*equations, strict=True))
     ridge = RIDGE * torch.eye(len(Ay), dtype=Ay.dtype)
     k = torch.linalg.solve(AA + ridge, Ay + RIDGE * bicubic_kernel().flatten())
@@ -44,13 +45,13 @@ def fitted_kernel(equations: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def reduced_by(kernel: Tensor, hr: Tensor) -> Tensor:
-    """hr (3, 4h, 4w) through a kernel (TAPS, TAPS), every fourth pixel: (3, h, w) in [0, 1]."""
+    """hr (3, 4h, 4w) filtered by a kernel (TAPS, TAPS) and reduced by 4: (3, h, w) in [0, 1]."""
     padded = F.pad(hr[:, None], (BEFORE, BEFORE, BEFORE, BEFORE), mode="reflect")
     return F.conv2d(padded, kernel.float()[None, None], stride=SCALE)[:, 0].clamp(0, 1)
 
 
 def transfer_function(kernel: Tensor, frequencies: Tensor) -> Tensor:
-    """Amplitude of a kernel at frequencies in cycles per LR pixel, the mean over all angles."""
+    """Amplitude (n,) of a kernel at frequencies (n,) in cycles per LR pixel, mean over angles."""
     place = (torch.arange(TAPS) - BEFORE - (SCALE - 1) / 2) / SCALE  # LR pixels
     angle = torch.arange(24) * torch.pi / 24
     f = frequencies.double()[:, None, None]

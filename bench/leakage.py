@@ -1,11 +1,12 @@
 """Does the content of the reference show in generated LR? Not in the paper.
 
-In: aligned pairs, which were never trained on, and the generator. Out: the table leakage: the share
-of the reference's detail in generated LR, and how much outputs of one content differ.
+In: aligned pairs, which were never trained on, and the generator. Out: the table leakage. It has
+the share of the reference's detail in generated LR, and how much LR images of one content differ.
 
     python benchmark.py --table leakage --pairs data/RealSR data/DRealSR --images 12
 """
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -33,17 +34,16 @@ LEAST = 4  # scenes of a camera: two for each half
 
 @dataclass(frozen=True)
 class Scene:
-    """A real LR photo, its middle, and the HR photo of that middle."""
+    """The middle of a real LR photo, and the same place of its HR photo."""
 
     camera: str
     half: int  # 0 or 1: every other scene of a camera
-    lr: Tensor  # (3, h, w) in [0, 1]
-    middle: Tensor  # (3, side, side)
+    lr: Tensor  # (3, side, side) in [0, 1]
     hr: Tensor  # (3, 4 side, 4 side)
 
 
 def scenes_of(folder: str, inputs: Inputs) -> tuple[list[Scene], list[str]]:
-    """The scenes of a set, and which of its cameras have too few and are left out."""
+    """The scenes of a set, and its cameras with too few scenes, which are left out."""
     side, count = inputs.cfg.crop, Counter[str]()
     scenes: list[Scene] = []
     for pair in inputs.sets[folder]:
@@ -51,19 +51,18 @@ def scenes_of(folder: str, inputs: Inputs) -> tuple[list[Scene], list[str]]:
         if min(pair.size) < side:
             print(f"skipped: {folder} {pair.name} (its LR is under {side} x {side} pixels)")
             continue
-        # The middle of HR at the place of the middle of LR, wherever rounding puts that.
+        # Of HR not the middle, which rounding might shift, but 4 times the place in LR.
         top, left = (generate.SCALE * ((n - side) // 2) for n in pair.size)
-        hr = load_hr(pair)[
-            :, top : top + generate.SCALE * side, left : left + generate.SCALE * side
-        ]
-        scenes.append(Scene(camera, count[camera] % 2, lr, middle(lr, side), hr))
+        bottom, right = (start + generate.SCALE * side for start in (top, left))
+        hr = load_hr(pair)[:, top:bottom, left:right]
+        scenes.append(Scene(camera, count[camera] % 2, middle(lr, side), hr))
         count[camera] += 1
     left_out = [f"{folder} {camera or 'unnamed'} ({n})" for camera, n in count.items() if n < LEAST]
     return [scene for scene in scenes if count[scene.camera] >= LEAST], left_out
 
 
 def contents_of(scenes: Sequence[Scene], images: int, seed: int) -> list[int]:
-    """Numbers of at most so many scenes, drawn evenly from each half of each camera."""
+    """Numbers of random scenes, at most `images`, evenly from each half of each camera."""
     count: Counter[tuple[str, int]] = Counter()
     ranked = []
     order = torch.randperm(len(scenes), generator=make_generator(seed)).tolist()
@@ -82,7 +81,7 @@ def lr_from_each(
     seeds: Sequence[int],
     device: torch.device,
 ) -> Tensor:
-    """LR (n, 3, side, side) of a content for each reference and seed, in 8 bits as in files."""
+    """LR (n, 3, side, side) of a content for each reference and seed, rounded to 8 bits."""
     hr = content.hr.to(device).repeat(len(lr_ref), 1, 1, 1)
     return to_uint8(method(hr, lr_ref, seeds)).cpu() / 255
 
@@ -94,24 +93,25 @@ def high_pass(x: Tensor) -> Tensor:
 
 # ---- leakage and diversity ----------------------------------------------------------------------
 
-BLENDED = 0.01  # share of the reference in outputs where it must be found
-SAMPLES = 8  # references of each camera, and noises
+BLENDED = 0.01  # share of the reference that is blended in, to see whether it is found
+SAMPLES = 8  # references of each camera; also noises
 
 
-def leak(made: Sequence[Tensor], lr_ref: Sequence[Tensor]) -> tuple[float, float]:
-    """Share of the references' detail in what was made of them, and how sure it is not 0.
+def leak(lr: Sequence[Tensor], lr_ref: Sequence[Tensor]) -> tuple[float, float]:
+    """Share of the references' detail in LR images, and how sure it is not 0.
 
-    For each camera: made (contents, n, D) with n references (n, D). Of both the mean over the
-    references is taken off, so that what remains of an output depends on its reference; the share
-    is its regression on that reference. z: by how many standard deviations this is more than with
-    the references permuted (of all permutations, the same for all contents; exact, not sampled).
+    For each camera: lr (contents, n, D), made with n references (n, D). The mean over the
+    references is subtracted from both. What then remains of an LR image depends on its reference,
+    and the share is its regression on what remains of that reference. z: by how many standard
+    deviations the share is larger than with permuted references. The deviation is that of all
+    permutations, the same for all contents; it is exact, not sampled.
     """
     along = power = total = variance = 0.0
-    for out, ref in zip(made, lr_ref, strict=True):
-        rest, detail = out - out.mean(1, keepdim=True), ref - ref.mean(0)
+    for images, ref in zip(lr, lr_ref, strict=True):
+        rest, detail = images - images.mean(1, keepdim=True), ref - ref.mean(0)
         M = rest.sum(0) @ detail.T  # (n, n); rows and columns have the mean 0
         along += M.trace().item()
-        power += len(out) * detail.square().sum().item()
+        power += len(images) * detail.square().sum().item()
         total += M.square().sum().item()
         variance += M.square().sum().item() / (len(ref) - 1)
     if total <= 1e-18 * power * power:  # nothing depends on the reference
@@ -120,9 +120,9 @@ def leak(made: Sequence[Tensor], lr_ref: Sequence[Tensor]) -> tuple[float, float
 
 
 def leakage(scenes: Sequence[Scene], inputs: Inputs) -> dict[str, dict[str, float]]:
-    """For each method what leaks, and how much outputs of one content differ.
+    """For each method what leaks, and how much LR images of one content differ.
 
-    References are of one half of each camera's scenes, contents of the other.
+    References are of one half of each camera's scenes, contents of the other half.
     """
     seed = inputs.cfg.seed
     others = [scene for scene in scenes if scene.half == 1]
@@ -130,40 +130,35 @@ def leakage(scenes: Sequence[Scene], inputs: Inputs) -> dict[str, dict[str, floa
     lr_ref: dict[str, list[Tensor]] = {}
     for scene in scenes:
         if scene.half == 0 and len(lr_ref.setdefault(scene.camera, [])) < SAMPLES:
-            lr_ref[scene.camera].append(scene.middle)
+            lr_ref[scene.camera].append(scene.lr)
     references = [torch.stack(same) for same in lr_ref.values()]
     rows: dict[str, dict[str, float]] = {}
 
-    def std(lr: Tensor) -> float:  # of values over the samples (n, 3, h, w), levels of 255
+    def std(lr: Tensor) -> float:  # over the samples (n, 3, h, w), in levels of 255
         return (255 * lr.double()).var(0).mean().sqrt().item()
 
-    def add(name: str, outputs: Sequence[Tensor], noises: Sequence[float]) -> None:
-        views = [[high_pass(x).flatten(1) for x in made] for made in outputs]
-        share, z = leak([torch.stack(v) for v in views],
-                        [high_pass(ref).flatten(1) for ref in references])  # fmt: skip
-        spread = float(np.mean([std(x) for made in outputs for x in made]))
-        rows[name] = {
-            "share": share,
-            "z": z,
-            "references": spread,
-            "noises": float(np.mean(noises)),
-        }
+    def add(name: str, lr: Sequence[Tensor], noises: Sequence[float]) -> None:
+        details = [torch.stack([high_pass(x).flatten(1) for x in of_camera]) for of_camera in lr]
+        share, z = leak(details, [high_pass(ref).flatten(1) for ref in references])
+        spread = float(np.mean([std(x) for of_camera in lr for x in of_camera]))
+        noise = float(np.mean(noises))
+        rows[name] = {"share": share, "z": z, "references": spread, "noises": noise}
 
     for name, method in syntheses(inputs.net, inputs.sampler).items():
-        outputs, noises = [], []
+        lr, noises = [], []
         for camera, ref in enumerate(references):
-            made = []
+            of_camera = []
             for i, content in enumerate(tqdm(contents, desc=name, unit="content", leave=False)):
-                draw = ((seed << 16 | i) << 8 | camera) << 16
-                given = (method, content)
-                made.append(lr_from_each(*given, list(ref), [draw] * len(ref), inputs.device))
-                seeds = [draw | n for n in range(SAMPLES)]
-                noises.append(std(lr_from_each(*given, [ref[0]] * SAMPLES, seeds, inputs.device)))
-            outputs.append(torch.stack(made))  # (contents, n, 3, side, side)
-        add(name, outputs, noises)
+                first = ((seed << 16 | i) << 8 | camera) << 16  # seed
+                make = functools.partial(lr_from_each, method, content, device=inputs.device)
+                of_camera.append(make(list(ref), [first] * len(ref)))
+                noises.append(std(make([ref[0]] * SAMPLES, [first | n for n in range(SAMPLES)])))
+            lr.append(torch.stack(of_camera))  # (contents, n, 3, side, side)
+        add(name, lr, noises)
+    # The last method is RealDGen.
     blended = [
-        to_uint8(torch.lerp(made, ref.expand_as(made), BLENDED)) / 255
-        for made, ref in zip(outputs, references, strict=True)
+        to_uint8(torch.lerp(of_camera, ref.expand_as(of_camera), BLENDED)) / 255
+        for of_camera, ref in zip(lr, references, strict=True)
     ]
     add(f"{name}, {BLENDED:.0%} of the reference blended in", blended, noises)
     return rows
@@ -173,26 +168,26 @@ def leakage(scenes: Sequence[Scene], inputs: Inputs) -> dict[str, dict[str, floa
 
 
 def table_leakage(name: str, inputs: Inputs) -> Measure:
-    """leakage, for each set of pairs with enough scenes."""
+    """Leakage and diversity, for each set of pairs with enough scenes."""
     inputs.check_steps(inputs.cfg.t_start)
     sets, left_out = {}, []
     for folder in inputs.sets:
-        scenes, few = scenes_of(folder, inputs)
-        left_out += few
+        scenes, cameras = scenes_of(folder, inputs)
+        left_out += cameras
         if scenes:
             sets[folder] = scenes
     require(bool(sets), f"--pairs: leakage needs a set with a camera of {LEAST} scenes.")
 
     def measure() -> tuple[dict[str, Any], str]:
         values = {folder: leakage(scenes, inputs) for folder, scenes in sets.items()}
-        few = f"Cameras with under {LEAST} scenes, left out: {', '.join(left_out) or 'none'}."
-        return values, f"{text_of_leakage(values)}{few}\n"
+        rest = f"Cameras with under {LEAST} scenes are left out: {', '.join(left_out) or 'none'}."
+        return values, f"{text_of_leakage(values)}{rest}\n"
 
     return measure
 
 
 def text_of_leakage(values: dict[str, Any]) -> str:
-    """The table of leakage and diversity, and what a reader must know."""
+    """The table of leakage and diversity, and how to read it."""
     heads = ["set", "method", "share of the reference's detail", "z", "std over references",
              "std over noises"]  # fmt: skip
     lines = [
@@ -204,10 +199,11 @@ def text_of_leakage(values: dict[str, Any]) -> str:
     return f"""## Does the reference's content show in generated LR? How much do outputs differ?
 
 {table_text(heads, lines, words=2)}
-Outputs of one content with up to {SAMPLES} references of one camera, minus their mean, regressed on
-the reference, minus the mean reference (both without what is smooth over 5 x 5 pixels). z: against
-permuted references; beyond 3 it is no accident. In the last row of each set {BLENDED:.0%} of the
-reference is blended in, which must be found. Standard deviations (levels of 255) of outputs of one
-content over the references of a camera with one noise, and over {SAMPLES} noises with one reference
-(Real-ESRGAN, BSRGAN: parameters and noise).
+Detail is an image minus its mean over 5 x 5 pixels. LR of each content is made with up to
+{SAMPLES} references of a camera. Its detail is regressed on that of the reference, after the mean
+over the references is subtracted from both: that is the share. z compares it with permuted
+references; above 3 it is no accident. In the last row of each set {BLENDED:.0%} of the reference is
+blended in, which must be found. The last columns are standard deviations of the LR images of one
+content, in levels of 255: over the references of a camera with one noise, and over {SAMPLES} noises
+with one reference. For Real-ESRGAN and BSRGAN a noise is a draw of parameters and noise.
 """

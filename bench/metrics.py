@@ -52,8 +52,8 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
             size = x.shape[dim] - 10
             shifted = [x.narrow(dim, k, size) for k in range(11)]
             x = taps[0] * shifted[0]
-            for tap, part in zip(taps[1:], shifted[1:], strict=True):
-                x.add_(part, alpha=tap)
+            for tap, values in zip(taps[1:], shifted[1:], strict=True):
+                x.add_(values, alpha=tap)
         return x
 
     x, y = x.double(), y.double()
@@ -66,7 +66,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 # ---- weights of networks ------------------------------------------------------------------------
 
-WEIGHTS = {  # whose features LPIPS, DISTS, FID, KID and the CLIP-Score compare
+WEIGHTS = {  # of the networks whose features LPIPS, DISTS, FID, KID and the CLIP-Score compare
     "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
     "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
     "squeeze": "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth",
@@ -83,7 +83,7 @@ def weights_file(net: str) -> Path:
 
 
 def missing_weights(net: str) -> str:
-    """What the user has to install or copy before a network can be loaded; "" if nothing."""
+    """What the user must install or copy before a network can be loaded; "" if nothing."""
     file, todo = weights_file(net), []
     if net == "clip" and importlib.util.find_spec("open_clip") is None:
         todo.append("`pip install open_clip_torch`")

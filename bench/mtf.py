@@ -25,13 +25,13 @@ from common.photos import to_uint8
 from common.runtime import make_generator
 from generate import SCALE
 
-FREQUENCIES = torch.linspace(0, 0.5, 21, dtype=torch.float64)  # cycles per LR pixel
-SHOWN = slice(0, None, 4)  # of them in the table
+CURVE_AT = torch.linspace(0, 0.5, 21, dtype=torch.float64)  # frequencies, cycles per LR pixel
+SHOWN = slice(0, None, 4)  # those in the table
 
 
 @torch.no_grad()
 def measure_mtf(pairs: Sequence[Pair], inputs: Inputs) -> dict[str, Any]:
-    """Transfer functions of real LR, of each camera's, and of each method's LR, for one set."""
+    """Transfer functions of the real LR of a set and of each camera, and of each method's LR."""
     cfg = inputs.cfg
     methods, means = all_methods(inputs), mean_degradations(pairs, inputs.net)
     equations: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -42,18 +42,19 @@ def measure_mtf(pairs: Sequence[Pair], inputs: Inputs) -> dict[str, Any]:
         for name, method in methods.items():
             lr = method(hr[None].to(inputs.device), lr_ref, seeds)[0].cpu()
             images[name] = to_uint8(lr) / 255
-        lr = methods["RealDGen"](hr[None].to(inputs.device), [means[pair.index]], seeds)[0].cpu()
-        images["RealDGen, mean F_deg"] = to_uint8(lr) / 255
+        if pair.index in means:
+            lr = methods["RealDGen"](hr[None].to(inputs.device), [means[pair.index]], seeds)[0]
+            images["RealDGen, mean F_deg"] = to_uint8(lr.cpu()) / 255
         AA, Ay = normal_equations(hr, torch.stack([*images.values()]))
         for name, y in zip(images, Ay, strict=True):
             equations.setdefault(name, []).append((AA, y))
             if name == "real LR":
                 equations.setdefault(f"real LR, {camera}", []).append((AA, y))
     curves = {
-        name: transfer_function(fitted_kernel(equations[name]), FREQUENCIES).tolist()
+        name: transfer_function(fitted_kernel(equations[name]), CURVE_AT).tolist()
         for name in sorted(equations, key=lambda name: not name.startswith("real"))
     }
-    count = {name: len(found) for name, found in equations.items()}
+    count = {name: len(sides) for name, sides in equations.items()}
     return {"curves": curves, "n": count}
 
 
@@ -75,7 +76,7 @@ def table_mtf(name: str, inputs: Inputs) -> Measure:
 
 
 def draw_mtf(values: dict[str, Any], path: Path) -> None:
-    """A plot of the transfer functions for each set, and of what the recipe `camera` draws."""
+    """Plot the transfer functions of each set, and the range that the recipe camera draws."""
     from matplotlib.figure import Figure
 
     theta = degrade.sample_degradation(1000, "camera", SCALE, make_generator(0))
@@ -87,7 +88,7 @@ def draw_mtf(values: dict[str, Any], path: Path) -> None:
         for name, curve in found["curves"].items():
             real = name.startswith("real")
             width, style = (2.5, "-") if name == "real LR" else (1, ":" if real else "-")
-            axes.plot(FREQUENCIES, curve, style, linewidth=width, label=name,
+            axes.plot(CURVE_AT, curve, style, linewidth=width, label=name,
                       color="black" if name == "real LR" else None)  # fmt: skip
         axes.fill_between(additions.FREQUENCIES, *drawn, color="0.9", label="drawn by D, 5 to 95%")
         axes.set(title=folder, xlabel="cycles per LR pixel", ylabel="amplitude", ylim=(0, 2))
@@ -98,7 +99,7 @@ def draw_mtf(values: dict[str, Any], path: Path) -> None:
 
 def text_of_mtf(folder: str, found: dict[str, Any]) -> str:
     """The table of one set."""
-    heads = [f"{f:.1f}" for f in FREQUENCIES[SHOWN].tolist()]
+    heads = [f"{f:.1f}" for f in CURVE_AT[SHOWN].tolist()]
     rows = [
         [name, *(f"{v:.2f}" for v in curve[SHOWN]), str(found["n"][name])]
         for name, curve in found["curves"].items()
@@ -106,7 +107,8 @@ def text_of_mtf(folder: str, found: dict[str, Any]) -> str:
     return f"""## {folder}: transfer function, amplitude by cycles per LR pixel
 
 {table_text(["LR", *heads, "n"], rows)}
-Of one kernel from HR to all LR images of the row, by least squares. RealDGen's references are other
-scenes.
+A row is the transfer function of one kernel from HR to LR. It is fitted to all n images of the row
+by least squares. RealDGen's reference is another scene of the camera, or the mean F_deg of all its
+other scenes.
 
 """

@@ -2,7 +2,7 @@
 
 In: a folder of aligned pairs: HR/ and LR/ (or GT/ and LQ/, in any case) with the same file names,
 or NAMEx4 in LR/ for NAME in HR/, or RealSR, DRealSR or RealVSR as published (data/README.md).
-Out: a list of Pair; for a method, its distance to the truth by each metric. All tables use it.
+Out: a list of Pair; the distances of a method's images to the real ones. All tables use it.
 """
 
 import re
@@ -38,8 +38,8 @@ class Pair:
     hr: Path
     lr: Path
     size: tuple[int, int]  # of the LR image, (h, w)
-    full: bool  # whether the LR file has the size of HR: reduce it
-    reference: Path  # file of the real LR whose degradation is to be imitated
+    full: bool  # whether the LR file has the size of HR and must be reduced
+    reference: Path  # file of the real LR whose degradation is imitated
 
 
 def camera_of(name: str) -> str:
@@ -48,8 +48,8 @@ def camera_of(name: str) -> str:
     return folder if slash else re.split(r"[\W\d_]", name, maxsplit=1)[0]
 
 
-# Patterns of the HR and the LR files below the folder, without suffix. What is in brackets makes
-# the name of a pair.
+# Patterns of the paths of HR and LR files below the folder, without suffix. The groups in brackets
+# make the name of a pair.
 LAYOUTS = (
     (r"(?i:HR|GT)/(.+)", r"(?i:LR|LQ)/(.+)x{0}"),
     (r"(?i:HR|GT)/(.+)", r"(?i:LR|LQ)/(.+)"),
@@ -60,7 +60,7 @@ LAYOUTS = (
 
 
 def by_name(images: list[tuple[str, Path]], pattern: str) -> dict[str, Path]:
-    """The images whose path without suffix has this pattern, by the name in its brackets."""
+    """The images whose path without suffix has this pattern, by the name of their pair."""
     found: dict[str, Path] = {}
     for path, file in images:
         if match := re.fullmatch(pattern, path):
@@ -73,28 +73,31 @@ def by_name(images: list[tuple[str, Path]], pattern: str) -> dict[str, Path]:
 def find_files(folder: Path, scale: int = SCALE) -> tuple[dict[str, tuple[Path, Path]], bool]:
     """HR and LR file of each pair by name, and whether the set is a published one.
 
-    UserError where the files are no pairs.
+    UserError if the files do not form pairs.
     """
-    here = f"--pairs {folder}"
-    require(folder.is_dir(), f"{here}: no such folder.")
+    flag = f"--pairs {folder}"
+    require(folder.is_dir(), f"{flag}: no such folder.")
     files = list_images([str(folder)], "--pairs")
     images = [(file.relative_to(folder).with_suffix("").as_posix(), file) for file in files]
     for number, patterns in enumerate(LAYOUTS):
         hr, lr = (by_name(images, pattern.format(scale)) for pattern in patterns)
-        alone = sorted(hr.keys() ^ lr.keys())
-        if alone and number == 0:
+        unpaired = sorted(hr.keys() ^ lr.keys())
+        if unpaired and number == 0:
             continue  # some names end in x4 by chance
         if hr or lr:
             counts = f"{len(hr)} HR and {len(lr)} LR images"
-            names = f"{len(alone)} names are of one kind only, such as {', '.join(alone[:2])}"
-            require(not alone, f"{here}: {counts}; {names}.")
+            names = f"{len(unpaired)} names are of one kind only, such as {', '.join(unpaired[:2])}"
+            require(not unpaired, f"{flag}: {counts}; {names}.")
             return {name: (hr[name], file) for name, file in lr.items()}, number > 1
     layouts = "HR/ and LR/ with the same names, or RealSR, DRealSR or RealVSR as published"
-    raise UserError(f"{here}: no images as {layouts} (see data/README.md).")
+    raise UserError(f"{flag}: no images as {layouts} (see data/README.md).")
 
 
 def stored_sizes(hr: Path, lr: Path) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Width and height of both images from their headers; ValueError if EXIF turns only one."""
+    """Width and height of both images, from their headers.
+
+    ValueError if an image can't be read, or if EXIF turns the two differently.
+    """
     try:
         with Image.open(hr) as large, Image.open(lr) as small:
             alike = orientation(large) == orientation(small)
@@ -102,16 +105,16 @@ def stored_sizes(hr: Path, lr: Path) -> tuple[tuple[int, int], tuple[int, int]]:
     except Exception as error:  # Pillow raises errors of many types
         raise ValueError(f"{hr} or {lr}: no image ({error})") from None
     if not alike:
-        raise ValueError(f"{hr}: EXIF turns this image and its LR image unlike")
+        raise ValueError(f"{hr}: EXIF turns this image and its LR image differently")
     return sizes
 
 
 def find_pairs(folder: Path) -> tuple[list[Pair], int]:
-    """The readable pairs of a folder, and the number of the others; UserError if sizes don't fit.
+    """The readable pairs of a folder, and how many can't be read; UserError if sizes don't fit.
 
     Some published sets (RealVSR, RealSR before version 3) store LR images at the size of HR.
     """
-    here = f"--pairs {folder}"
+    flag = f"--pairs {folder}"
     files, published = find_files(folder)
     pairs: list[Pair] = []
     for index, (name, (hr, lr)) in enumerate(sorted(files.items())):
@@ -125,22 +128,22 @@ def find_pairs(folder: Path) -> tuple[list[Pair], int]:
         size = (H // SCALE, W // SCALE)
         full = published and (h, w) == (H, W)
         sizes = f"{name} has {W} x {H} HR and {w} x {h} LR pixels"
-        wrong = f"{here}: {sizes}, not {size[1]} x {size[0]} (scale {SCALE})."
+        wrong = f"{flag}: {sizes}, not {size[1]} x {size[0]} (scale {SCALE})."
         require(full or (h, w) == size, wrong)
-        require(min(size) >= 32, f"{here}: the LR image {name} is under 32 x 32 pixels.")
+        require(min(size) >= 32, f"{flag}: the LR image {name} is under 32 x 32 pixels.")
         pairs.append(Pair(index, name, hr, lr, size, full, lr))
-    require(bool(pairs), f"{here}: none of its pairs can be read.")
+    require(bool(pairs), f"{flag}: none of its pairs can be read.")
     return pairs, len(files) - len(pairs)
 
 
 # ---- their images -------------------------------------------------------------------------------
 
 
-def resized(x: Tensor, h: int, w: int) -> Tensor:
-    """Pillow's bicubic resize (B, 3, h, w), in 8 bits, of x (B, 3, H, W) in [0, 1]."""
+def resized_by_pillow(x: Tensor, h: int, w: int) -> Tensor:
+    """Pillow's bicubic resize of x (B, 3, H, W) in [0, 1]: (B, 3, h, w), rounded to 8 bits."""
     images = [Image.fromarray(v) for v in to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()]
-    made = [np.asarray(image.resize((w, h), Image.Resampling.BICUBIC)) for image in images]
-    return torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2).to(x.device) / 255
+    resized = [np.asarray(image.resize((w, h), Image.Resampling.BICUBIC)) for image in images]
+    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(x.device) / 255
 
 
 def load_hr(pair: Pair) -> Tensor:
@@ -153,20 +156,23 @@ def load_lr(file: Path, full: bool = False) -> Tensor:
     """A real LR image (3, h, w) in [0, 1]; full: the file has the size of HR and is reduced."""
     image = load_image(file)
     h, w = (side // SCALE for side in image.shape[1:])
-    return resized(image[None, :, : SCALE * h, : SCALE * w], h, w)[0] if full else image
+    if not full:
+        return image
+    return resized_by_pillow(image[None, :, : SCALE * h, : SCALE * w], h, w)[0]
 
 
 # ---- which pairs give references ----------------------------------------------------------------
 
 
 def other_scenes(cameras: Sequence[str], seed: int) -> dict[int, int]:
-    """For each image another one of the same camera, each used once; no entry where there is none.
+    """For each image the number of another one of its camera; no entry where there is none.
 
-    The images of a camera are put in a random order, and each is given its successor.
+    The images of a camera are put in a random order, and each is given its successor. So each is
+    used once.
     """
     other = {}
     for number, camera in enumerate(sorted(set(cameras))):
-        members = [i for i, c in enumerate(cameras) if c == camera]
+        members = [i for i, name in enumerate(cameras) if name == camera]
         order = torch.randperm(len(members), generator=make_generator(seed, number)).tolist()
         for i, successor in zip(order, order[1:] + order[:1], strict=True):
             if i != successor:
@@ -175,13 +181,13 @@ def other_scenes(cameras: Sequence[str], seed: int) -> dict[int, int]:
 
 
 def with_other_scenes(pairs: Sequence[Pair], seed: int) -> list[Pair]:
-    """The pairs that have one, each with the LR of another scene of its camera as reference."""
+    """The pairs whose camera has other scenes; the reference of each is the LR of another scene."""
     other = sorted(other_scenes([camera_of(pair.name) for pair in pairs], seed).items())
     return [replace(pairs[i], reference=pairs[j].lr) for i, j in other]
 
 
 def halves(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """Every other pair of each camera: the half that gives references, and the half to test on."""
+    """The pairs that give references, and those to test on: every other one of each camera."""
     split: tuple[list[Pair], list[Pair]] = ([], [])
     count: Counter[str] = Counter()
     for pair in pairs:
@@ -191,10 +197,11 @@ def halves(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
     return split
 
 
-# ---- how near is what a method makes of them? ---------------------------------------------------
+# ---- distances of a method's images to the real ones --------------------------------------------
 
-DECIMALS = {"PSNR RGB": 2, "PSNR Y": 2, "FID": 2, "KID": 4}  # of the others 3
-Method = Callable[[Tensor, Sequence[Pair]], Tensor]  # HR (B, 3, 4h, 4w) -> LR (B, 3, h, w), or back
+DECIMALS = {"PSNR RGB": 2, "PSNR Y": 2, "FID": 2, "KID": 4}  # 3 for all others
+# HR (B, 3, 4h, 4w) -> LR (B, 3, h, w), or LR -> HR
+Method = Callable[[Tensor, Sequence[Pair]], Tensor]
 
 
 @torch.no_grad()
@@ -206,14 +213,14 @@ def evaluate(
     batch_size: int = 1,
     upwards: bool = False,
 ) -> dict[str, Any]:
-    """Distances of a method's images to the real ones: each image's values, means, seconds.
+    """Distances of a method's images to the real ones: values of each image, means, seconds.
 
     method: HR -> LR, or LR -> HR if `upwards`; metrics: names of METRICS and SET_METRICS. The
-    method's images are rounded to 8 bits, as they are in files.
+    method's images are first rounded to 8 bits, as if they were saved.
     """
     each = [m for m in metrics if m in METRICS]
     seconds, images = 0.0, {}
-    all_made, all_real = [], []  # batches of 8 bits
+    outputs, targets = [], []  # batches of 8 bits
     pending = sorted(pairs, key=lambda pair: pair.size)
     bar = tqdm(total=len(pairs), unit="image", leave=False)
     while pending:
@@ -223,12 +230,12 @@ def evaluate(
         lr = torch.stack([load_lr(pair.lr, pair.full) for pair in batch]).to(device)
         x, target = (lr, hr) if upwards else (hr, lr)
         began = time.perf_counter()
-        made = to_uint8(method(x, batch)).cpu()
+        output = to_uint8(method(x, batch)).cpu()
         seconds += time.perf_counter() - began
-        all_made.append(made)
-        all_real.append(to_uint8(target).cpu())
-        made = made.to(device) / 255
-        values = torch.stack([METRICS[m](made, target).double().cpu() for m in each], dim=1)
+        outputs.append(output)
+        targets.append(to_uint8(target).cpu())
+        output = output.to(device) / 255
+        values = torch.stack([METRICS[m](output, target).double().cpu() for m in each], dim=1)
         values = values.clamp(max=100.0)  # equal images get 100 dB, so that there is a mean
         for pair, row in zip(batch, values.tolist(), strict=True):
             images[pair.name] = dict(zip(each, row, strict=True))
@@ -236,7 +243,7 @@ def evaluate(
     bar.close()
     mean = {m: float(np.mean([row[m] for row in images.values()])) for m in each}
     for m in [m for m in metrics if m in SET_METRICS and len(pairs) > 1]:
-        sets = ((x.to(device) / 255 for x in batches) for batches in (all_made, all_real))
+        sets = ((x.to(device) / 255 for x in batches) for batches in (outputs, targets))
         mean[m] = SET_METRICS[m](*sets)
     return {"n": len(pairs), "seconds": seconds, "mean": mean, "images": images}
 
@@ -245,11 +252,11 @@ def evaluate(
 
 
 def table_text(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
-    """A Markdown table, its first `words` columns to the left and the others to the right."""
+    """A Markdown table; its first `words` columns are aligned left, the others right."""
     marks = ["---"] * words + ["---:"] * (len(heads) - words)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (heads, marks, *rows))
 
 
 def metric_text(mean: dict[str, float], metric: str) -> str:
-    """A metric's value as a cell of a table; a dash where it was not measured."""
+    """A metric's value as a cell of a table; a dash if it was not measured."""
     return f"{mean[metric]:z.{DECIMALS.get(metric, 3)}f}" if metric in mean else "-"

@@ -3,7 +3,8 @@
 In: a folder of pairs (of generate.py, degrade.py or a camera), or HR photos that degrade.py reduces
 during training. Out: runs/sr/NAME.pt, to continue the training, and runs/sr/NAME.safetensors, the
 averaged weights. The networks are the paper's four, trained from scratch, and FSRCNN, which a CPU
-can train. spandrel reads the .safetensors of the paper's four. --upscale enlarges images with any.
+can train. spandrel reads the .safetensors of the paper's four. --upscale enlarges images with a
+trained network.
 
     python -m bench.sr --sr swinir-l --pairs out/generated
     python -m bench.sr --sr swinir-l --pairs out/generated --upscale data/lr
@@ -40,8 +41,15 @@ from common.checkpoint import (
 from common.cli import check_ranges, launch
 from common.files import find_photos, list_images, photo_names, replacing
 from common.photos import Crops, Photos, dihedral, load_image, save_image, to_uint8
-from common.run import TRAINING_RANGES, Run, check_micro_batches, compile_networks
+from common.run import (
+    TRAINING_RANGES,
+    Run,
+    TrainingConfig,
+    check_micro_batches,
+    compile_networks,
+)
 from common.runtime import Runtime, make_generator, wait_for_all
+from common.tiles import in_tiles
 
 # ---- networks: lr (B, 3, h, w) in [0, 1] -> hr (B, 3, scale h, scale w) --------------------------
 
@@ -95,8 +103,8 @@ def sr_network(name: str, scale: int = 4) -> nn.Module:
         options = {"window_size": 16, "overlap_ratio": 0.5, "conv_scale": 0.01} | HAT_MEDIUM
         return HAT.HAT(upscale=scale, compress_ratio=3, squeeze_factor=30, **options)
     net = ESRGAN.ESRGAN(scale=scale, num_filters=64, num_blocks=23)
-    for part, layer in net.named_modules():
-        if ".RDB" in part and isinstance(layer, nn.Conv2d):
+    for module, layer in net.named_modules():
+        if ".RDB" in module and isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight)  # made small: arXiv:1809.00219, Section 3.1
             layer.weight.data *= 0.1
             nn.init.zeros_(layer.get_parameter("bias"))
@@ -107,8 +115,8 @@ def sr_network(name: str, scale: int = 4) -> nn.Module:
 def super_resolve(net: nn.Module, lr: Tensor, tile: int = 256) -> Tensor:
     """lr (B, 3, h, w) of any size -> (B, 3, scale h, scale w), both in [0, 1].
 
-    Larger images are computed in overlapping tiles of `tile` LR pixels a side, to save memory.
-    Where the windows of a network do not fit, the image is extended by reflection.
+    Larger images are computed in overlapping tiles of `tile` LR pixels a side, to save memory. An
+    image is extended by reflection to a multiple of the network's window.
     """
     window = getattr(net, "window_size", 1)
 
@@ -119,7 +127,7 @@ def super_resolve(net: nn.Module, lr: Tensor, tile: int = 256) -> Tensor:
         scale = sr.shape[2] // len(rows)
         return F.pixel_unshuffle(sr[:, :, : scale * h, : scale * w], scale)  # (B, 3 scale^2, h, w)
 
-    sr = extractors.in_tiles(network, (lr.shape[2], lr.shape[3]), lr, tile=tile)
+    sr = in_tiles(network, (lr.shape[2], lr.shape[3]), lr, tile=tile)
     return F.pixel_shuffle(sr, math.isqrt(sr.shape[1] // 3)).float().clamp(0, 1)
 
 
@@ -155,11 +163,11 @@ def split(pair: Tensor) -> tuple[Tensor, Tensor]:
     return F.pixel_shuffle(pair[:, :-3], math.isqrt(pair.shape[1] // 3 - 1)), pair[:, -3:]
 
 
-def find_pairs(folder: str, scale: int, rt: Runtime) -> list[tuple[Path, Path]]:
-    """LR and HR file of each pair; UserError where names or sizes do not fit together.
+def training_files(folder: str, scale: int, rt: Runtime) -> list[tuple[Path, Path]]:
+    """LR and HR file of each pair; UserError if names or sizes do not fit together.
 
-    HR may be up to scale - 1 pixels larger than scale times LR. Pairs are left out and counted if
-    an image's header can't be read, or if EXIF turns one image only.
+    HR may be up to scale - 1 pixels larger than scale times LR. A pair is skipped and counted if
+    the header of an image can't be read, or if EXIF turns the two images differently.
     """
     files, published = find_files(Path(folder), scale)
     require(not published, f"--pairs {folder}: this published set is for tests only.")
@@ -190,7 +198,7 @@ def read_pair(files: tuple[Path, Path], scale: int) -> np.ndarray:
 class PairCrops(Crops):
     """Crops of joined pairs, (3 scale^2 + 3, size, size)."""
 
-    grid = 1  # crops begin anywhere: no recipe follows that could mistake the blocks of a JPEG
+    grid = 1  # crops may begin at any pixel: LR is given, so the JPEG of D does not follow
 
     def turned(self, crop: Tensor, draw: int) -> Tensor:
         """A crop with both images turned alike."""
@@ -203,8 +211,8 @@ class PairCrops(Crops):
 
 @torch.no_grad()
 def degraded(hr: Tensor, recipe: str, scale: int, generator: torch.Generator) -> Tensor:
-    """LR of HR images (B, 3, H, W); each has its own draw of a recipe of degrade.py."""
-    draw = make_generator(generator.initial_seed())  # on the CPU, so that no GPU is waited for
+    """LR of HR images (B, 3, H, W); each image draws its own parameters of a recipe of D."""
+    draw = make_generator(generator.initial_seed())  # on the CPU: does not synchronise the GPU
     theta = degrade.sample_degradation(len(hr), recipe, scale, draw)
     return degrade.degrade(hr, theta, draw)
 
@@ -230,7 +238,7 @@ def sr_loss(net: nn.Module, hr: Tensor, lr: Tensor, perceptual_weight: float) ->
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TrainingConfig):
     """Settings of the training, the same for all networks.
 
     The paper names BasicSR and no numbers: these are BasicSR's for SwinIR x4.
@@ -251,15 +259,8 @@ class Config:
     crop: int = 48  # LR crop, pixels
     learning_rate: float = 2e-4
     betas: tuple[float, ...] = (0.9, 0.99)  # of Adam
-    ema_decay: float = 0.999
-    cooldown: float = 0.0  # last share of the steps, in which the learning rate falls to 0
-    bf16: bool = True  # where the device has it
     log_every: int = 100
     save_every: int = 5000
-    accumulate: int = 0  # parts into which a batch is divided; 0: as many as memory asks for
-    compile: bool = True  # torch.compile
-    seed: int = 0
-    device: str = "auto"
 
 
 SHORT = {"batch_size": 8, "compile": False, "save_every": 500}
@@ -275,8 +276,8 @@ RANGES = TRAINING_RANGES | {
 }  # fmt: skip
 
 
-def resolved(cfg: Config) -> Config:
-    """The settings with the recipe and name that they imply; UserError for a wrong flag."""
+def completed(cfg: Config) -> Config:
+    """The settings with the recipe and the name that they imply; UserError for a wrong flag."""
     one_source = not (cfg.pairs and (cfg.recipe or cfg.hr))
     require(one_source, "--pairs and --recipe or --hr are two sources: give one.")
     recipe = "" if cfg.pairs else cfg.recipe or "realesrgan"
@@ -285,9 +286,9 @@ def resolved(cfg: Config) -> Config:
     check_ranges(cfg, RANGES)
     check_micro_batches(cfg)
     require(len(cfg.betas) == 2, "--betas takes two numbers.")
-    parts = [cfg.sr, recipe or Path(cfg.pairs).resolve().name]
-    parts += ["perceptual"] * (cfg.perceptual_weight > 0)
-    return replace(cfg, recipe=recipe, name=cfg.name or "-".join(parts))
+    words = [cfg.sr, recipe or Path(cfg.pairs).resolve().name]
+    words += ["perceptual"] * (cfg.perceptual_weight > 0)
+    return replace(cfg, recipe=recipe, name=cfg.name or "-".join(words))
 
 
 def save_network(path: Path, net: nn.Module, cfg: Config) -> None:
@@ -299,8 +300,8 @@ def save_network(path: Path, net: nn.Module, cfg: Config) -> None:
 
 def train(cfg: Config, rt: Runtime) -> Path:
     """Train one network on one source of pairs; returns the file of its averaged weights."""
-    cfg = resolved(cfg)
-    torch.manual_seed(cfg.seed)  # the weights do not depend on networks trained before
+    cfg = completed(cfg)
+    torch.manual_seed(cfg.seed)  # the weights do not depend on earlier trainings of this process
     net = sr_network(cfg.sr, cfg.scale)
     if cfg.start_from:
         load_weights(net, cfg.start_from, "--start-from")
@@ -309,7 +310,7 @@ def train(cfg: Config, rt: Runtime) -> Path:
     path, decoded = Path(cfg.out) / f"{cfg.name}.pt", Path(cfg.out) / "photos"
     crops: Crops
     if cfg.pairs:
-        pairs = find_pairs(cfg.pairs, cfg.scale, rt)
+        pairs = training_files(cfg.pairs, cfg.scale, rt)
         read = functools.partial(read_pair, scale=cfg.scale)
         folder = decoded / f"pairs-{zlib.crc32(cfg.pairs.encode()):08x}"
         crops = PairCrops(Photos(pairs, folder, rt, read), cfg.crop, cfg.batch_size, cfg.seed)
@@ -323,9 +324,9 @@ def train(cfg: Config, rt: Runtime) -> Path:
     if cfg.compile:
         compile_networks([net], rt)
     # Deviation: a constant learning rate and averaged weights, as in all stages. BasicSR halves the
-    # rate four times.
+    # learning rate four times.
     groups = [{"params": [*net.parameters()], "lr": cfg.learning_rate, "betas": cfg.betas}]
-    began = fingerprint(net) if cfg.start_from else ""
+    began = fingerprint(net) if cfg.start_from else ""  # a run resumes only from equal weights
     run = Run(cfg, rt, net, groups, path, cfg.steps, began=began)
     for batch, draw in run.batches(crops):
         with rt.autocast(cfg.bf16):
@@ -333,7 +334,7 @@ def train(cfg: Config, rt: Runtime) -> Path:
                 hr, lr = split(batch)
             else:
                 hr, lr = batch, degraded(batch, cfg.recipe, cfg.scale, draw)
-            torch.manual_seed(draw.initial_seed())  # transformers draw the paths that they drop
+            torch.manual_seed(draw.initial_seed())  # transformers draw which paths they drop
             losses = sr_loss(net, hr, lr, cfg.perceptual_weight)
         run.update(losses)
     target = path.with_suffix(".safetensors")
@@ -346,7 +347,7 @@ def train(cfg: Config, rt: Runtime) -> Path:
 
 def upscale(cfg: Config, rt: Runtime) -> None:
     """Enlarge images with a trained network; unreadable images are skipped and counted."""
-    cfg = resolved(cfg)
+    cfg = completed(cfg)
     weights = Path(cfg.start_from or Path(cfg.out) / f"{cfg.name}.safetensors")
     missing = f"{weights} is missing: train it without --upscale, or name a file with --start-from."
     require(weights.is_file(), missing)

@@ -7,6 +7,7 @@ import io
 import re
 import sys
 import time
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -22,6 +23,12 @@ def own_fields_first(config: type) -> list[dataclasses.Field]:
     """The fields of a dataclass; those that it inherits come last."""
     own = config.__dict__.get("__annotations__", {})
     return sorted(dataclasses.fields(config), key=lambda field: field.name not in own)
+
+
+def item_types(config: type) -> dict[str, type]:
+    """The type of the items of each tuple among the fields of a dataclass."""
+    hints = typing.get_type_hints(config)
+    return {k: typing.get_args(v)[0] for k, v in hints.items() if typing.get_origin(v) is tuple}
 
 
 def parse_args(
@@ -47,7 +54,7 @@ def parse_args(
         if isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         elif isinstance(default, tuple):
-            kind = {"type": type(default[0]) if default else str, "nargs": "+"}
+            kind = {"type": item_types(config)[field.name], "nargs": "+"}
         text = comments.get(field.name, "").replace("%", "%%")
         parser.add_argument("--" + field.name.replace("_", "-"), help=text, **kind)
     flags = vars(parser.parse_args(argv))
@@ -70,7 +77,7 @@ def from_dict(config: type[C], values: Any, name: str) -> C:
         kinds = (int, float) if isinstance(default, float) else (type(default),)
         require(type(value) in kinds, wrong)
         if isinstance(default, tuple):
-            kind = type(default[0]) if default else str
+            kind = item_types(config)[key]
             require(all(type(v) is kind for v in value), wrong)
     return config(**values)
 

@@ -1,4 +1,4 @@
-"""The folder of pairs that degrade.py and generate.py write, and its table pairs.jsonl."""
+"""A folder of pairs that a command writes, and its table pairs.jsonl."""
 
 import contextlib
 import json
@@ -11,6 +11,28 @@ from typing import Any, TextIO
 from common import UserError, require
 from common.files import write_text
 from common.runtime import Runtime, wait_for_all
+
+
+def read_table(table: Path) -> list[dict]:
+    """Rows of a table of pairs; UserError for a row whose files are not hr/NAME and lr/NAME.
+
+    A killed run may leave half a line at the end; it is skipped.
+    """
+    rows, lines = [], table.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        where = f"{table}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            require(not line.strip() or number == len(lines), f"{where} is not JSON.")
+            continue
+        for side in ("hr", "lr"):
+            path = row.get(side) if isinstance(row, dict) else None
+            name = Path(str(path)).name
+            ours = path == f"{side}/{name}" and name != ".."
+            require(ours, f"{where}: {side} is {path!r}, but must be {side}/NAME.")
+        rows.append(row)
+    return rows
 
 
 class PairFolder:

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-import degrade
+import additions
 from common.runtime import make_generator
 
 
@@ -48,9 +48,9 @@ def write_pairs(folder, names=("Canon_1", "Canon_2", "Nikon_1", "Nikon_2", "Sony
 
 
 def noise_in_bands(noise):
-    """std (B, 3) of noise (B, C, h, w) in degrade.BANDS, as of white noise of that power."""
+    """std (B, 3) of noise (B, C, h, w) in additions.BANDS, as of white noise of that power."""
     power = torch.fft.fft2(noise, norm="ortho").abs().square().mean(1)
     down, across = (torch.fft.fftfreq(n) for n in noise.shape[2:])
-    ring = (torch.hypot(down[:, None], across) / degrade.RINGS[0]).round() - 1  # the nearest
-    bands = [power[:, (band.start <= ring) & (ring < band.stop)] for band in degrade.BANDS]
+    ring = (torch.hypot(down[:, None], across) / additions.RINGS[0]).round() - 1  # the nearest
+    bands = [power[:, (band.start <= ring) & (ring < band.stop)] for band in additions.BANDS]
     return torch.stack([band.mean(1).sqrt() for band in bands], dim=1)

@@ -52,7 +52,7 @@ def copying_generator(monkeypatch):
 
     monkeypatch.setattr(generate, "load_generator", lambda *_: SimpleNamespace(t_max=500))
     monkeypatch.setattr(generate, "generate", answer)
-    monkeypatch.setattr(generated, "mean_codes", codes)
+    monkeypatch.setattr(generated, "mean_degradations", codes)
     return calls
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import ndimage
 
 import degrade
-from bench import control, generated
+from bench import control, generated, kernels
 from bench.inputs import Config, Inputs, resolved
 from common import UserError
 from common.photos import load_image, save_image, to_uint8
@@ -31,7 +31,7 @@ def test_the_bicubic_kernel_is_pillows():
     hr = scenes(1)[0]
     image = Image.fromarray(to_uint8(hr).permute(1, 2, 0).numpy())
     expected = np.asarray(image.resize((48, 48), Image.Resampling.BICUBIC)) / 255
-    lr = control.reduced_by(control.bicubic_kernel(), to_uint8(hr) / 255)
+    lr = kernels.reduced_by(kernels.bicubic_kernel(), to_uint8(hr) / 255)
     inner = (slice(None), slice(4, -4), slice(4, -4))
     np.testing.assert_allclose(lr.permute(1, 2, 0).numpy()[4:-4, 4:-4], expected[4:-4, 4:-4],
                                atol=1.01 / 255)  # fmt: skip
@@ -41,21 +41,21 @@ def test_the_bicubic_kernel_is_pillows():
 @pytest.mark.parametrize("sigma", [1.5, 3.0])
 def test_a_kernel_is_found_again_from_its_images(sigma):
     hr, kernel = scenes(3), gaussian_kernel(sigma)
-    equations = [control.normal_equations(x, control.reduced_by(kernel, x)[None]) for x in hr]
+    equations = [kernels.normal_equations(x, kernels.reduced_by(kernel, x)[None]) for x in hr]
     equations = [(AA, Ay[0]) for AA, Ay in equations]
-    found = control.fitted_kernel(equations)
+    found = kernels.fitted_kernel(equations)
     f = torch.linspace(0, 0.5, 6)
     expected = (-2 * (np.pi * f.double() * sigma / 4) ** 2).exp()  # of a Gaussian, in closed form
-    torch.testing.assert_close(control.transfer_function(kernel, f), expected, atol=0.01, rtol=0)
-    amplitude = control.transfer_function(found, f)
+    torch.testing.assert_close(kernels.transfer_function(kernel, f), expected, atol=0.01, rtol=0)
+    amplitude = kernels.transfer_function(found, f)
     torch.testing.assert_close(amplitude, expected, atol=0.04, rtol=0)
-    error = control.reduced_by(found, hr[0]) - control.reduced_by(kernel, hr[0])
+    error = kernels.reduced_by(found, hr[0]) - kernels.reduced_by(kernel, hr[0])
     assert 255 * error.abs().mean() < 0.5
 
 
 def test_the_transfer_function_of_bicubic_is_that_of_keys_cubic():
     """The mean over all angles equals a slow sum over the plane."""
-    kernel, f = control.bicubic_kernel(), torch.tensor([0.0, 0.2, 0.5])
+    kernel, f = kernels.bicubic_kernel(), torch.tensor([0.0, 0.2, 0.5])
     place = (np.arange(24) - control.BEFORE - 1.5) / 4
     expected = []
     for frequency in f.tolist():
@@ -65,7 +65,7 @@ def test_the_transfer_function_of_bicubic_is_that_of_keys_cubic():
                                                    + np.cos(angle) * place))  # fmt: skip
             values.append(abs((kernel.numpy() * wave).sum()))
         expected.append(np.mean(values))
-    found = control.transfer_function(kernel, f)
+    found = kernels.transfer_function(kernel, f)
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert found[0] == pytest.approx(1) and 0.5 < found[2] < 0.64
 
@@ -86,7 +86,7 @@ def inputs(tmp_path, monkeypatch):
     """Pairs of two cameras whose real LR is sharpened, and a generator that answers bicubically."""
     for number, hr in enumerate(scenes(6, 128)):
         name = f"{'AB'[number % 2]}_{number}"
-        theta = degrade.bicubic(1, 4)
+        theta = degrade.bicubic_reduction(1, 4)
         lr = degrade.degrade(hr[None], theta)[0]
         blurred = torch.from_numpy(ndimage.gaussian_filter(lr, (0, 1, 1)))
         save_image(tmp_path / f"set/HR/{name}.png", hr)
@@ -99,7 +99,9 @@ def inputs(tmp_path, monkeypatch):
 
     monkeypatch.setattr("generate.load_generator", lambda *_: SimpleNamespace(t_max=500))
     monkeypatch.setattr("generate.generate", answer)
-    monkeypatch.setattr(control, "mean_codes", lambda pairs, *_: {p.index: None for p in pairs})
+    monkeypatch.setattr(
+        control, "mean_degradations", lambda pairs, *_: {p.index: None for p in pairs}
+    )
     folders = {name: (str(tmp_path / name),) for name in ("set", "photos")}
     cfg = Config(pairs=folders["set"], hr=folders["photos"], out=str(tmp_path / "out"),
                  crop=32, sr_steps=2, t_starts=(0,))  # fmt: skip

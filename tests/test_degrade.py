@@ -18,9 +18,9 @@ from PIL import Image
 from scipy import linalg, ndimage, special, stats
 from torch import Tensor
 
+import additions
 import degrade
-import extractors
-from bench import control
+from bench import kernels
 from common.photos import load_image, save_image, to_uint8
 from common.runtime import make_generator
 from degrade import Degradation
@@ -51,10 +51,10 @@ def bytes_of(x: Tensor) -> np.ndarray:
 
 def only(batch: int, *operations: str, scale: int = 1) -> Degradation:
     """Parameters of just these operations (and of the resize to LR, by default the last)."""
-    theta = degrade.bicubic(batch, scale)
+    theta = degrade.bicubic_reduction(batch, scale)
     names = operations if "resize 3" in operations else (*operations, "resize 3")
-    codes = [degrade.OPERATIONS.index(name) for name in names]
-    theta.order[:, : len(codes)] = torch.tensor(codes)
+    operations = [degrade.OPERATIONS.index(name) for name in names]
+    theta.order[:, : len(operations)] = torch.tensor(operations)
     theta.seed = torch.arange(batch)
     return theta
 
@@ -62,8 +62,8 @@ def only(batch: int, *operations: str, scale: int = 1) -> Degradation:
 def of_all_recipes(batch: int, seed: int) -> Degradation:
     """Parameters of a batch for each recipe, joined."""
     draw = make_generator(seed)
-    parts = [degrade.sample_degradation(batch, r, generator=draw) for r in degrade.RECIPES]
-    return Degradation.cat(parts)
+    thetas = [degrade.sample_degradation(batch, r, generator=draw) for r in degrade.RECIPES]
+    return Degradation.cat(thetas)
 
 
 def without_noise(theta: Degradation) -> Degradation:
@@ -150,7 +150,7 @@ def test_the_operations_of_real_esrgan_come_in_their_order(theta):
               "blur 2", "resize 2", "gaussian 2", "poisson 2"]  # fmt: skip
     ends = Counter()
     for row in theta.order.tolist():
-        names = [degrade.OPERATIONS[code] for code in row if code]
+        names = [degrade.OPERATIONS[k] for k in row if k]
         expected = [name for name in rounds if name in names]
         assert names[: len(expected)] == expected
         ends[tuple(names[len(expected) :])] += 1
@@ -242,7 +242,7 @@ def test_a_camera_is_drawn_within_its_ranges(recipe):
 
 def test_the_curves_of_measured_cameras_lie_among_those_that_are_drawn():
     theta = degrade.sample_degradation(500, "camera", generator=make_generator(0))
-    low, high = theta.physical()[:, :5].quantile(torch.tensor([0.05, 0.95]), dim=0)
+    low, high = additions.effects_of(theta)[:, :5].quantile(torch.tensor([0.05, 0.95]), dim=0)
     for curve in ((1.08, 1.00, 0.62, 0.27, 0.11), (1.03, 0.80, 0.33, 0.05, 0.03)):
         assert (low < torch.tensor(curve)).all() and (torch.tensor(curve) < high).all()
 
@@ -290,7 +290,7 @@ def test_kernel_equals_its_formula(size, sigma, angle, shape, plateau, cutoff):
     expected = np.zeros((25, 25))
     inside = slice(12 - size // 2, 13 + size // 2)
     expected[inside, inside] = slow_kernel(size, sigma, angle, shape, plateau, cutoff)
-    theta = degrade.bicubic(1, 4)
+    theta = degrade.bicubic_reduction(1, 4)
     theta.blur_sigma[:], theta.blur_angle[:] = torch.tensor(sigma), angle
     theta.blur_shape[:], theta.blur_plateau[:] = shape, plateau
     theta.blur_size[:], theta.sinc_cutoff[:] = size, cutoff
@@ -311,7 +311,7 @@ def lens(sigma: list, angle: float, beta: float, shift: list) -> np.ndarray:
     [([1.3, 0.8], 0.6, 1.7, [0.3, -0.2]), ([1.0, 0.7], 2.5, 2.0, [-0.1, 0.4])],
 )
 def test_a_spectral_kernel_has_its_transfer_function_and_moves_an_image(sigma, angle, beta, shift):
-    theta = degrade.bicubic(1, 4)
+    theta = degrade.bicubic_reduction(1, 4)
     theta.blur_spectral[:], theta.blur_size[:] = True, 25
     theta.blur_sigma[:], theta.blur_angle[:] = torch.tensor(sigma), angle
     theta.blur_shape[:], theta.blur_shift[:] = beta, torch.tensor(shift)
@@ -499,8 +499,8 @@ def slow_degrade(hr: Tensor, theta: Degradation) -> Tensor:
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
     H, W, scale, x = *hr.shape[1:], int(row["scale"]), hr
-    for code in row["order"].tolist():
-        kind, _, number = degrade.OPERATIONS[code].partition(" ")
+    for k in row["order"].tolist():
+        kind, _, number = degrade.OPERATIONS[k].partition(" ")
         work = {"blur": blurred, "resize": resized, "jpeg": compressed}.get(kind)
         x = work(x, int(number) - 1) if work else x
     return x.clamp(0, 1)
@@ -634,9 +634,13 @@ def camera_like(operations: str) -> Degradation:
 def test_the_transfer_function_of_theta_is_what_least_squares_measure(operations):
     theta = camera_like(operations)
     hr = 0.25 + 0.5 * torch.rand(1, 3, 320, 320, generator=make_generator(1))
-    AA, Ay = control.normal_equations(hr[0], degrade.degrade(hr, theta))
-    measured = control.transfer_function(control.fitted_kernel([(AA, Ay[0])]), degrade.FREQUENCIES)
-    np.testing.assert_allclose(degrade.named(theta.physical())[0][0], measured, atol=0.04)
+    AA, Ay = kernels.normal_equations(hr[0], degrade.degrade(hr, theta))
+    measured = kernels.transfer_function(
+        kernels.fitted_kernel([(AA, Ay[0])]), additions.FREQUENCIES
+    )
+    np.testing.assert_allclose(
+        additions.effects_from(additions.effects_of(theta))[0][0], measured, atol=0.04
+    )
 
 
 @pytest.mark.parametrize(
@@ -646,11 +650,13 @@ def test_the_transfer_function_of_theta_is_what_least_squares_measure(operations
 def test_the_noise_of_theta_is_what_a_gray_image_shows_in_each_band(operations):
     theta = camera_like(operations)
     found = noise_in_bands(degrade.degrade(torch.full((1, 3, 1024, 1024), 0.5), theta) - 0.5)
-    np.testing.assert_allclose(degrade.named(theta.physical())[1], found, rtol=0.1)
+    np.testing.assert_allclose(
+        additions.effects_from(additions.effects_of(theta))[1], found, rtol=0.1
+    )
     if operations.startswith("resize 3"):
-        sharpened = 1 - (-2 * (math.pi * degrade.RINGS).square()).exp()
+        sharpened = 1 - (-2 * (math.pi * additions.RINGS).square()).exp()
         gain = 1 + sharpened * ("blur 3" in operations)
-        expected = [gain[band].mean() * 10 / 255 for band in degrade.BANDS]
+        expected = [gain[band].mean() * 10 / 255 for band in additions.BANDS]
         np.testing.assert_allclose(found[0], expected, rtol=0.1)
 
 
@@ -658,13 +664,15 @@ def test_numbers_of_theta_are_named_again_and_mean_nothing_without_their_operati
     theta = only(9, "resize 3", "gaussian 2", "jpeg 2", scale=4)
     theta.gaussian_std[:, 1] = torch.linspace(0, 25 / 255, 9)
     theta.jpeg_quality[:, 1] = torch.linspace(95, 30, 9).long()
-    transfer, noise, quality = degrade.named(theta.physical())
-    torch.testing.assert_close(transfer, extractors.BICUBIC.expand(9, 5))
+    transfer, noise, quality = additions.effects_from(additions.effects_of(theta))
+    torch.testing.assert_close(transfer, additions.BICUBIC.expand(9, 5))
     torch.testing.assert_close(noise, theta.gaussian_std[:, 1:].expand(9, 3), atol=1e-6, rtol=1e-4)
     assert quality.tolist() == theta.jpeg_quality[:, 1].tolist()
     theta.order[:] = only(9, scale=4).order
-    assert (theta.physical() == degrade.bicubic(1, 4).physical()).all()
-    drawn = of_all_recipes(100, seed=14).physical()
+    assert (
+        additions.effects_of(theta) == additions.effects_of(degrade.bicubic_reduction(1, 4))
+    ).all()
+    drawn = additions.effects_of(of_all_recipes(100, seed=14))
     assert drawn[:, :8].isfinite().all() and 0 <= drawn.nan_to_num().min()
     assert drawn.nan_to_num().max() < 3
 
@@ -672,7 +680,7 @@ def test_numbers_of_theta_are_named_again_and_mean_nothing_without_their_operati
 def test_a_jpeg_that_a_resize_hides_is_not_named():
     orders = [("jpeg 1", "resize 3"), ("resize 3", "jpeg 1"), ("jpeg 1", "resize 3", "jpeg 2")]
     theta = Degradation.cat([only(1, *operations, scale=4) for operations in orders])
-    assert theta.physical()[:, 8].isnan().tolist() == [True, False, False]
+    assert additions.effects_of(theta)[:, 8].isnan().tolist() == [True, False, False]
 
 
 # ---- the command ------------------------------------------------------------------------------
@@ -786,12 +794,12 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     broken = tmp_path / "broken"
     process = start("degrade.py", "--hr", "photos", "--out", "broken", cwd=tmp_path)
     deadline = time.monotonic() + 60
-    part = broken / "pairs.0.jsonl"  # of this process, until the run has finished
-    while not (part.is_file() and part.stat().st_size) and time.monotonic() < deadline:
+    table = broken / "pairs.0.jsonl"  # of this process, until the run has finished
+    while not (table.is_file() and table.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.005)
     process.kill()
     process.join()
-    finished = [json.loads(line)["lr"] for line in part.read_text().splitlines() if line]
+    finished = [json.loads(line)["lr"] for line in table.read_text().splitlines() if line]
     assert 0 < len(finished) < 40
     times = {name: (broken / name).stat().st_mtime_ns for name in finished}
     degraded(tmp_path, "--out", "broken")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+import degrade
 import diffusion
 import extractors
 from common import UserError
@@ -44,7 +45,7 @@ def generators(*seeds: int) -> list[torch.Generator]:
 
 
 def built(**changes: object) -> diffusion.DecoupledDDPM:
-    """A tiny model in which no weight is zero, so that every part has an effect."""
+    """A tiny model in which no weight is zero, so that every layer has an effect."""
     torch.manual_seed(0)
     cfg = replace(TINY, **changes)  # type: ignore[arg-type]
     stage_1 = replace(STAGE_1, as_printed=cfg.as_printed)
@@ -103,15 +104,19 @@ def test_ddim_step_with_eta_1_has_the_mean_and_variance_of_the_ddpm_posterior():
         np.testing.assert_allclose(ours[b], expected, atol=2e-3 if step == 2 else 1e-3)
 
 
-@given(st.integers(1, 1000), st.integers(1, 1000))
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=4), st.integers(1, 1000))
 def test_steps_of_noise_fall_from_t_start_to_0(t_start, num_steps):
-    n = min(t_start, num_steps)
-    ts = diffusion.steps_of_noise(t_start, n)
-    assert (ts[0], ts[-1], len(ts)) == (t_start, 0, n + 1)
-    falls = [now - after for now, after in itertools.pairwise(ts)]
-    assert min(falls) >= 1
-    assert all(now >= after - 1 for now, after in itertools.pairwise(falls))  # up to rounding
-    assert diffusion.steps_of_noise(t_start, t_start) == list(range(t_start, -1, -1))
+    """Each column in quadratic steps; a short chain begins with copies of its t_start."""
+    table = diffusion.steps_of_noise(t_start, num_steps)
+    assert len(table) == min(num_steps, max(t_start)) + 1
+    assert table[0] == t_start and table[-1] == [0] * len(t_start)
+    for T, column in zip(t_start, zip(*table, strict=True), strict=True):
+        falls = [now - after for now, after in itertools.pairwise(column)]
+        waiting = falls.count(0)
+        assert len(falls) - waiting == min(num_steps, T) and not any(falls[:waiting])
+        falls = falls[waiting:]
+        assert all(now >= after - 1 for now, after in itertools.pairwise(falls))  # up to rounding
+        assert falls == [1] * T or num_steps < T
 
 
 def test_ddim_step_with_eta_0_moves_along_the_same_noise():
@@ -197,15 +202,15 @@ def test_every_input_of_the_unet_matters():
 )
 def test_condition_depends_on_what_an_ablation_leaves(without, as_printed):
     net = built(without=without, as_printed=as_printed)
-    code, content, answer = normal(2, 16), normal(2, 3, 8, 8), normal(2, 4, 8, 8)
-    c = net.condition(code, content, answer)
+    degradation, content, lr_hat = normal(2, 16), normal(2, 3, 8, 8), normal(2, 4, 8, 8)
+    c = net.condition(degradation, content, lr_hat)
     assert c.shape == (2, 4, 8, 8)
-    same_code = torch.equal(net.condition(code + 1, content, answer), c)
-    same_content = torch.equal(net.condition(code, content + 1, answer), c)
-    assert (same_code, same_content) == ("degradation" in without, "content" in without)
+    same_degradation = torch.equal(net.condition(degradation + 1, content, lr_hat), c)
+    same_content = torch.equal(net.condition(degradation, content + 1, lr_hat), c)
+    assert (same_degradation, same_content) == ("degradation" in without, "content" in without)
     # The output of Rec_lr shows both, so an ablation leaves it out.
-    same_answer = torch.equal(net.condition(code, content, answer + 1), c)
-    assert same_answer == (bool(without) or as_printed)
+    same_lr_hat = torch.equal(net.condition(degradation, content, lr_hat + 1), c)
+    assert same_lr_hat == (bool(without) or as_printed)
 
 
 # ---- training ---------------------------------------------------------------------------------
@@ -213,27 +218,27 @@ def test_condition_depends_on_what_an_ablation_leaves(without, as_printed):
 
 def test_real_example_reads_an_lr_image_at_four_times_its_size():
     net, lr = built(), uniform(2, 3, 16, 24)
-    x_0, degradation, content, answer = diffusion.real_example(net, lr)
-    assert torch.equal(x_0, lr) and not answer.any()
+    x_0, degradation, content, lr_hat = diffusion.real_example(net, lr)
+    assert torch.equal(x_0, lr) and not lr_hat.any()
     assert degradation.shape == (2, 16) and content.shape == (2, 3, 16, 24)
 
 
 def test_synthetic_example_takes_degradation_from_another_scene(monkeypatch):
-    """Row b is D(X_b, theta_b); its code is read from D(X_{b-1}, theta_b)."""
+    """Row b is D(X_b, theta_b); its F_deg is read from D(X_{b-1}, theta_b)."""
     net, hr, seen = built(), uniform(3, 3, 64, 64), []
 
     def means(lr: Tensor) -> Tensor:
         return lr.mean((2, 3)).repeat(1, 6)[:, :16]
 
     monkeypatch.setattr(net.extractors.e_deg, "forward", lambda lr: seen.append(lr) or means(lr))
-    real = diffusion.degrade.degrade
+    real = degrade.degrade
 
     def spy(image: Tensor, theta: object, generator: torch.Generator) -> Tensor:
         seen.extend([image, theta])
         return real(image, theta, generator)
 
-    monkeypatch.setattr(diffusion.degrade, "degrade", spy)
-    lr, degradation, content, answer = diffusion.synthetic_example(
+    monkeypatch.setattr(degrade, "degrade", spy)
+    lr, degradation, content, lr_hat = diffusion.synthetic_example(
         net, hr, TINY.recipes, make_generator(0)
     )
     image, theta, reference = seen
@@ -241,9 +246,9 @@ def test_synthetic_example_takes_degradation_from_another_scene(monkeypatch):
     assert torch.equal(theta.blur_sigma[:3], theta.blur_sigma[3:])
     assert torch.equal(degradation, means(reference)) and not torch.equal(reference, lr)
     torch.testing.assert_close(content, net.extractors.content(hr))
-    rec_lr = net.extractors.reconstruct(degradation, hr, content).clamp(0, 1)
-    torch.testing.assert_close(answer[:, :3], 2 * rec_lr - 1)
-    assert (answer[:, 3] == 1).all()
+    expected = net.extractors.reconstruct(degradation, hr, content).clamp(0, 1)
+    torch.testing.assert_close(lr_hat[:, :3], 2 * expected - 1)
+    assert (lr_hat[:, 3] == 1).all()
     assert lr.shape == (3, 3, 16, 16) and 0 <= lr.min() and lr.max() <= 1
 
 
@@ -378,7 +383,7 @@ def test_no_operation_of_the_loss_and_the_picture_leaves_the_gpu(preset, tmp_pat
     cfg = Config(**diffusion.PRESETS[preset])
     stage_1 = extractors.Config(**extractors.PRESETS[preset])
     sheets = []
-    monkeypatch.setattr(common, "save_image", lambda path, x: sheets.append(x))
+    monkeypatch.setattr("common.photos.save_image", lambda path, x: sheets.append(x))
     with fake_cuda(), torch.no_grad():
         with torch.device("cuda:0"):
             net = diffusion.DecoupledDDPM(extractors.Extractors(stage_1), stage_1, cfg)
@@ -387,7 +392,7 @@ def test_no_operation_of_the_loss_and_the_picture_leaves_the_gpu(preset, tmp_pat
         scenes = None if cfg.as_printed else hr
         loss = diffusion.decoupled_loss(net, lr, scenes, cfg, torch.Generator())["loss"]
         assert loss.device == lr.device
-        diffusion.swap_grid(net, lr[:1], hr, tmp_path / "grid.png")
+        diffusion.sampled_swap_grid(net, lr[:1], hr, tmp_path / "grid.png")
     assert sheets[0].device.type == "cpu"
 
 

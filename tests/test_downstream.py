@@ -130,7 +130,7 @@ def test_every_table_has_its_rows():
     assert [r.settings for r in rows["7"]] == [{"candidates": 1}, {"candidates": 4}]
     # An ablation gets nothing of what it is without by another way: Rec_lr's answer, grain.
     noised = {"start": "realesrgan", "grain": False, "remainder": 0}
-    noised |= {"soften": generate.AS_READ, "t_start": 300, "num_steps": 10}
+    noised |= {"soften": generate.NOT_SOFTENED, "t_start": 300, "num_steps": 10}
     weights = [{"checkpoint": str(path)} for path in downstream.ABLATIONS.values()]
     assert [r.settings for r in rows["4"]] == [noised | weights[0], noised | weights[1], noised]
     assert [r.without for r in rows["5"]][-2:] == ["A", "B"]

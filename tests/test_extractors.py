@@ -10,11 +10,12 @@ from PIL import Image
 from scipy.fft import dctn
 from torch import Tensor, nn
 
+import additions
 import degrade
 import extractors
 from common import UserError
 from common.checkpoint import count_parameters, load_checkpoint
-from common.photos import save_image
+from common.photos import resized, save_image
 from common.runtime import Runtime, make_generator
 from extractors import Config, Extractors
 from tests.commands import assert_refused, run
@@ -26,7 +27,7 @@ TINY = Config(
     vq_blocks=1, vq_codes=16, deg_channels=8, deg_blocks=1, deg_dim=16, mod_channels=8,
     num_samples=2, recipes=("realesrgan", "light", "camera"), as_printed=False, bf16=False,
 )  # fmt: skip
-PARTS_OF_E_DEG = ("e_deg.", "rec_lr.", "head.")
+TRAINED_WITH_E_DEG = ("e_deg.", "rec_lr.", "head.")
 
 
 def drawn_batch(batch: int, height: int, width: int) -> Tensor:
@@ -39,7 +40,7 @@ def drawn_batch(batch: int, height: int, width: int) -> Tensor:
 
 
 def built(**changes: object) -> Extractors:
-    """A tiny network in which no weight is zero, so that every part has an effect."""
+    """A tiny network in which no weight is zero, so that every layer has an effect."""
     torch.manual_seed(0)
     net = Extractors(replace(TINY, **changes))  # type: ignore[arg-type]
     with torch.no_grad():
@@ -117,12 +118,12 @@ def test_quantizer_returns_the_nearest_code():
     torch.manual_seed(0)
     quantizer, z = extractors.Quantizer(50, 3), torch.randn(2, 3, 40, 60)  # more than one split
     nn.init.normal_(quantizer.embedding.weight)
-    codes, number = quantizer(z)
+    entries, number = quantizer(z)
     table = quantizer.embedding.weight.detach().double()
     distance = (z.double()[:, None] - table[:, :, None, None]).square().sum(2)  # (2, 50, 40, 60)
     chosen = distance.gather(1, number[:, None])
-    assert (chosen - distance.amin(1, keepdim=True)).max() < 1e-4  # two codes may tie in float32
-    assert torch.equal(codes.double(), table[number].permute(0, 3, 1, 2))
+    assert (chosen - distance.amin(1, keepdim=True)).max() < 1e-4  # two entries may tie in float32
+    assert torch.equal(entries.double(), table[number].permute(0, 3, 1, 2))
     assert torch.equal(quantizer.used(number), (number.flatten().bincount(minlength=50) > 0).long())
 
 
@@ -140,18 +141,18 @@ def test_gradient_passes_straight_through_the_codebook():
     net.vqvae.decode = lambda z: decode(kept(z))
     extractors.vqvae_loss(net, hr)["loss"].backward()
     z, into_decoder = latents
-    codes = net.vqvae.quantize(z)[0]
-    commitment = 0.25 * 2 * (z - codes).detach() / z.numel()
+    entries = net.vqvae.quantize(z)[0]
+    commitment = 0.25 * 2 * (z - entries).detach() / z.numel()
     torch.testing.assert_close(z.grad, into_decoder.grad + commitment)
     assert into_decoder.grad.abs().max() > 0
 
 
-def test_restart_moves_only_unused_codes_and_onto_latents():
+def test_restart_moves_only_unused_entries_and_onto_latents():
     net, hr = built(vq_codes=200).vqvae, drawn_batch(1, 8, 8)
     latents = net.encode(hr).detach()
     before = net.quantize.embedding.weight.detach().clone()
     used = net.quantize.used(net.quantize(latents)[1]) > 0
-    net.restart_codes(hr, make_generator(0))
+    net.restart_entries(hr, make_generator(0))
     after = net.quantize.embedding.weight.detach()
     moved = (before != after).any(1)
     assert torch.equal(moved, ~used) and moved.any()
@@ -174,15 +175,15 @@ def test_degradation_extractor_has_the_layers_of_the_paper_and_takes_any_size():
 
 def test_dct_statistics_agree_with_scipy():
     lr = drawn_batch(2, 24, 33)  # the last column is in no whole block
-    found = 1.5 * extractors.dct_statistics(lr) + 1.5
+    found = 1.5 * additions.dct_statistics(lr) + 1.5
     r, g, b = (255 * lr.double()[..., :32]).unbind(1)
     y = 0.299 * r + 0.587 * g + 0.114 * b
     for channel, plane in enumerate((y, 0.564 * (b - y), 0.713 * (r - y))):  # BT.601
         blocks = plane.unflatten(2, (4, 8)).unflatten(1, (3, 8)).transpose(2, 3)  # (B, 3, 4, 8, 8)
         size = np.abs(dctn(blocks.numpy(), axes=(3, 4), norm="ortho"))
         expected = np.log(size + 0.5).mean((1, 2)), np.log((size**2).mean((1, 2)) + 0.25) / 2
-        for part, values in enumerate(expected):
-            ours = found[:, 192 * part + 64 * channel :][:, :64]
+        for kind, values in enumerate(expected):
+            ours = found[:, 192 * kind + 64 * channel :][:, :64]
             np.testing.assert_allclose(ours.view(2, 8, 8), values, atol=0.02)
 
 
@@ -198,7 +199,7 @@ def test_modulation_with_zero_units_is_the_plain_convolutions():
 
 
 def test_modulation_sees_the_position_in_a_block_of_jpeg():
-    place = extractors.place_in_block(16, 24, torch.device("cpu"))
+    place = additions.place_in_block(16, 24, torch.device("cpu"))
     torch.testing.assert_close(place[..., :8, 8:16], place[..., 8:, 16:])
     first = place[..., :8, :8].flatten(2)[0].T  # (64, 4)
     assert torch.cdist(first, first).add(torch.eye(64)).min() > 0.5
@@ -210,7 +211,7 @@ def test_modulation_sees_the_position_in_a_block_of_jpeg():
 @pytest.mark.parametrize(("height", "width"), [(9, 12), (148, 200)])
 def test_resized_matches_pillow(height, width):
     image = drawn_batch(1, 37, 50)
-    ours = extractors.resized(image, height, width)[0]
+    ours = resized(image, height, width)[0]
     for plane, found in zip(image[0], ours, strict=True):
         expected = Image.fromarray(plane.numpy()).resize((width, height), Image.Resampling.BICUBIC)
         np.testing.assert_allclose(found, np.asarray(expected), atol=1e-3)
@@ -218,37 +219,37 @@ def test_resized_matches_pillow(height, width):
 
 def test_radial_kernels_amplify_each_frequency_by_its_gain():
     gain = torch.tensor([[1.0] * 5, [1.0, 0.8, 0.4, 0.1, 0.1], [1.2, 1.5, 1.7, 1.7, 1.6]])
-    kernels = extractors.radial_kernels(gain)
+    kernels = additions.radial_kernels(gain)
     assert kernels[0, 7, 7].item() == kernels[0].abs().sum().item() == pytest.approx(1, abs=1e-5)
     torch.testing.assert_close(kernels.sum((1, 2)), torch.ones(3))
-    waves = (2 * np.pi * degrade.FREQUENCIES[:, None] * (torch.arange(15) - 7)).cos()  # (5, 15)
+    waves = (2 * np.pi * additions.FREQUENCIES[:, None] * (torch.arange(15) - 7)).cos()  # (5, 15)
     for axis in (1, 2):
         torch.testing.assert_close(kernels.sum(axis) @ waves.T, gain, atol=0.05, rtol=0)
 
 
-def test_rec_lr_starts_from_a_reduction_with_the_transfer_function_that_the_head_names():
-    net, hr, code = built(), drawn_batch(2, 64, 48), torch.randn(2, 16)
+def test_rec_lr_starts_from_a_reduction_with_the_transfer_function_that_the_head_reads():
+    net, hr, degradation = built(), drawn_batch(2, 64, 48), torch.randn(2, 16)
     set_to_zero(net.rec_lr.last)
     flat = torch.rand(2, 3, 1, 1).expand(2, 3, 64, 48)
     with torch.no_grad():
         net.head[-1].bias[:5] = torch.tensor([0.9, 0.8, 0.6, 0.4, 0.3])
-        reduced, content = extractors.resized(hr, 16, 12), net.content(hr)
-        assert (net.reconstruct(code, hr, content) - reduced).abs().max() > 0.01
-        torch.testing.assert_close(net.reconstruct(code, flat, content), flat[..., ::4, ::4])
+        reduced, content = resized(hr, 16, 12), net.content(hr)
+        assert (net.reconstruct(degradation, hr, content) - reduced).abs().max() > 0.01
+        torch.testing.assert_close(net.reconstruct(degradation, flat, content), flat[..., ::4, ::4])
         set_to_zero(net.head[-1])
-        net.head[-1].bias[:5] = extractors.BICUBIC[0]
-        torch.testing.assert_close(net.reconstruct(code, hr, content), reduced)
+        net.head[-1].bias[:5] = additions.BICUBIC[0]
+        torch.testing.assert_close(net.reconstruct(degradation, hr, content), reduced)
 
 
 @pytest.mark.parametrize("as_printed", [True, False])
 def test_reconstruct_depends_on_degradation_and_content(as_printed):
     net, hr = built(as_printed=as_printed), drawn_batch(2, 32, 48)
-    code, content = torch.randn(2, 16, generator=make_generator(0)), net.content(hr)
-    lr = net.reconstruct(code, hr, content)
+    degradation, content = torch.randn(2, 16, generator=make_generator(0)), net.content(hr)
+    lr = net.reconstruct(degradation, hr, content)
     assert lr.shape == (2, 3, 8, 12)
-    assert (lr - net.reconstruct(code + 1, hr, content)).abs().max() > 1e-5
-    assert (lr - net.reconstruct(code, hr, content + 1)).abs().max() > 1e-5
-    assert torch.equal(lr, net.reconstruct(code, 1 - hr, content)) == as_printed
+    assert (lr - net.reconstruct(degradation + 1, hr, content)).abs().max() > 1e-5
+    assert (lr - net.reconstruct(degradation, hr, content + 1)).abs().max() > 1e-5
+    assert torch.equal(lr, net.reconstruct(degradation, 1 - hr, content)) == as_printed
 
 
 # ---- losses -------------------------------------------------------------------------------------
@@ -263,7 +264,7 @@ def test_contrastive_loss_matches_a_case_by_hand():
     assert loss.item() == pytest.approx((5.0 + 0.5) / 2, abs=1e-5)
 
 
-def test_contrastive_loss_has_a_gradient_where_codes_are_equal():
+def test_contrastive_loss_has_a_gradient_where_f_deg_is_equal():
     anchor = torch.randn(4, 8, generator=make_generator(0)).requires_grad_(True)
     same = anchor.expand(3, 4, 8)
     loss = extractors.contrastive_loss(anchor, same, same, 0.01)
@@ -271,14 +272,14 @@ def test_contrastive_loss_has_a_gradient_where_codes_are_equal():
     assert loss.item() == pytest.approx(0.03) and anchor.grad.isfinite().all()
 
 
-def test_degradation_loss_pairs_codes_as_equation_4_says(monkeypatch):
-    """With codes that name (image, theta), positives share theta and negatives share the image."""
-    net, hr, seen = built(), drawn_batch(4, 64, 64), {}
+def test_degradation_loss_pairs_f_deg_as_equation_4_says(monkeypatch):
+    """With F_deg that names (image, theta), positives share theta and negatives share the image."""
+    net, hr, seen = built(as_printed=True), drawn_batch(4, 64, 64), {}
 
     def fake_degrade(image: Tensor, theta: object, generator: object) -> Tensor:
         which = (image[:, None] - hr[None]).abs().amax((2, 3, 4)).argmin(1)
-        codes = torch.stack([which, torch.arange(len(image)) % 4, which], 1).float()
-        return codes[..., None, None].expand(-1, 3, 16, 16)
+        names = torch.stack([which, torch.arange(len(image)) % 4, which], 1).float()
+        return names[..., None, None].expand(-1, 3, 16, 16)
 
     def fake_loss(anchor: Tensor, positives: Tensor, negatives: Tensor, margin: float) -> Tensor:
         seen.update(anchor=anchor, positives=positives, negatives=negatives)
@@ -287,7 +288,7 @@ def test_degradation_loss_pairs_codes_as_equation_4_says(monkeypatch):
     monkeypatch.setattr(net.e_deg, "forward", lambda lr: lr[:, :2, 0, 0].repeat(1, 8))
     monkeypatch.setattr(degrade, "degrade", fake_degrade)
     monkeypatch.setattr(extractors, "contrastive_loss", fake_loss)
-    extractors.degradation_loss(net, hr, None, TINY, make_generator(0))
+    extractors.degradation_loss(net, hr, TINY, make_generator(0))
     assert seen["positives"].shape == seen["negatives"].shape == (TINY.num_samples, 4, 16)
     (image, theta), (p_image, p_theta), (n_image, n_theta) = (
         (seen[name][..., 0], seen[name][..., 1]) for name in ("anchor", "positives", "negatives")
@@ -300,7 +301,7 @@ def test_as_printed_the_losses_are_the_equations_and_nothing_else(monkeypatch):
     """Eq. (1)-(2): all content from degraded images; Eq. (3)-(6): L_cl + L_rl of one scene."""
     net, cfg = built(as_printed=True), replace(TINY, as_printed=True)
     hr, e_deg, real_degrade = drawn_batch(4, 64, 64), net.e_deg.forward, degrade.degrade
-    made, codes = [], []
+    made, found = [], []
     assert named(net, "head.") == set()
     assert not net.e_deg.statistics and not net.rec_lr.jpeg_grid
 
@@ -309,39 +310,33 @@ def test_as_printed_the_losses_are_the_equations_and_nothing_else(monkeypatch):
         return value
 
     monkeypatch.setattr(degrade, "degrade", lambda *args: kept(made, real_degrade(*args)))
-    monkeypatch.setattr(net.e_deg, "forward", lambda x: kept(codes, e_deg(x)))
+    monkeypatch.setattr(net.e_deg, "forward", lambda x: kept(found, e_deg(x)))
     loss = extractors.content_loss(net, hr, cfg, make_generator(0))["loss"]
-    enlarged = extractors.resized(made[0], 64, 64)
+    enlarged = resized(made[0], 64, 64)
     expected = (net.vqvae.decode(net.vqvae.encode(enlarged)) - hr).square().mean()
     torch.testing.assert_close(loss, expected)
 
-    loss = extractors.degradation_loss(net, hr, None, cfg, make_generator(0))["loss"]
-    anchors, code = made[1][:4], codes[0].view(3, 4, -1)
-    negatives = torch.stack([code[k].roll(k, dims=0) for k in (1, 2)])
-    l_cl = extractors.contrastive_loss(code[0], code[1:], negatives, cfg.margin)
-    l_rl = (net.rec_lr(code[0], net.vqvae.encode(hr)) - anchors).square().mean()
+    loss = extractors.degradation_loss(net, hr, cfg, make_generator(0))["loss"]
+    anchors, degradation = made[1][:4], found[0].view(3, 4, -1)
+    negatives = torch.stack([degradation[k].roll(k, dims=0) for k in (1, 2)])
+    l_cl = extractors.contrastive_loss(degradation[0], degradation[1:], negatives, cfg.margin)
+    l_rl = (net.rec_lr(degradation[0], net.vqvae.encode(hr)) - anchors).square().mean()
     torch.testing.assert_close(loss, l_cl + l_rl)
 
 
-def test_two_corners_of_a_real_photo_must_have_the_same_code(monkeypatch):
-    """Equal corners cost nothing where the codes of two photos differ by more than the margin."""
-    net, cfg = built(), replace(TINY, num_samples=1)
-    hr, flat = drawn_batch(2, 64, 64), 0.2 * torch.ones(1, 3, 64, 64)
+def test_two_corners_of_a_real_photo_must_have_the_same_f_deg(monkeypatch):
+    """Equal corners cost nothing where F_deg of two photos differs by more than the margin."""
+    net, flat = built(), 0.2 * torch.ones(1, 3, 64, 64)
     monkeypatch.setattr(net.e_deg, "forward", lambda x: 9 * x.mean((2, 3)).repeat(1, 6)[:, :16])
-    monkeypatch.setattr(degrade, "degrade", lambda hr, *_: torch.zeros(len(hr), 3, 16, 16))
     other = flat.clone()
     other[:, :, :16, :16] = 0.8  # one corner is that of the second photo
     same, swapped = (
-        extractors.degradation_loss(net, hr, torch.cat([one, 4 * flat]), cfg, make_generator(0))[
-            "contrastive"
-        ]
+        extractors.same_photo_loss(net, torch.cat([one, 4 * flat]), 16, 16, TINY.margin)
         for one in (flat, other)
     )
-    none = extractors.degradation_loss(net, hr, None, cfg, make_generator(0))["contrastive"]
     distance = 9 * 0.6 * math.sqrt(16)
-    torch.testing.assert_close(same, none)
-    assert distance > TINY.margin
-    torch.testing.assert_close(swapped - none, torch.tensor((distance + TINY.margin) / 2))
+    assert same == 0 and distance > TINY.margin
+    torch.testing.assert_close(swapped, torch.tensor((distance + TINY.margin) / 2))
 
 
 @pytest.mark.parametrize("side", [48, 64])
@@ -350,7 +345,7 @@ def test_both_corners_begin_where_blocks_of_jpeg_begin(monkeypatch, side):
     net, seen, x = built(), [], torch.arange(side) / 255
     monkeypatch.setattr(net.e_deg, "forward", lambda x: seen.append(x) or torch.ones(len(x), 16))
     hr, real = drawn_batch(2, side, side), (x + 0 * x[:, None]).expand(2, 3, -1, -1)
-    extractors.degradation_loss(net, hr, real, TINY, make_generator(0))
+    extractors.degradation_loss_with_additions(net, hr, real, TINY, make_generator(0))
     starts = (255 * seen[1].amin((1, 2, 3))).round().int().tolist()
     assert starts == [0, 0, side * 3 // 4 // 8 * 8, side * 3 // 4 // 8 * 8]
     assert seen[1].shape[2:] == (side // 4, side // 4)
@@ -361,36 +356,38 @@ def test_real_photos_are_scenes_too_beside_those_of_hr(monkeypatch):
     hr, real = drawn_batch(2, 64, 64), 1 - drawn_batch(2, 64, 64)
     degraded = degrade.degrade
     monkeypatch.setattr(degrade, "degrade", lambda x, *a: seen.append(x) or degraded(x, *a))
-    extractors.degradation_loss(net, hr, real, TINY, make_generator(0))
+    extractors.degradation_loss_with_additions(net, hr, real, TINY, make_generator(0))
     anchors = seen[0][:4]
     assert torch.equal(anchors, torch.stack([hr[0], real[0], hr[1], real[1]]))
 
 
-def loss_of(part: str, net: Extractors, hr: Tensor, cfg: Config = TINY) -> dict[str, Tensor]:
-    """The loss of one part of the training; always with the same draws."""
-    if part == "vqvae":
-        return extractors.vqvae_loss(net, hr)
+def loss_of(phase: str, net: Extractors, hr: Tensor, cfg: Config = TINY) -> dict[str, Tensor]:
+    """The loss of a phase of training; always with the same draws."""
     draw = torch.Generator().manual_seed(0)
-    real_lr = None if cfg.as_printed else hr.flip(0)
-    more = [real_lr] if part == "degradation" else []
-    return getattr(extractors, f"{part}_loss")(net, hr, *more, cfg, draw)
+    if phase == "vqvae":
+        return extractors.vqvae_loss(net, hr)
+    if phase == "content":
+        return extractors.content_loss(net, hr, cfg, draw)
+    if cfg.as_printed:
+        return extractors.degradation_loss(net, hr, cfg, draw)
+    return extractors.degradation_loss_with_additions(net, hr, hr.flip(0), cfg, draw)
 
 
 @pytest.mark.parametrize("as_printed", [False, True])
 @pytest.mark.parametrize(
-    ("part", "trained"),
+    ("phase", "trained"),
     [
         ("vqvae", ["vqvae."]),
         ("content", ["vqvae.encoder.", "vqvae.quant_conv."]),
-        ("degradation", PARTS_OF_E_DEG),
+        ("degradation", TRAINED_WITH_E_DEG),
     ],
 )
-def test_each_loss_is_finite_and_reaches_its_networks_alone(part, trained, as_printed):
+def test_each_loss_is_finite_and_reaches_its_networks_alone(phase, trained, as_printed):
     net, cfg = built(as_printed=as_printed), replace(TINY, as_printed=as_printed)
-    if part == "content":
+    if phase == "content":
         net.vqvae.decoder.requires_grad_(False)
         net.vqvae.post_quant_conv.requires_grad_(False)
-    values = loss_of(part, net, drawn_batch(4, 64, 64), cfg)
+    values = loss_of(phase, net, drawn_batch(4, 64, 64), cfg)
     values["loss"].backward()
     assert all(value.isfinite() for value in values.values())
     gradients = {k: p.grad for k, p in net.named_parameters() if p.grad is not None}
@@ -398,12 +395,12 @@ def test_each_loss_is_finite_and_reaches_its_networks_alone(part, trained, as_pr
     assert {k for k, g in gradients.items() if g.abs().max() > 0} == named(net, *trained)
 
 
-@pytest.mark.parametrize("part", ["vqvae", "degradation"])
-def test_the_loss_falls_on_one_batch(part):
+@pytest.mark.parametrize("phase", ["vqvae", "degradation"])
+def test_the_loss_falls_on_one_batch(phase):
     net, hr, values = built(), drawn_batch(4, 32, 32), []
     opt = torch.optim.Adam(net.parameters(), 4e-3)
     for _ in range(12):
-        value = loss_of(part, net, hr)["loss"]
+        value = loss_of(phase, net, hr)["loss"]
         opt.zero_grad()
         value.backward()
         opt.step()
@@ -423,7 +420,7 @@ def cfg(tmp_path):
     return replace(TINY, hr=folder, lr=folder, out=str(tmp_path / "out"))
 
 
-def test_training_resumes_exactly_and_each_part_moves_its_own_weights(tmp_path, cfg):
+def test_training_resumes_exactly_and_each_phase_moves_its_own_weights(tmp_path, cfg):
     for out, runs in {"once": [(2, 2, 2)], "twice": [(1, 0, 0), (2, 0, 0)]}.items():
         for steps in runs:
             torch.manual_seed(0)
@@ -431,11 +428,11 @@ def test_training_resumes_exactly_and_each_part_moves_its_own_weights(tmp_path, 
     once, twice = (load_checkpoint(tmp_path / out / "vqvae.pt") for out in ("once", "twice"))
     for kind in ("net", "ema"):
         assert all(torch.equal(v, twice[kind][k]) for k, v in once[kind].items())
-    # Each part starts from the average of the one before it.
+    # Each phase starts from the average of the one before it.
     files = [tmp_path / "once" / f"{name}.pt" for name in ("vqvae", "content", "last")]
-    parts, net = [load_checkpoint(file) for file in files], Extractors(cfg)
-    for i, prefixes in enumerate((("vqvae.encoder.", "vqvae.quant_conv."), PARTS_OF_E_DEG)):
-        before, after = parts[i]["ema"], parts[i + 1]["net"]
+    phases, net = [load_checkpoint(file) for file in files], Extractors(cfg)
+    for i, prefixes in enumerate((("vqvae.encoder.", "vqvae.quant_conv."), TRAINED_WITH_E_DEG)):
+        before, after = phases[i]["ema"], phases[i + 1]["net"]
         moved = {k for k in named(net, "") if not torch.equal(before[k], after[k])}
         assert moved and moved <= named(net, *prefixes)
 
@@ -449,7 +446,7 @@ def test_training_goes_on_from_given_weights(tmp_path, cfg):
     before = load_checkpoint(tmp_path / "a/last.pt")["ema"]
     after = load_checkpoint(tmp_path / "out/last.pt")["net"]
     moved = {k for k, v in before.items() if not torch.equal(v, after[k])}
-    assert moved and moved <= named(Extractors(cfg), *PARTS_OF_E_DEG)
+    assert moved and moved <= named(Extractors(cfg), *TRAINED_WITH_E_DEG)
     drift = (before["e_deg.first.weight"] - after["e_deg.first.weight"]).abs().max()
     assert drift <= 1.01 * cfg.degradation_learning_rate  # one step of Adam, not another start
     for change, sentence in (
@@ -481,7 +478,7 @@ def test_reports_tell_the_truth_and_draw_a_picture(tmp_path):
     made = net.vqvae.decode(net.vqvae.encode(hr)).clamp(0, 1)
     expected = -10 * np.log10((made - hr).square().mean().item())
     assert values["without codebook"].item() == pytest.approx(expected, abs=1e-3)
-    assert 1 <= values["codes used"] <= TINY.vq_codes
+    assert 1 <= values["entries used"] <= TINY.vq_codes
     assert Image.open(tmp_path / "a.png").size == (3 * 36, 18 + 4 * 36)
 
 
@@ -509,23 +506,23 @@ def test_training_as_printed_takes_no_real_lr(tmp_path):
 def test_no_operation_of_the_losses_and_pictures_leaves_the_gpu(preset, tmp_path, monkeypatch):
     cfg = Config(**extractors.PRESETS[preset])
     sheets = []
-    monkeypatch.setattr(common, "save_image", lambda path, x: sheets.append(x))
+    monkeypatch.setattr("common.photos.save_image", lambda path, x: sheets.append(x))
     with fake_cuda(), torch.no_grad():
         with torch.device("cuda:0"):
             net, hr = Extractors(cfg), torch.zeros(4, 3, cfg.crop, cfg.crop)
-        for part in ("vqvae", "content", "degradation"):
-            values = loss_of(part, net, hr, cfg).values()
+        for phase in ("vqvae", "content", "degradation"):
+            values = loss_of(phase, net, hr, cfg).values()
             assert {value.device for value in values} == {hr.device}
         extractors.swap_grid(net, hr, cfg, tmp_path / "grid.png")
         extractors.vqvae_report(net, hr, tmp_path / "report.png")
     assert [sheet.device.type for sheet in sheets] == ["cpu", "cpu"]
 
 
-@pytest.mark.parametrize("part", ["vqvae", "content", "degradation"])
-def test_a_step_of_the_paper_fits_into_16_gib(part):
+@pytest.mark.parametrize("phase", ["vqvae", "content", "degradation"])
+def test_a_step_of_the_paper_fits_into_16_gib(phase):
     """Counted; the batch of a process, at the paper's size."""
     cfg = Config(compile=False)
     with counted_memory():
         net, hr = Extractors(cfg), torch.zeros(cfg.batch_size, 3, cfg.crop, cfg.crop)
-        trained = [*(net.e_deg if part == "degradation" else net.vqvae).parameters()]
-        assert 1 < training_memory(net, trained, lambda: loss_of(part, net, hr, cfg)) < 16
+        trained = [*(net.e_deg if phase == "degradation" else net.vqvae).parameters()]
+        assert 1 < training_memory(net, trained, lambda: loss_of(phase, net, hr, cfg)) < 16

@@ -10,13 +10,13 @@ import torch
 from drawn import scenes
 from scipy import ndimage
 
+import additions
 import degrade
-import extractors
 import generate
 from bench import factors
 from bench.inputs import Config, Inputs, resolved
 from common.files import list_images
-from common.photos import crop_to_multiple, load_image, save_image
+from common.photos import crop_to_multiple, load_image, resized, save_image
 from common.runtime import Runtime, make_generator
 
 ROOT = Path(generate.__file__).parent
@@ -43,7 +43,7 @@ def test_measures_have_the_units_of_the_factors():
     bank = factors.reductions(hr)
     plain = bank[:1]
     blurred = ndimage.gaussian_filter(hr, (0, 4, 4), mode="mirror", truncate=3)  # 1 LR pixel
-    soft = extractors.resized(torch.from_numpy(blurred)[None], 48, 48)
+    soft = resized(torch.from_numpy(blurred)[None], 48, 48)
     assert factors.blur_of(soft, bank).item() == pytest.approx(1, abs=0.02)
     noise = torch.randn(plain.shape, generator=make_generator(5))
     noisy = plain / 2 + 0.25 + 0.02 * noise  # a change of contrast is no noise
@@ -88,7 +88,7 @@ def test_a_network_that_obeys_its_reference_scores_high_another_one_near_0(
     cfg = Config(**vars(sampler), hr=(str(tmp_path),), t_starts=(0, 9), crop=48)
     inputs = Inputs(resolved(cfg, CPU), CPU)
     rows = factors.table_factors("factors", inputs)()[0]["rows"]
-    alone = replace(sampler, candidates=1, soften=generate.AS_READ, remainder=0.0)
+    alone = replace(sampler, candidates=1, soften=generate.NOT_SOFTENED, remainder=0.0)
     no_diffusion = replace(alone, t_start=0, start="reconstruct")
     assert set(asked) == {no_diffusion, replace(alone, t_start=9)}
     assert [row["factor"] for row in rows[::3]] == list(factors.FACTORS)
@@ -133,7 +133,7 @@ def test_a_head_that_says_twice_the_sharpness_needs_softening_by_a_half(monkeypa
     def twice(lr):
         theta, clean = made[-1]
         assert 0.5 / 255 < (lr - clean).std() < 8 / 255, "no remainder"
-        return 2 * degrade.named(theta.physical())[0], None, None
+        return 2 * additions.effects_from(additions.effects_of(theta))[0], None, None
 
     nets = SimpleNamespace(e_deg=lambda lr: lr, named=twice)
     monkeypatch.setattr(degrade, "degrade", remember)

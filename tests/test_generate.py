@@ -21,14 +21,16 @@ from PIL import Image
 from scipy import stats
 from torch import Tensor
 
+import additions
 import degrade
 import diffusion
 import extractors
 import generate
-from common import UserError
+from common import UserError, tiles
 from common.checkpoint import load_checkpoint
-from common.photos import load_image, save_image, to_uint8
+from common.photos import load_image, resized, save_image, to_uint8
 from common.runtime import make_generator
+from common.tiles import in_tiles
 from generate import Sampler
 from tests.commands import FORKSERVER, assert_refused, files_of, run, run_two, start
 from tests.drawn import noise_in_bands
@@ -44,8 +46,9 @@ STAGE_2 = diffusion.Config(
     cond_channels=4,
 )  # fmt: skip
 CONFIG = asdict(STAGE_2) | {"extractors": asdict(STAGE_1)}
-# LR is Rec_lr's answer
-PLAIN = Sampler(t_start=0, grain=False, soften=generate.AS_READ, remainder=0.0)
+CALIBRATION = additions.Calibration((1.07, 1.02, 0.94, 0.79, 0.62), faint=3.0, uncompressed=88)
+# LR is the output of Rec_lr
+PLAIN = Sampler(t_start=0, grain=False, soften=generate.NOT_SOFTENED, remainder=0.0)
 
 
 def uniform(*shape: int, seed: int = 0) -> Tensor:
@@ -70,13 +73,15 @@ def net():
     with torch.no_grad():
         for p in net.parameters():
             p += 0.05 * torch.randn(p.shape)
+    net.calibration = CALIBRATION
     return net.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(net, tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "last.pt"
-    torch.save({"ema": net.state_dict(), "config": CONFIG}, path)
+    facts = {"config": CONFIG, "calibration": asdict(CALIBRATION)}
+    torch.save({"ema": net.state_dict()} | facts, path)
     return path
 
 
@@ -94,12 +99,12 @@ def test_any_size_gives_a_quarter_of_it(net):
 
 
 @pytest.mark.parametrize("start", generate.STARTS)
-def test_without_noise_steps_lr_is_the_start_image_rec_lr_s_answer_or_d_of_hr(net, start):
+def test_without_noise_steps_lr_is_the_start_image_lr_hat_or_d_of_hr(net, start):
     hr, lr_ref = uniform(1, 3, 64, 64), uniform(3, 16, 16)
     lr, _ = generate.generate(net, hr, [lr_ref], replace(PLAIN, start=start), [3])
     if start == "reconstruct":
-        code, content = net.extractors.e_deg(lr_ref[None]), net.extractors.content(hr)
-        expected = net.extractors.reconstruct(code, hr, content).clamp(0, 1)
+        degradation, content = net.extractors.e_deg(lr_ref[None]), net.extractors.content(hr)
+        expected = net.extractors.reconstruct(degradation, hr, content).clamp(0, 1)
     else:
         theta = degrade.sample_degradation(1, start, generator=make_generator(3))
         expected = degrade.degrade(hr, theta)
@@ -145,7 +150,7 @@ def test_an_image_does_not_depend_on_the_others_of_a_batch(net, start):
 
 
 def test_of_a_large_reference_whole_blocks_of_jpeg_are_read(net):
-    """The code is that of a crop that begins at a multiple of 8 pixels."""
+    """F_deg is that of a crop that begins at a multiple of 8 pixels."""
     for height, width, top, left in ((1080, 776, 280, 128), (520, 513, 0, 0), (3000, 90, 1240, 0)):
         lr_ref = uniform(3, height, width)
         crop = lr_ref[:, top : top + 512, left : left + 512]
@@ -170,17 +175,19 @@ def test_weights_as_printed_generate_but_read_no_grain(tmp_path):
 
 @pytest.fixture
 def head(net, monkeypatch):
-    """Set the (noise in levels of 255, JPEG quality) that the head reads, by code or for all."""
+    """Set the (noise in levels of 255, JPEG quality) that the head reads, by F_deg or for all."""
 
-    def set_head(reading: tuple, code: Tensor | None = None, reading_of_code: tuple = ()) -> None:
-        def named(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            is_code = [code is not None and torch.allclose(c, code, atol=1e-6) for c in codes]
-            noise, quality = torch.tensor([reading_of_code if i else reading for i in is_code]).T
-            return original(codes)[0], noise[:, None].repeat(1, 3) / 255, quality.long()
+    def set_head(reading: tuple, known: Tensor | None = None, reading_of_known: tuple = ()) -> None:
+        def effects(degradation: Tensor) -> additions.Effects:
+            is_known = [known is not None and torch.allclose(d, known, atol=1e-6)
+                        for d in degradation]  # fmt: skip
+            noise, quality = torch.tensor([reading_of_known if k else reading for k in is_known]).T
+            transfer = original(degradation).transfer
+            return additions.Effects(transfer, noise[:, None].repeat(1, 3) / 255, quality.long())
 
-        monkeypatch.setattr(net.extractors, "named", named)
+        monkeypatch.setattr(net.extractors, "effects", effects)
 
-    original = net.extractors.named
+    original = net.extractors.effects
     return set_head
 
 
@@ -199,21 +206,40 @@ def test_grain_adds_the_noise_that_a_candidate_lacks(net, head, wanted, found, a
     assert torch.equal(lr[0], lr[1]) == (added == 0)  # each candidate has its own noise
 
 
-def test_the_answer_is_softened_by_the_measured_amplitudes(net, monkeypatch):
+def test_lr_hat_is_softened_by_the_amplitudes_of_the_weights(net, monkeypatch):
     """In the spectrum of noise, which has all frequencies."""
-    answer = 0.5 + 0.08 * torch.randn(1, 3, 128, 128, generator=make_generator(0))
-    monkeypatch.setattr(net.extractors, "reconstruct", lambda *_: answer)
+    lr_hat = 0.5 + 0.08 * torch.randn(1, 3, 128, 128, generator=make_generator(0))
+    monkeypatch.setattr(net.extractors, "reconstruct", lambda *_: lr_hat)
     hr, lr_ref = uniform(1, 3, 512, 512), [uniform(3, 40, 40)]
-    samplers = (replace(PLAIN, soften=generate.SOFTER), PLAIN)
-    soft, plain = (generate.generate(net, hr, lr_ref, s, [0])[0][0] for s in samplers)
-    assert torch.equal(plain, answer)
-    torch.testing.assert_close(soft.mean(), answer.mean(), atol=1e-4, rtol=0)
+    given = replace(PLAIN, soften=CALIBRATION.soften)
+    soft, same, plain = (
+        generate.generate(net, hr, lr_ref, sampler, [0])[0][0]
+        for sampler in (replace(PLAIN, soften=()), given, PLAIN)
+    )
+    assert torch.equal(plain, lr_hat) and torch.equal(soft, same)
+    torch.testing.assert_close(soft.mean(), lr_hat.mean(), atol=1e-4, rtol=0)
     power = [torch.fft.rfft2(x - x.mean()).abs().square().sum((0, 1)) for x in (soft, plain)]
     radius = (torch.fft.fftfreq(128)[:, None] ** 2 + torch.fft.rfftfreq(128) ** 2).sqrt()
-    for frequency, amplitude in zip(degrade.FREQUENCIES, generate.SOFTER, strict=True):
+    for frequency, amplitude in zip(additions.FREQUENCIES, CALIBRATION.soften, strict=True):
         ring = (radius - frequency).abs() < 0.01
         found = (power[0][ring].sum() / power[1][ring].sum()).sqrt().item()
         assert found == pytest.approx(amplitude, abs=0.05)
+
+
+def test_weights_without_a_calibration_are_not_softened_and_a_sentence_says_so(
+    net, tmp_path, capsys
+):
+    torch.save({"ema": net.state_dict(), "config": CONFIG}, tmp_path / "last.pt")
+    bare = generate.load_generator(str(tmp_path / "last.pt"), torch.device("cpu"), grain=True)
+    assert bare.calibration == additions.Calibration()
+    printed = capsys.readouterr().out
+    assert "last.pt: not calibrated" in printed and "tools.calibrate" in printed
+    hr, lr_ref = uniform(1, 3, 32, 32), [uniform(3, 16, 16)]
+    default, plain = (
+        generate.generate(bare, hr, lr_ref, replace(PLAIN, soften=soften), [0])[0]
+        for soften in ((), generate.NOT_SOFTENED)
+    )
+    assert torch.equal(default, plain)
 
 
 def test_the_remainder_grows_with_the_root_of_detail_and_channels_share_it_in_part():
@@ -221,13 +247,13 @@ def test_the_remainder_grows_with_the_root_of_detail_and_channels_share_it_in_pa
     stripes = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(64)  # 1.2 from the mean of 5 pixels
     amplitude = torch.tensor([0.0, 4.0, 16.0]) / 255
     x = (0.5 + amplitude[:, None, None, None] * stripes).expand(3, 3, 256, 256)
-    noise = generate.add_remainder(x, 1.1, [make_generator(i) for i in range(3)]) - x
+    noise = additions.add_remainder(x, 1.1, [make_generator(i) for i in range(3)]) - x
     assert 255 * noise[0].abs().max() < 0.05
     for i, levels in ((1, 4.0), (2, 16.0)):
         std = 1.1 * math.sqrt(1.2 * levels)
         assert 255 * noise[i].std((1, 2)) == pytest.approx(std * np.ones(3), rel=0.03)
         assert torch.corrcoef(noise[i].flatten(1))[0, 1].item() == pytest.approx(0.7, abs=0.02)
-    same = generate.add_remainder(x[1:2, ..., :1, :1], 1.1, [make_generator(0)])  # one pixel
+    same = additions.add_remainder(x[1:2, ..., :1, :1], 1.1, [make_generator(0)])  # one pixel
     assert torch.equal(same, x[1:2, ..., :1, :1])
 
 
@@ -253,7 +279,7 @@ def test_noise_that_compression_looks_like_is_not_added(net, head):
 
 def test_coloured_noise_has_its_std_in_each_band():
     std = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.5, 2.0], [2.0, 1.6, 1.1]])
-    noise = generate.coloured(torch.randn(3, 3, 160, 192, generator=make_generator(0)), std)
+    noise = additions.coloured(torch.randn(3, 3, 160, 192, generator=make_generator(0)), std)
     torch.testing.assert_close(noise_in_bands(noise), std, atol=0, rtol=0.1)
 
 
@@ -263,8 +289,8 @@ def test_coloured_noise_has_its_std_in_each_band():
 @pytest.mark.parametrize("size", [(16, 16), (17, 40), (41, 71)])
 def test_tiles_of_a_local_function_are_the_whole_without_seams(monkeypatch, size):
     """The function darkens edges, but those of a tile have next to no weight."""
-    monkeypatch.setattr(extractors, "TILE", 24)
-    monkeypatch.setattr(extractors, "OVERLAP", 8)
+    monkeypatch.setattr(tiles, "TILE", 24)
+    monkeypatch.setattr(tiles, "OVERLAP", 8)
     sides = []
 
     def function(hr: Tensor, x: Tensor) -> Tensor:
@@ -273,19 +299,19 @@ def test_tiles_of_a_local_function_are_the_whole_without_seams(monkeypatch, size
 
     h, w = size
     hr, x = uniform(2, 3, 4 * h, 4 * w), torch.ones(2, 3, h, w)
-    made = extractors.in_tiles(function, size, hr, x)
+    made = in_tiles(function, size, hr, x)
     assert max(sides) <= 24
     torch.testing.assert_close(made, function(hr, x), atol=2e-3, rtol=0)
 
 
 def test_a_tiled_image_has_no_seams(net, monkeypatch):
     hr, lr_ref = uniform(1, 3, 28, 20), [uniform(3, 16, 16)]
-    hr = extractors.resized(hr, 4 * 56, 4 * 40).clamp(0, 1)
+    hr = resized(hr, 4 * 56, 4 * 40).clamp(0, 1)
     whole = generate.generate(
         net, hr, lr_ref, replace(PLAIN, t_start=20, num_steps=3, grain=True), [0]
     )[0][0, 0]
-    monkeypatch.setattr(extractors, "TILE", 32)
-    monkeypatch.setattr(extractors, "OVERLAP", 8)
+    monkeypatch.setattr(tiles, "TILE", 32)
+    monkeypatch.setattr(tiles, "OVERLAP", 8)
     tiled = generate.generate(
         net, hr, lr_ref, replace(PLAIN, t_start=20, num_steps=3, grain=True), [0]
     )[0][0, 0]
@@ -301,19 +327,21 @@ def test_a_tiled_image_has_no_seams(net, monkeypatch):
 
 def test_errors_are_zero_only_for_the_same_content_and_degradation(net):
     lr = uniform(1, 3, 9, 12)
-    code, content = net.extractors.e_deg(lr), net.extractors.content(extractors.resized(lr, 36, 48))
-    content_error, degradation_error = generate.errors(net, lr, code, content)
+    degradation, content = net.extractors.e_deg(lr), net.extractors.content(resized(lr, 36, 48))
+    content_error, degradation_error = generate.errors(net, lr, degradation, content)
     assert content_error.shape == degradation_error.shape == (1,)
     assert content_error.max() < 1e-5 and degradation_error.max() < 1e-5
-    torch.testing.assert_close(generate.errors(net, lr, code, content - 1)[0], content_error + 1)
-    assert generate.errors(net, lr, code - 1, content)[1].item() == pytest.approx(16**0.5)
+    torch.testing.assert_close(
+        generate.errors(net, lr, degradation, content - 1)[0], content_error + 1
+    )
+    assert generate.errors(net, lr, degradation - 1, content)[1].item() == pytest.approx(16**0.5)
 
 
 def test_the_filter_keeps_the_good_candidate(net, monkeypatch):
     """The others are noise. The good one is the reduction of hr, and the reference too."""
     planted = uniform(4, 3, 9, 12)
     monkeypatch.setattr(diffusion, "sample", lambda *_: planted)
-    hr = extractors.resized(planted[2:3], 36, 48).clamp(0, 1)
+    hr = resized(planted[2:3], 36, 48).clamp(0, 1)
     sampler = replace(PLAIN, candidates=4)
     lr, scores = generate.generate(net, hr, [planted[2]], sampler, [0])
     assert scores["kept"].tolist() == [2] and torch.equal(lr[0], planted)
@@ -335,7 +363,7 @@ def test_the_filter_weighs_both_errors_equally(net, monkeypatch):
 def drawn(names: list[str]) -> list[str]:
     """The references of 4,000 photos; none of these files is read."""
     references = generate.References(list(map(Path, names)), names, None, 1)
-    references.codes = dict.fromkeys(range(len(names)), torch.zeros(1))
+    references.degradations = dict.fromkeys(range(len(names)), torch.zeros(1))
     seeds = [make_generator(0, f"photo {i}").initial_seed() for i in range(4000)]
     return [names[references.draw(seed)] for seed in seeds]
 
@@ -350,53 +378,46 @@ def test_references_are_drawn_evenly_and_a_new_one_changes_only_its_own_draws():
     assert len(changed) == pytest.approx(4000 / 50, abs=36)  # 4 standard deviations
 
 
-def test_the_codes_of_a_folder_are_averaged_from_the_reference_on(net, tmp_path):
+def test_f_deg_of_a_folder_is_averaged_from_the_reference_on(net, tmp_path):
     names = ["a/1.png", "a/2.png", "a/3.png", "a/4.png", "b/1.png"]
     files = [tmp_path / name for name in names]
     for i, file in enumerate(files):
         save_image(file, uniform(3, 32, 32, seed=i))
     files[3].write_text("not an image")
 
-    def mean_code(r: int, average: int) -> Tensor | None:
-        return generate.References(files, names, net, average).mean_code(r)
+    def mean(r: int, average: int) -> Tensor:
+        return generate.References(files, names, net, average).mean_degradation(r)
 
-    first, second, third, unreadable, alone = (mean_code(r, 1) for r in range(5))
-    assert unreadable is None and mean_code(3, 99) is None
-    assert torch.allclose(mean_code(1, 2), (second + third) / 2)
-    assert torch.allclose(mean_code(1, 3), mean_code(1, 2))  # the fourth can't be read
-    assert torch.allclose(mean_code(1, 99), (first + second + third) / 3)
-    assert torch.equal(mean_code(4, 99), alone)
+    first, second, third, _, alone = (
+        generate.degradation_of(net, load_image(file))[0] if i != 3 else None
+        for i, file in enumerate(files)
+    )
+    assert generate.References(files, names, net, 1).degradation(3) is None
+    assert torch.allclose(mean(1, 1), second)
+    assert torch.allclose(mean(1, 2), (second + third) / 2)
+    assert torch.allclose(mean(1, 3), mean(1, 2))  # the fourth can't be read
+    assert torch.allclose(mean(1, 99), (first + second + third) / 3)
+    assert torch.equal(mean(4, 99), alone)
 
 
 # ---- the plan of a run ------------------------------------------------------------------------
 
 
-def planned(pairing: str, photos: str = "abc", refs: str = "rs") -> list[generate.Job]:
-    cfg = generate.Config(hr=("hr",), lr_ref=("x",), pairing=pairing)
-    files = [Path(f"hr/{name}.png") for name in photos]
-    return generate.plan(cfg, files, [Path(f"x/{name}.jpg") for name in refs])
+def test_the_seed_of_a_pair_depends_on_its_name_alone():
+    def planned(photos: str) -> dict[str, int]:
+        files = [Path(f"hr/{name}.png") for name in photos]
+        jobs = generate.pairs_to_make(generate.Config(hr=("hr",)), files)
+        assert [job.file for job in jobs] == files
+        return {job.name: job.seed for job in jobs}
 
-
-@pytest.mark.parametrize(
-    ("pairing", "pairs"),
-    [
-        ("random", [("a", None), ("b", None), ("c", None)]),
-        ("round-robin", [("a", 0), ("b", 1), ("c", 0)]),
-        ("all", [(f"{hr}--{ref}", r) for hr in "abc" for r, ref in enumerate("rs")]),
-    ],
-)
-def test_pairings_plan_every_pair_and_its_seed_depends_on_its_names_alone(pairing, pairs):
-    jobs = planned(pairing)
-    assert [(job.name, job.reference) for job in jobs] == pairs
-    seeds = {job.name: job.seed for job in jobs}
-    more = {job.name: job.seed for job in planned(pairing, "abcde", "qrst")}
-    assert seeds.items() <= more.items() and len(set(more.values())) == len(more)
+    seeds, more = planned("abc"), planned("zabcde")
+    assert seeds.items() <= more.items() and len(set(more.values())) == len(more) == 6
 
 
 def test_images_of_equal_size_go_together():
     sizes = [8, 16, 24] * 16
     jobs = [generate.Job("", Path("x"), 0, hr=torch.zeros(3, 8, size)) for size in sizes]
-    made = list(generate.batches(jobs, 4 * 8 * 16))
+    made = list(generate.of_equal_size(jobs, 4 * 8 * 16))
     assert all(len({job.hr.shape for job in batch}) == 1 for batch in made)
     assert Counter(map(len, made)) == {8: 2, 4: 4, 3: 5, 1: 1}  # no job is lost
 
@@ -500,9 +521,9 @@ def test_a_folder_becomes_aligned_recorded_pairs_as_the_method_makes_them(finish
         seed = make_generator(0, Path(record["lr"]).stem).initial_seed()
         files = [record["lr_ref"], *record["averaged"]]
         assert {Path(file).name for file in files} == {"r0.jpg", "r1.jpg"}
-        codes = [generate.degradation_of(net, load_image(folder / file)) for file in files]
-        code = torch.cat(codes).mean(0)
-        made = generate.chosen(*generate.generate(net, hr[None], [code], sampler, [seed]))[0]
+        each = [generate.degradation_of(net, load_image(folder / file)) for file in files]
+        mean = torch.cat(each).mean(0)
+        made = generate.chosen(*generate.generate(net, hr[None], [mean], sampler, [seed]))[0]
         assert torch.equal(to_uint8(made), to_uint8(lr))
 
 
@@ -527,7 +548,7 @@ def test_other_settings_or_weights_need_another_folder(copied, checkpoint):
     torch.save(state, copied / "other.pt")
     for more, word in (
         (("--checkpoint", "other.pt"), "weights"),
-        (("--seed", 1, "--pairing", "round-robin"), "pairing, seed"),
+        (("--seed", 1, "--average", 2), "average, seed"),
         (("--average", 1), "average"),
         (("--soften", 1, 1, 1, 1, 1), "soften"),
         (("--max-error", 1, 1), "max_error"),
@@ -564,7 +585,7 @@ def test_images_that_are_unreadable_or_not_finite_are_skipped_and_counted(
     ("flags", "word"),
     [
         ("--start foo", "--start"), ("--t-start 501", "--t-start"), ("--candidates 0", "--cand"),
-        ("--max-error 1", "--max-error"), ("--pairing all", "--average 1"),
+        ("--max-error 1", "--max-error"),
         ("--soften 1 0.9", "--soften"), ("--lr-ref empty", "--lr-ref"),
         ("--lr-ref bad.png", "--lr-ref"), ("--hr bad.png", "none of the HR images"),
         ("--checkpoint missing.pt", "missing.pt"), ("--checkpoint stage_1.pt", "stage_1.pt"),
@@ -580,7 +601,7 @@ def test_senseless_input_is_refused_and_nothing_written(inputs, checkpoint, flag
 
 
 def test_missing_weights_name_the_command_that_makes_them(inputs, monkeypatch):
-    monkeypatch.setattr(common, "__file__", str(inputs / "common.py"))  # no data/pretrained there
+    monkeypatch.setattr("common.checkpoint.DATA", inputs / "data")  # no data/pretrained there
     done = run(*"generate.py --hr hr --lr-ref refs --out out".split(), cwd=inputs)
     assert_refused(done, "python diffusion.py")
     assert not (inputs / "out").exists()
@@ -641,7 +662,7 @@ def test_the_same_names_in_another_folder_are_other_photos(inputs, checkpoint):
     assert not (out / "removed").exists()
 
 
-def test_a_reference_that_is_added_costs_only_the_pairs_whose_code_it_joins(inputs, checkpoint):
+def test_a_reference_that_is_added_costs_only_the_pairs_whose_f_deg_it_joins(inputs, checkpoint):
     args = command(checkpoint, *more_photos(inputs, 6), "--average", 2)
     assert_made(run(*args, cwd=inputs), 10)
     before, times = rows_of(inputs / "out"), times_of(inputs / "out")
@@ -807,10 +828,10 @@ def test_a_gpu_is_asked_for_no_more_launches_by_a_batch_and_never_waited_for():
                 nets = extractors.Extractors(STAGE_1)
                 net = diffusion.DecoupledDDPM(nets, STAGE_1, STAGE_2)
                 hr = torch.zeros(B, 3, 512, 512)
-                codes = [torch.zeros(STAGE_1.deg_dim) for _ in range(B)]
+                degradations = [torch.zeros(STAGE_1.deg_dim) for _ in range(B)]
             before = launches.total()
             sampler = Sampler(t_start=20, num_steps=3, candidates=2)
-            lr, scores = generate.generate(net, hr, codes, sampler, range(B))
+            lr, scores = generate.generate(net, hr, degradations, sampler, range(B))
             counts.append(launches.total() - before)
             assert lr.shape == (B, 2, 3, 128, 128)
             assert {x.device.type for x in (lr, *scores.values())} == {"cuda"}

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.runtime import make_generator
+
 REPO = Path(__file__).resolve().parents[1]
 SHORT = "--log-every 5 --save-every 10"
 STAGES = {  # by command: the steps of the first and of the second call, the checkpoint
@@ -54,7 +56,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_stage_trains_and_logs_speed_and_memory(trained):
     for *_, path in STAGES.values():
         lines = (trained / path).with_name("log.jsonl").read_text().splitlines()
-        rows = {row["part"]: row for row in map(json.loads, lines) if "images/s" in row}
+        rows = {row["phase"]: row for row in map(json.loads, lines) if "images/s" in row}
         assert rows
         for part, row in rows.items():
             print(f"\n{path} {part}: {row['images/s']:.0f} images/s, {row['GiB']:.2f} GiB")

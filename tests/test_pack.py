@@ -1,4 +1,4 @@
-"""data/pack.py: photos decoded once, the random crops that training reads, the packed file."""
+"""common/photos.py and tools/pack.py: photos decoded once, random crops of them, packed files."""
 
 import os
 import signal
@@ -13,10 +13,18 @@ from torch import Tensor
 
 from common import UserError
 from common.files import find_photos
-from common.photos import Crops, Photos, load_image, save_image, to_uint8
+from common.photos import (
+    Crops,
+    Photos,
+    dihedral,
+    load_image,
+    read_photo,
+    save_image,
+    to_uint8,
+)
 from common.runtime import Runtime, make_generator
-from data import pack
 from tests.commands import FORKSERVER, assert_refused, run
+from tools import pack
 
 CPU = Runtime(torch.device("cpu"))
 
@@ -41,7 +49,7 @@ def files(photos) -> list[Path]:
 
 
 def packed(folder: Path, *photos: Path, **flags) -> np.ndarray:
-    """The array that pack.py writes for these photos."""
+    """The array that tools/pack.py writes for these photos."""
     out = folder / f"x{len(list(folder.iterdir()))}.npy"
     names = tuple(map(str, photos))
     pack.main(pack.Config(names, str(out), **({"size": 32} | flags)), CPU)
@@ -58,7 +66,7 @@ def places(crop: Tensor, photo: Tensor) -> list[list[int]]:
 
 def hits(crops: Tensor, files: list[Path]) -> Tensor:
     """Whether each of the crops, turned in each of 8 ways, occurs in each photo: (8, N, photos)."""
-    turned = [pack.dihedral(crops, k) for k in range(8)]
+    turned = [dihedral(crops, k) for k in range(8)]
     whole = [load_image(file) for file in files]
     return torch.tensor([[[bool(places(c, w)) for w in whole] for c in batch] for batch in turned])
 
@@ -67,7 +75,7 @@ def assert_equal_photos(decoded: Photos, files: list[Path]) -> None:
     assert len(decoded.table) == len(files)
     for i, file in enumerate(files):
         assert decoded[i].dtype == np.uint8
-        np.testing.assert_array_equal(decoded[i], pack.read_photo(file))
+        np.testing.assert_array_equal(decoded[i], read_photo(file))
 
 
 def names(folder: Path) -> set[str]:
@@ -85,7 +93,7 @@ def test_photos_are_decoded_once_and_left_on_the_disk(photos, files, tmp_path, m
 
     bad = photos / "bad.png"
     bad.write_text("not an image")
-    for read, local_rank in ((pack.read_photo, 0), (no_read, 0), (no_read, 1)):
+    for read, local_rank in ((read_photo, 0), (no_read, 0), (no_read, 1)):
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
         decoded = Photos([bad, *files], tmp_path / "decoded", CPU, read)
         assert_equal_photos(decoded, files)
@@ -129,14 +137,14 @@ def decode_and_die(files: list[Path], folder: Path, when: str) -> None:
     def read(file: Path) -> np.ndarray:
         if when == "reading" and file == files[-1]:
             os.kill(os.getpid(), signal.SIGKILL)
-        return pack.read_photo(file)
+        return read_photo(file)
 
     def replace(source: Path, target: Path) -> None:
         if target.suffix == ".pixels":  # the last of two files to be renamed
             os.kill(os.getpid(), signal.SIGKILL)
         source.rename(target)
 
-    common.os.replace = replace
+    os.replace = replace
     Photos(files, folder, CPU, read)
 
 
@@ -300,7 +308,7 @@ def test_bad_and_small_photos_are_named_once_and_counted(photos, tmp_path, capsy
 def test_the_command_names_its_file_after_the_folder_of_photos(photos, tmp_path):
     """So that packed HR photos do not become the LR photos of stage 2."""
     photos.rename(tmp_path / "hr")
-    command = [sys.executable, Path(pack.__file__), "--photos", "hr/", "--size", "32"]
+    command = [sys.executable, pack.__file__, "--photos", "hr/", "--size", "32"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "11 crops of 32 x 32 pixels in hr.npy" in done.stdout
     assert names(tmp_path) == {"hr", "hr.npy"}
@@ -312,7 +320,7 @@ def test_the_command_names_its_file_after_the_folder_of_photos(photos, tmp_path)
 )
 def test_a_mistake_is_one_sentence_and_writes_nothing(flags, photos, tmp_path):
     argv = ["--photos", "photos", "--out", "x.npy", *flags.split()]
-    assert_refused(run("data.pack", *argv, cwd=tmp_path))
+    assert_refused(run("tools.pack", *argv, cwd=tmp_path))
     assert names(tmp_path) == {"photos"}
 
 
@@ -335,7 +343,7 @@ def test_a_wrong_packed_file_is_one_sentence_that_names_it(content, tmp_path):
 def test_training_alone_takes_packed_files_and_those_of_data_first(
     photos, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    monkeypatch.setattr("common.files.DATA", tmp_path / "data")
     (tmp_path / "data").mkdir()
     photos.rename(tmp_path / "data" / "lr")
     files = sorted((tmp_path / "data" / "lr").iterdir())

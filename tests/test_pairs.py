@@ -175,13 +175,13 @@ def test_set_metrics_see_every_image_once_and_in_pairs(tmp_path, monkeypatch):
 def test_the_mean_code_is_that_of_the_other_scenes_of_the_camera(tmp_path, monkeypatch):
     found = find_pairs(write_pairs(tmp_path, ["a1", "a2", "a3", "b1"]))[0]
     monkeypatch.setattr(generated.generate, "code_of", lambda net, lr: lr.mean((1, 2))[None])
-    codes = generated.mean_codes(found, torch.nn.Linear(1, 1))
+    codes = generated.mean_degradations(found, torch.nn.Linear(1, 1))
     means = [load_image(pair.lr).mean((1, 2)) for pair in found]
     assert set(codes) == {0, 1, 2}  # there is no other b
     torch.testing.assert_close(codes[1], (means[0] + means[2]) / 2)
     # Of one other scene: that of the reference.
     chosen = [replace(pair, reference=found[2].lr) for pair in found]
-    one = generated.mean_codes(chosen, torch.nn.Linear(1, 1), 1)
+    one = generated.mean_degradations(chosen, torch.nn.Linear(1, 1), 1)
     torch.testing.assert_close(torch.stack([one[0], one[1]]), torch.stack([means[2]] * 2))
 
 

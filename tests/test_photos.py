@@ -1,4 +1,4 @@
-"""common.py: which files are photos, what their pixels mean, how they are written."""
+"""common/files.py, common/photos.py: what is a photo, what its pixels mean, how it is written."""
 
 import contextlib
 import io
@@ -13,13 +13,14 @@ import pytest
 import tifffile
 import torch
 from PIL import Image, ImageOps
+from safetensors.torch import save_file
 
 from common import UserError
 from common.cli import launch
 from common.files import list_images, photo_names, photo_suffixes, replacing
 from common.photos import MAX_PIXELS, crop_to_multiple, load_image, orientation, save_image
 from common.runtime import make_generator
-from data import pack
+from tools import pack
 
 
 def drawn_pixels(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -274,7 +275,7 @@ def test_a_photo_may_be_large(tmp_path, monkeypatch):
     Image.new("1", (20000, 10000)).save(tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as image:
         assert image.width * image.height < MAX_PIXELS
-    monkeypatch.setattr(common, "MAX_PIXELS", 2 * 10**8 - 1)
+    monkeypatch.setattr("common.photos.MAX_PIXELS", 2 * 10**8 - 1)
     with pytest.raises(ValueError, match="20000 x 10000 pixels are more than 199999999"):
         load_image(tmp_path / "x.png")
 
@@ -326,3 +327,13 @@ def test_images_are_cut_to_a_multiple_of_the_scale():
     assert torch.equal(crop_to_multiple(image, 4, "x"), image[:, :64, :48])
     with pytest.raises(ValueError, match="small.png"):
         crop_to_multiple(image[:, :31], 4, "small.png")
+
+
+def test_files_can_be_read_by_others_as_umask_says(tmp_path):
+    before = os.umask(0o022)
+    try:
+        with replacing(tmp_path / "x.safetensors") as temporary:
+            save_file({"a": torch.rand(2)}, temporary)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o644

@@ -15,7 +15,7 @@ from tests import commands
 
 REPO = Path(__file__).resolve().parents[1]
 SOURCES = [REPO / "README.md", REPO / "data/README.md", *sorted(REPO.glob("*.py"))]
-SOURCES += [*sorted(REPO.glob("bench/*.py")), *sorted(REPO.glob("data/*.py"))]
+SOURCES += [*sorted(REPO.glob("bench/*.py")), *sorted(REPO.glob("tools/*.py"))]
 LAUNCHER = r"^ *(?:python|torchrun --nproc_per_node=\d+) "
 COMMAND = re.compile(LAUNCHER + r"((?:-m )?[\w./]+)(.*?)(?:  #.*)?$", re.M)
 
@@ -23,9 +23,8 @@ COMMAND = re.compile(LAUNCHER + r"((?:-m )?[\w./]+)(.*?)(?:  #.*)?$", re.M)
 def commands_of(path: Path) -> list[tuple[str, str]]:
     """Module and flags of each command in a file."""
     found = COMMAND.findall(path.read_text(encoding="utf-8"))
-    names = [(name.removeprefix("-m ").removesuffix(".py").replace("/", "."), flags.strip())
-             for name, flags in found]  # fmt: skip
-    return [(name, flags) for name, flags in names if name != "common"]
+    return [(name.removeprefix("-m ").removesuffix(".py").replace("/", "."), flags.strip())
+            for name, flags in found]  # fmt: skip
 
 
 EVERY = [(path.relative_to(REPO), *command) for path in SOURCES for command in commands_of(path)]
@@ -57,6 +56,8 @@ SMALL = {
     "generate": "--num-steps 2",
     "benchmark": "--sr-steps 1 --t-starts 2",
     "bench.sr": f"{TRAINING} --steps 1 --crop 16",
+    "tools.calibrate": "--crop 32 --checkpoint runs/calibrated.safetensors",
+    "tools.report": "--pairs out/pairs", "tools.shards": "--pairs out/pairs",
 }
 PAPER = "--widths 8 16 --blocks 1 --attention 1 --mod-channels 8 --cond-channels 4"
 
@@ -70,6 +71,9 @@ def test_the_commands_of_the_readme_run(tmp_path):
         write_pairs(tmp_path / "data" / name, [f"Canon_{i}" for i in range(4)])
     (tmp_path / "data/pretrained").symlink_to(REPO / "data/pretrained")
     shutil.copytree(REPO / "data/sample", tmp_path / "data/sample")
+    (tmp_path / "runs").mkdir()
+    shipped = REPO / "data/pretrained/diffusion.safetensors"
+    shutil.copy(shipped, tmp_path / "runs/calibrated.safetensors")
     for number, (name, flags) in enumerate(commands_of(REPO / "README.md")):
         small = SMALL[name].format(number=number).split()
         if name == "diffusion" and "paper" in flags:
@@ -88,6 +92,6 @@ def test_every_name_in_the_map_from_paper_to_code_exists():
     assert len(names) > 10
     for module, path in names:
         thing = importlib.import_module(module)
-        for part in path[1:].split("."):
-            assert hasattr(thing, part), f"{module}{path}"
-            thing = getattr(thing, part)
+        for attribute in path[1:].split("."):
+            assert hasattr(thing, attribute), f"{module}{path}"
+            thing = getattr(thing, attribute)

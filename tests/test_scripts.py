@@ -63,8 +63,9 @@ def test_all_stages_run_from_an_empty_folder(trained):
         lines = (cwd / "runs" / stage / "log.jsonl").read_text().splitlines()
         assert json.loads(lines[-1])["step"] == step_of(cwd / "runs" / stage / "last.pt") == 2
     files = {name for name in files_of(cwd) if "/photos/" not in name}  # the decoded photos
-    parts = [f"extractors/{part}" for part in ("vqvae", "content", "last")] + ["diffusion/last"]
-    expected = {f"runs/{part}.{kind}" for part in parts for kind in ("pt", "png")}
+    phases = [f"extractors/{phase}" for phase in ("vqvae", "content", "last")]
+    phases.append("diffusion/last")
+    expected = {f"runs/{phase}.{kind}" for phase in phases for kind in ("pt", "png")}
     assert files == expected | {"runs/extractors/log.jsonl", "runs/diffusion/log.jsonl"}
 
     photo = REPO / "data" / "sample" / "hr" / "chelsea.jpg"
@@ -109,12 +110,12 @@ def test_two_processes_train_and_resume(copied, script):
         ("extractors.py --steps 2 --margin 1", "--out"),
         (f"extractors.py --steps 2 --hr {REPO}/data/sample/hr", "--out"),
         ("extractors.py --steps 2 --start-from runs/extractors/last.pt", "--out"),
-        ("extractors.py --steps 3 2 2", "delete it to train that part again"),
-        ("extractors.py --steps 2 3 2", "delete it to train that part again"),
+        ("extractors.py --steps 3 2 2", "delete it to train that phase again"),
+        ("extractors.py --steps 2 3 2", "delete it to train that phase again"),
         ("diffusion.py --steps 5 --widths 8 24", "--out"),
     ],
 )
-def test_a_flag_that_a_trained_part_would_ignore_is_refused(trained, command, words):
+def test_a_flag_that_a_trained_phase_would_ignore_is_refused(trained, command, words):
     before = files_of(trained[0])
     script, *flags = command.split()
     assert_refused(run(*tiny(script, *flags), cwd=trained[0]), words)
@@ -133,10 +134,9 @@ def test_a_crop_that_no_photo_has_names_the_largest_that_works(trained, tmp_path
 
 def test_missing_stage_1_names_the_command_that_makes_it(tmp_path):
     """The scripts are copied to a folder without data/pretrained."""
-    for name in ("common.py", "degrade.py", "extractors.py", "diffusion.py", "data/pack.py",
-                 "data/folder.py"):  # fmt: skip
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("degrade.py", "additions.py", "extractors.py", "diffusion.py"):
         shutil.copy(REPO / name, tmp_path / name)
+    shutil.copytree(REPO / "common", tmp_path / "common")
     (tmp_path / "empty").mkdir()
     done = run_apart(tmp_path / "diffusion.py", cwd=tmp_path / "empty")
     assert_refused(done, "python extractors.py")

@@ -7,17 +7,17 @@ import pytest
 import degrade
 import diffusion
 import extractors
-from bench import speed
 from common.cli import launch
+from tools import speed
 
 
-def launch(monkeypatch, *argv: object) -> None:
+def measure(monkeypatch, *argv: object) -> None:
     monkeypatch.setattr(sys, "argv", ["speed.py", *map(str, argv)])
     launch(speed.main, speed.Config, {}, speed.__doc__)
 
 
 def test_the_table_has_a_row_for_each_recipe_and_the_ratio_of_each_rate(monkeypatch, capsys):
-    launch(monkeypatch, "--works", "D", "--batch-size", 8, "--runs", 1, "--device", "cpu")
+    measure(monkeypatch, "--works", "D", "--batch-size", 8, "--runs", 1, "--device", "cpu")
     lines = capsys.readouterr().out.splitlines()
     jpeg = next(float(line.split()[2]) for line in lines if line.startswith("Pillow's JPEG:"))
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| D ")]
@@ -35,7 +35,7 @@ def test_training_steps_and_generation_are_timed(monkeypatch, capsys, preset):
     """With our deviations, and as the paper prints it."""
     for stage in (extractors, diffusion):
         monkeypatch.setitem(stage.PRESETS, "small", stage.PRESETS[preset])
-    launch(monkeypatch, "--works", "stage", "generate", "--batch-size", 8, "--runs", 1)
+    measure(monkeypatch, "--works", "stage", "generate", "--batch-size", 8, "--runs", 1)
     text = capsys.readouterr().out
     rows = ["stage 1 VQ-VAE", "stage 1 E_cont", "stage 1 E_deg", "stage 2", "generate, default"]
     assert all(f"| {name} |" in text for name in rows)
@@ -46,5 +46,5 @@ def test_training_steps_and_generation_are_timed(monkeypatch, capsys, preset):
 )
 def test_a_wrong_flag_is_one_sentence(monkeypatch, capsys, argv):
     with pytest.raises(SystemExit) as stopped:
-        launch(monkeypatch, *argv)
+        measure(monkeypatch, *argv)
     assert stopped.value.code == 2 and f"error: {argv[0]} {argv[1]}" in capsys.readouterr().err

@@ -253,7 +253,7 @@ def test_each_image_of_a_batch_is_degraded_in_its_own_way():
 def test_a_few_steps_on_one_pair_beat_bicubic():
     photo = load_image(REPO / "data" / "sample" / "hr" / "coffee.jpg")
     hr = photo[None, :, 100:196, 200:296]
-    lr = degrade.degrade(hr, degrade.bicubic(1, 4))
+    lr = degrade.degrade(hr, degrade.bicubic_reduction(1, 4))
     torch.manual_seed(0)
     net = sr.sr_network("fsrcnn")
     opt = torch.optim.Adam(net.parameters(), 2e-3)

@@ -1,7 +1,7 @@
-"""Photos as one array of neighbouring crops (N, 3, size, size) of 8 bits, for many runs to train on.
+"""Pack photos into one file of crops, for sets of photos that many trainings use.
 
-Crops are native pixels, never resized; flat ones are left out. Stages decode photos themselves;
-this command does it once for all runs.
+In: photos. Out: an array (N, 3, size, size) of 8 bits, of neighbouring crops: native pixels, never
+resized, without flat ones.
 
     python -m tools.pack --photos data/sample/lr --out data/lr.npy --size 128
     python diffusion.py --lr data/lr.npy --hr data/sample/hr
@@ -45,6 +45,13 @@ def detail(crops: Tensor) -> Tensor:
     return ((down + right) / 2).sqrt()
 
 
+def write_header(file: BinaryIO, count: int, size: int) -> None:
+    """Write the header of a .npy file; numpy pads it to the same length for any count."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, 3, size, size)}
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(file, header)
+
+
 @dataclass(frozen=True)
 class Config:
     """Settings of the command; every field is a flag."""
@@ -55,13 +62,6 @@ class Config:
     flat: float = 2.0  # a crop is left out if 4 x 4 blocks differ by fewer levels of 255 (0: none)
     seed: ClassVar[int] = 0
     device: ClassVar[str] = "cpu"
-
-
-def write_header(file: BinaryIO, count: int, size: int) -> None:
-    """Write the header of a .npy file; numpy pads it to the same length for any count."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": (count, 3, size, size)}
-    file.seek(0)
-    np.lib.format.write_array_header_1_0(file, header)
 
 
 def main(cfg: Config, rt: Runtime) -> None:

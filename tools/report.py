@@ -1,153 +1,107 @@
-"""A page about the pairs of generate.py: errors, domains, the best and the worst pairs.
+"""A page about the pairs of generate.py: settings, errors, domains, the best and the worst pairs.
 
 In: a folder that generate.py wrote. Out: report.html in it, one file that needs no other.
 
-    python data/report.py
-    python data/report.py --pairs out/generated
+    python -m tools.report
+    python -m tools.report --pairs out/generated
 """
 
 import base64
 import html
 import io
-import json
-import math
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 from typing import ClassVar
 
 import numpy as np
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import generate
 from common import require
 from common.cli import launch
-from common.files import replacing
-from common.photos import centre, load_image, to_uint8
+from common.files import write_text
+from common.pairs import read_table
 from common.runtime import Runtime
+from generate import save_preview
 
-PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>$title</title><style>
-body { max-width: 1220px; margin: 24px auto; padding: 0 16px; color: #222; background: #fff;
-       font: 15px/1.45 system-ui, sans-serif; overflow-wrap: break-word; }
-th, td { border-bottom: 1px solid #ddd; padding: 3px 12px 3px 0; text-align: left; }
-.pairs { display: flex; flex-wrap: wrap; gap: 20px 28px; }
-figure { margin: 0; width: 588px; max-width: 100%; font-size: 13px; }
-figure div { display: flex; gap: 6px; }
-figure img, .missing { flex: 1; min-width: 0; aspect-ratio: 1; image-rendering: pixelated; }
-.missing { background: #eee; text-align: center; }
-</style></head><body>
-<h1>$title</h1><p>$counts</p>
-<h2>Settings</h2>$settings
-<h2>Errors of the kept candidates</h2>$histograms
-<h2>Domains of the references</h2>$domains
-<h2>Best and worst pairs</h2>
-<p>From left to right: HR, LR reference, generated LR; the middle of each. Pairs are ordered by the
-sum of both errors, each divided by its mean over all pairs. Errors are computed if there are
-several candidates or --max-error is given.</p>
-$pairs
-</body></html>
-""")
+HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Pairs</title>
+<style>body { max-width: 960px; margin: auto; font-family: sans-serif } img { max-width: 100% }
+td { border-top: 1px solid #ddd; padding-right: 12px; overflow-wrap: anywhere }</style>"""
+OF_PAIR = ("hr", "lr", "source", "lr_ref", "averaged", "kept", "dropped")  # other fields: settings
 
 
-def table(rows: Sequence[Sequence[object]]) -> str:
-    """Rows as an HTML table, the first row as its head; numbers to 4 digits, text escaped."""
-    lines = []
-    for i, row in enumerate(rows):
-        tag = "td" if i else "th"
-        cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row]
-        lines.append("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells))
+def html_rows(rows: Iterable[Iterable[object]]) -> str:
+    """Rows as an HTML table."""
+    lines = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows)
     return "<table>" + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table>"
 
 
-def picture(png: io.BytesIO, title: str) -> str:
+def html_image(png: bytes, title: str) -> str:
     """A PNG file inside the page."""
-    text = base64.b64encode(png.getvalue()).decode()
-    return f'<img alt="{title}" title="{title}" src="data:image/png;base64,{text}">'
+    return f'<img alt="{title}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
-def photo(path: Path, size: int, title: str) -> str:
-    """The middle size x size pixels of an image file, at most 192 on a side, inside the page."""
-    try:
-        x = centre(load_image(path), size, min(size, 192))
-    except ValueError:
-        return f'<span class="missing" title="{html.escape(str(path))}">not readable</span>'
-    png = io.BytesIO()
-    Image.fromarray(to_uint8(x).permute(1, 2, 0).numpy()).save(png, format="PNG")
-    return picture(png, title)
+def html_pair(out: Path, row: dict, errors: list[str]) -> str:
+    """The picture of a pair as in preview.png, and what it was made of."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pair.png"
+        try:
+            save_preview(path, out, [row])
+            image = html_image(path.read_bytes(), "pair")
+        except ValueError as error:
+            image = html.escape(str(error))
+    facts = ", ".join([row["lr"], *errors, f"of {row['source']}", f"like {row['lr_ref']}"])
+    return f"<p>{image}<br>{html.escape(facts)}</p>"
 
 
-def mean(values: np.ndarray) -> float:
-    """The mean of the finite values; not a number if there are none."""
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if finite.size else math.nan
+def finite(errors: np.ndarray) -> np.ndarray:
+    """The errors that are numbers."""
+    return errors[np.isfinite(errors)]
 
 
-def histogram(values: np.ndarray, name: str) -> str:
-    """How often each value (N,) occurs, and their mean, as a picture inside the page."""
+def histograms(errors: dict[str, np.ndarray]) -> str:
+    """How often each error (N,) of each kind occurs, as one picture."""
     from matplotlib.figure import Figure
 
-    figure, png = Figure(figsize=(5, 2.2), layout="constrained"), io.BytesIO()
-    axes = figure.subplots()
-    axes.hist(values[np.isfinite(values)], 40)
-    axes.axvline(mean(values), color="tab:red", linestyle="--")
-    axes.set(
-        xlabel=f"{name} error", ylabel="pairs", xlim=(0, None), title=f"mean {mean(values):.3g}"
-    )
+    figure, png = Figure(figsize=(9, 2.5), layout="constrained"), io.BytesIO()
+    for i, (kind, values) in enumerate(errors.items(), 1):
+        axes = figure.add_subplot(1, len(errors), i)
+        axes.hist(finite(values), 40)
+        axes.set(xlabel=f"{kind} error", ylabel="pairs")
     figure.savefig(png, format="png")
-    return picture(png, f"{name} error")
+    return html_image(png.getvalue(), "histograms")
 
 
-def save_report(path: Path, out: Path, records: list[dict], settings: dict) -> None:
-    """Write a page about pairs in the folder `out`; records are their lines of pairs.jsonl."""
-    names = [n for n in ("content", "degradation") if all(f"{n}_errors" in r for r in records)]
-    lists = {n: [r[f"{n}_errors"] for r in records] for n in names}  # of all candidates
-    kept = {n: np.array([r[f"{n}_errors"][r["kept"]] for r in records]) for n in names}
-    drawn = {n: np.array([sum(errors) / len(errors) for errors in lists[n]]) for n in names}
-
+def save_report(out: Path, rows: list[dict]) -> None:
+    """Write report.html about pairs in the folder `out`; rows are those of its table."""
+    kinds = [k for k in ("content", "degradation") if all(f"{k}_errors" in row for row in rows)]
+    errors = {k: np.array([row[f"{k}_errors"][row["kept"]] for row in rows]) for k in kinds}
     domains: dict[str, list[int]] = {}
-    for i, record in enumerate(records):
-        domains.setdefault(Path(record["lr_ref"]).parent.name or "(no folder)", []).append(i)
-    by_size = sorted(domains.items(), key=lambda item: (-len(item[1]), item[0]))
-    kinds = [f"{name}: {kind}" for name in names for kind in ("kept", "all candidates")]
-    rows: list[list[object]] = [["domain", "pairs", *kinds]]
-    for domain, index in [*by_size, ("all", list(range(len(records))))]:
-        errors = (mean(values[name][index]) for name in names for values in (kept, drawn))
-        rows.append([domain, len(index), *errors])
+    for i, row in enumerate(rows):
+        domains.setdefault(Path(row["lr_ref"]).parent.name, []).append(i)
+    table = [["domain of the reference", "pairs", *(f"{k} error" for k in kinds)]]
+    for name, index in [*sorted(domains.items()), ("all", [*range(len(rows))])]:
+        means = [f"{finite(errors[k][index]).mean():.4g}" for k in kinds]
+        table.append([name, str(len(index)), *means])
 
-    total = sum((kept[n] / max(mean(kept[n]), 1e-12) for n in names), np.zeros(len(records)))
+    total = sum((e / (finite(e).mean() + 1e-12) for e in errors.values()), np.zeros(len(rows)))
     order = np.argsort(total, kind="stable").tolist()  # not a number counts as the worst
-    best, worst = order[:6][: (len(order) + 1) // 2], order[::-1][:6][: len(order) // 2]
-
-    def figure(i: int) -> str:
-        record = records[i]
-        hr = photo(out / record["hr"], 96 * generate.SCALE, "HR")
-        lr_ref = photo(Path(record["lr_ref"]), 96, "LR reference")
-        lr = photo(out / record["lr"], 96, "generated LR")
-        errors = ", ".join(f"{name} {kept[name][i]:.4g}" for name in names)
-        name, source, reference = (html.escape(record[key]) for key in ("lr", "source", "lr_ref"))
-        text = f"<b>{name}</b>: {errors}<br>of {source}<br>like {reference}"
-        return f"<figure><div>{hr}{lr_ref}{lr}</div><figcaption>{text}</figcaption></figure>\n"
-
-    pairs = ""
-    for title, shown in (("Best", best), ("Worst", worst)):
-        if shown:
-            pairs += f'<h3>{title}</h3><div class="pairs">{"".join(map(figure, shown))}</div>'
-    references, candidates = {r["lr_ref"] for r in records}, sum(r["candidates"] for r in records)
-    page = PAGE.substitute(
-        title=html.escape(f"Pairs in {out}"),
-        counts=f"Pairs: {len(records)}. Candidates: {candidates}. References: {len(references)}. "
-        f"Domains: {len(domains)}.",
-        settings=table([("setting", "value"), *((key, str(v)) for key, v in settings.items())]),
-        histograms="".join(histogram(kept[name], name) for name in names),
-        domains=table(rows),
-        pairs=pairs,
+    texts = [[f"{k} error {errors[k][i]:.4g}" for k in kinds] for i in range(len(rows))]
+    half = (len(rows) + 1) // 2
+    best, worst = (
+        "".join(html_pair(out, rows[i], texts[i]) for i in shown[:6])
+        for shown in (order[:half], order[half:][::-1])
     )
-    with replacing(path) as temporary:  # a file name need not be valid Unicode
-        temporary.write_text(page, encoding="utf-8", errors="replace")
+    settings = {k: v for k, v in rows[0].items() if k not in OF_PAIR and "errors" not in k}
+    page = [HEAD, f"<h1>{len(rows)} pairs in {html.escape(str(out))}</h1>"]
+    page += ["<h2>Settings</h2>", html_rows(settings.items())]
+    page += ["<h2>Errors</h2>", histograms(errors) if kinds else "none computed", html_rows(table)]
+    page += ["<h2>Best pairs</h2>Both errors count, each divided by its mean.", best]
+    page += ["<h2>Worst pairs</h2>", worst]
+    text = "\n".join(page).encode(errors="replace")  # a file name need not be valid Unicode
+    write_text(out / "report.html", text.decode())
 
 
 @dataclass(frozen=True)
@@ -161,16 +115,14 @@ class Config:
 
 def main(cfg: Config, rt: Runtime) -> None:
     """Write report.html beside pairs.jsonl."""
-    path = Path(cfg.pairs) / "pairs.jsonl"
-    require(path.is_file(), f"{path} is missing: make it with `python generate.py`.")
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    require(all("lr_ref" in r for r in records), f"{path}: not of generate.py.")
-    records = [record for record in records if not record["dropped"]]
-    require(bool(records), f"{path} has no pairs.")
-    of_pair = ("hr", "lr", "source", "lr_ref", "averaged", "kept", "dropped")
-    settings = {k: v for k, v in records[0].items() if k not in of_pair and "errors" not in k}
-    save_report(path.with_name("report.html"), path.parent, records, settings)
-    print(f"{len(records)} pairs: look at {path.with_name('report.html')}")
+    out, table = Path(cfg.pairs), Path(cfg.pairs) / "pairs.jsonl"
+    require(table.is_file(), f"{table} is missing: make it with `python generate.py`.")
+    rows = read_table(table)
+    require(all(row.keys() >= set(OF_PAIR) for row in rows), f"{table}: not of generate.py.")
+    rows = [row for row in rows if not row["dropped"]]
+    require(bool(rows), f"{table} has no pairs.")
+    save_report(out, rows)
+    print(f"{len(rows)} pairs: look at {out / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
-"""Pairs of generate.py as webdataset shards: tar files for sets that are too large for a folder.
+"""Pairs as webdataset shards: tar files, for sets that are too large for a folder.
 
 In: a folder that generate.py or degrade.py wrote. Out: FOLDER/0000-000000.tar and so on. A shard
 is written whole or not at all; the same command goes on after an interruption.
 
-    python data/shards.py
-    python data/shards.py --pairs out/generated --out out/shards --per-shard 1000
+    python -m tools.shards
+    python -m tools.shards --pairs out/generated --out out/shards --per-shard 1000
 """
 
-import io
-import itertools
+import contextlib
 import json
 import math
+import re
 import sys
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import BinaryIO, ClassVar
 from urllib.parse import quote, unquote
 
 from tqdm import tqdm
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import UserError, require
 from common.cli import launch
 from common.files import replacing
+from common.pairs import read_table
 from common.runtime import Runtime
 
 
@@ -43,30 +44,55 @@ def read_shards(folder: Path) -> dict[str, dict]:
     return rows
 
 
-def write_shard(shard: Path, source: Path, rows: Iterable[tuple[str, dict]]) -> None:
-    """Write a tar file of samples KEY.hr.png, KEY.lr.png, KEY.json: whole or not at all.
+def shard_sample(folder: Path, name: str, row: dict) -> dict:
+    """A pair as webdataset writes it: KEY.hr.png, KEY.json, KEY.lr.png.
 
-    rows: name and row of each pair, whose images lie in the folder `source`. In the key all but
-    letters, digits, _, - and ~ is percent-encoded, because webdataset ends a key at the first dot.
+    In the key all but letters, digits, _, - and ~ is percent-encoded, because webdataset ends a key
+    at the first dot.
     """
-    with (
-        replacing(shard) as temporary,
-        tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar,
-    ):
-        for name, row in rows:
-            key = quote(name, safe="", errors="surrogateescape").replace(".", "%2E")
-            images = {f"{side}.png": (source / row[side]).read_bytes() for side in ("hr", "lr")}
-            for suffix, content in (images | {"json": json.dumps(row).encode()}).items():
-                member = tarfile.TarInfo(f"{key}.{suffix}")  # mode 644, owner and time 0
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+    try:
+        key = quote(name, safe="", errors="surrogateescape").replace(".", "%2E")
+        images = {f"{side}.png": (folder / row[side]).read_bytes() for side in ("hr", "lr")}
+    except ValueError:  # a zero byte, or half a character
+        raise UserError(f"{folder}: no file can have the name {name!r} of its table.") from None
+    return {"__key__": key, "json": row, **images}
+
+
+def write_shards(out: Path, start: int, per_shard: int, samples: Iterable[dict]) -> None:
+    """Write samples into shards from the number `start` on; the same samples give the same bytes.
+
+    A shard has a temporary name until it is full, and is removed after an error.
+    """
+    try:
+        from webdataset import ShardWriter
+    except ImportError:
+        raise UserError("webdataset writes the shards: pip install webdataset.") from None
+    options = {"verbose": 0, "user": "", "group": "", "mode": 0o644, "mtime": 0}
+    with contextlib.ExitStack() as shard:
+
+        def opener(name: str) -> BinaryIO:
+            temporary = shard.enter_context(replacing(out / name))
+            file = shard.enter_context(open(temporary, "wb"))
+            shard.callback(lambda: writer.tarstream.close())  # also after an error, before the file
+            return file
+
+        def post(name: str) -> None:
+            shard.close()
+
+        # Not in a `with`, which would complete the shard after an error.
+        writer = ShardWriter(
+            "0000-%06d.tar", per_shard, math.inf, post, start, opener=opener, **options
+        )
+        for sample in samples:
+            writer.write(sample)
+        writer.close()
 
 
 @dataclass(frozen=True)
 class Config:
     """Settings of the command; every field is a flag."""
 
-    pairs: str = "out/generated"  # folder of generate.py
+    pairs: str = "out/generated"  # folder of generate.py or degrade.py
     out: str = "out/shards"  # folder of the shards
     per_shard: int = 1000  # pairs in a shard
     seed: ClassVar[int] = 0
@@ -79,21 +105,20 @@ def main(cfg: Config, rt: Runtime) -> None:
     source, out = Path(cfg.pairs), Path(cfg.out)
     table = source / "pairs.jsonl"
     require(table.is_file(), f"{table} is missing: make it with `python generate.py`.")
-    lines = table.read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if not row.get("dropped")]
-    named = {Path(row["lr"]).stem: row for row in rows}
+    rows = {Path(row["lr"]).stem: row for row in read_table(table) if not row.get("dropped")}
     done = read_shards(out)
-    other = [name for name in done if named.get(name) != done[name]]
+    other = [name for name in done if rows.get(name) != done[name]]
     require(not other, f"{out} holds other pairs, {''.join(other[:1])}: give another --out.")
-    missing = [(name, row) for name, row in named.items() if name not in done]
-    number = max((int(shard.stem.split("-")[1]) + 1 for shard in out.glob("*-*.tar")), default=0)
-    rest = iter(tqdm(missing, unit="pair"))
-    for i in range(math.ceil(len(missing) / cfg.per_shard)):
-        shard = out / f"0000-{number + i:06d}.tar"
-        write_shard(shard, source, itertools.islice(rest, cfg.per_shard))
-    for temporary in out.glob(".*.tmp"):  # of a killed run
+    missing = [name for name in rows if name not in done]
+    numbers = [re.fullmatch(r"0000-(\d{6,})\.tar", file.name) for file in out.glob("*.tar")]
+    start = max((int(number[1]) + 1 for number in numbers if number), default=0)
+    if missing:
+        with tqdm(missing, unit="pair") as names:
+            samples = (shard_sample(source, name, rows[name]) for name in names)
+            write_shards(out, start, cfg.per_shard, samples)
+    for temporary in out.glob(".0000-*.tar.*.tmp"):  # of a killed run
         temporary.unlink()
-    print(f"{len(named)} pairs in {out}, {len(done)} of them were there before")
+    print(f"{len(rows)} pairs in {out}, {len(done)} of them were there before")
 
 
 if __name__ == "__main__":

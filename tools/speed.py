@@ -1,4 +1,4 @@
-"""Speed of D, of one training step and of generation, in images per second: the best of some runs.
+"""Speed of D, of one training step and of generation, in images per second: the fastest run counts.
 
 Each rate is also given as a ratio that carries over between machines. On a CPU it is relative to
 Pillow's JPEG round trip of 256 x 256 pixels, on a GPU the operations per second are relative to
@@ -39,12 +39,12 @@ class Config:
     works: tuple[str, ...] = ("D", "stage", "generate")  # which rows, by the start of their names
     batch_size: int = 16  # images
     size: str = "small"  # of the networks in training: small or paper
-    runs: int = 3  # of which the best counts, after one that warms up
+    runs: int = 3  # of which the fastest counts, after one that warms up
     seed: int = 0
     device: str = "auto"
 
 
-Rows = dict[str, Callable[[], object]]  # what is timed, by its name in the table
+Works = dict[str, Callable[[], object]]  # what is timed, by its name in the table
 
 
 def best(work: Callable[[], object], runs: int, device: torch.device) -> float:
@@ -78,8 +78,8 @@ def pillow_jpeg(hr: Tensor) -> None:
         Image.open(file).load()
 
 
-def degrading(cfg: Config, rt: Runtime) -> Rows:
-    """D at 256 x 256 pixels: each recipe in a batch, images replayed one by one, JPEG."""
+def degrading(cfg: Config, rt: Runtime) -> Works:
+    """D at 256 x 256 pixels: each recipe, a replay of stored parameters, its draws, its JPEG."""
     hr = sample_photos("hr", cfg.batch_size, 256, rt.device)
     draw = make_generator(cfg.seed)
 
@@ -95,7 +95,7 @@ def degrading(cfg: Config, rt: Runtime) -> Rows:
     }
 
 
-def training(cfg: Config, rt: Runtime) -> Rows:
+def training(cfg: Config, rt: Runtime) -> Works:
     """One training step of each phase: loss, gradient, AdamW."""
     stage_1 = extractors.Config(**extractors.PRESETS[cfg.size])
     stage_2 = diffusion.Config(**diffusion.PRESETS[cfg.size])
@@ -137,7 +137,7 @@ def training(cfg: Config, rt: Runtime) -> Rows:
     }
 
 
-def generating(cfg: Config, rt: Runtime) -> Rows:
+def generating(cfg: Config, rt: Runtime) -> Works:
     """Generation with the shipped weights from 512 x 512 pixels."""
     net = generate.load_generator("", rt.device, grain=True)
     hr = sample_photos("hr", cfg.batch_size, 512, rt.device)
@@ -146,10 +146,10 @@ def generating(cfg: Config, rt: Runtime) -> Rows:
     def work(sampler: generate.Sampler) -> Callable[[], object]:
         return lambda: generate.generate(net, hr, lr_ref, sampler, seeds)
 
-    long = generate.Sampler(t_start=200, num_steps=10)
+    slow = generate.Sampler(t_start=200, num_steps=10)
     return {
         "generate, default": work(generate.Sampler()),
-        "generate, T = 200, 10 steps": work(long),
+        "generate, T = 200, 10 steps": work(slow),
     }
 
 
@@ -159,7 +159,7 @@ GROUPS = {"D": degrading, "stage": training, "generate": generating}
 def main(cfg: Config, rt: Runtime) -> None:
     """Print the table."""
     for name in cfg.works:
-        require(name in GROUPS, f"--works {name}: choose of {', '.join(GROUPS)}.")
+        require(name in GROUPS, f"--works {name}: choose among {', '.join(GROUPS)}.")
     require(cfg.size in ("small", "paper"), f"--size {cfg.size}: small or paper.")
     check_ranges(cfg, {"batch_size": (8, 2**16), "runs": (1, 1000)})
     device, on_gpu = rt.device, rt.device.type == "cuda"
@@ -183,7 +183,7 @@ def main(cfg: Config, rt: Runtime) -> None:
                     work()
                 torch.cuda.reset_peak_memory_stats(device)
             seconds = best(work, cfg.runs, device)
-            if on_gpu:  # what counts as an operation: matrix products and convolutions
+            if on_gpu:  # operations are those of matrix products and convolutions
                 memory = torch.cuda.max_memory_allocated(device) / 2**30
                 last = f"{counter.get_total_flops() / seconds / matrix_rate:.3f} | {memory:.1f}"
             else:

@@ -1,9 +1,7 @@
-"""common.py: the command line, seeds, weights and configurations, and the run of a toy training."""
+"""common/run.py: a toy training; resuming, damaged checkpoints, signals, processes, memory."""
 
 import json
 import os
-import pickle
-import runpy
 import signal
 import subprocess
 import sys
@@ -15,16 +13,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common import UserError
-from common.checkpoint import load_checkpoint, load_weights
-from common.cli import check_ranges, from_dict, launch, parse_args
-from common.files import replacing
 from common.photos import Crops, Photos, save_image
-from common.run import Run, check_micro_batches, compile_networks, micro_batches_that_fit
-from common.runtime import Runtime, make_generator
+from common.run import (
+    Run,
+    TrainingConfig,
+    check_micro_batches,
+    compile_networks,
+    micro_batches_that_fit,
+)
+from common.runtime import Runtime
 from tests.commands import FORKSERVER
 from tests.test_photos import drawn_pixels
 
@@ -32,201 +32,19 @@ REPO = Path(__file__).resolve().parents[1]
 CPU = Runtime(torch.device("cpu"))
 
 
-# ---- command line -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Flags:
-    """A Config as the stages have."""
-
-    steps: int = 100  # training steps, 50 % of them on crops
-    learning_rate: float = 1e-4
-    out: str = "runs/x"
-    sizes: tuple[int, ...] = (1, 2)
-    photos: tuple[str, ...] = ()
-    bf16: bool = True
-    skip: bool = False
-    seed: int = 0
-    device: str = "cpu"
-
-
-PRESETS = {"paper": {}, "small": {"steps": 7, "sizes": (5,), "bf16": False}}
-
-
-def test_a_flag_beats_the_preset_and_the_preset_beats_the_default(capsys):
-    parse = parse_args
-    assert parse(Flags, PRESETS, "", []) == Flags()  # the first preset
-    argv = ["--preset", "small", "--steps", "9", "--bf16", "--learning-rate", "0.5", "--skip"]
-    assert parse(Flags, PRESETS, "", argv) == Flags(9, 0.5, sizes=(5,), skip=True)
-    argv = ["--sizes", "3", "4", "5", "--photos", "a", "b", "--no-bf16"]
-    assert parse(Flags, {}, "", argv) == Flags(sizes=(3, 4, 5), photos=("a", "b"), bf16=False)
-    assert "preset small" in capsys.readouterr().out
-
-
-def test_the_help_text_is_the_comment_of_the_field(capsys):
-    with pytest.raises(SystemExit):
-        parse_args(Flags, {}, "what it does", ["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert "what it does" in text and "training steps, 50 % of them on crops" in text
-
-
-@pytest.mark.parametrize(
-    "argv",
-    ["--stepz 3", "--step 3", "--steps x", "--preset huge", "stray",
-     "--out FILE", "--device abacus", "--seed -1", f"--seed {2**63}"],
-)  # fmt: skip
-def test_a_mistake_ends_with_a_sentence_that_names_it_and_exit_code_2(
-    argv, tmp_path, monkeypatch, capsys
-):
-    def main(cfg: Flags, rt: Runtime) -> None:
-        save_image(Path(cfg.out) / "x.png", torch.zeros(3, 8, 8))
-
-    monkeypatch.chdir(tmp_path)
-    Path("FILE").touch()
-    monkeypatch.setattr(sys, "argv", ["stage.py", *argv.split()])
-    with pytest.raises(SystemExit) as stopped:
-        launch(main, Flags, PRESETS, "")
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stopped.value.code == 2 and "error: " in message and argv.split()[-1] in message
-
-
-# ---- randomness and files ---------------------------------------------------------------------
-
-
-def test_generators_are_reproducible_and_independent():
-    # A shorter key is no prefix of a longer one, a large number no pair of small ones.
-    keys = [(0,), (1,), (-1,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (2**32,), (2**62, 1), (1, 2**31)]
-    draws = [torch.randn(4000, generator=make_generator(*key)) for key in keys]
-    again = [torch.randn(4000, generator=make_generator(*key)) for key in keys]
-    assert all(torch.equal(a, b) for a, b in zip(draws, again, strict=True))
-    correlation = np.corrcoef(torch.stack(draws)) - np.eye(len(keys))
-    assert np.abs(correlation).max() < 0.08
-
-
-def test_files_can_be_read_by_others_as_umask_says(tmp_path):
-    before = os.umask(0o022)
-    try:
-        with replacing(tmp_path / "x.safetensors") as temporary:
-            save_file({"a": torch.rand(2)}, temporary)
-    finally:
-        os.umask(before)
-    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o644
-
-
-# ---- weights and configurations ---------------------------------------------------------------
-
-
 def toy_net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1))
 
 
-@pytest.mark.parametrize("name", ["", "params", "params_ema", "state_dict", "ema"])
-def test_weights_of_other_programs_are_found(tmp_path, name):
-    net, given = toy_net(), {key: torch.rand_like(v) for key, v in toy_net().state_dict().items()}
-    others = {"params": toy_net().state_dict()} if name == "params_ema" else {}
-    torch.save({**others, name: given} if name else given, tmp_path / "x.pth")
-    load_weights(net, str(tmp_path / "x.pth"), "--start-from")
-    assert all(torch.equal(value, given[key]) for key, value in net.state_dict().items())
-
-
-WRONG = {
-    "list": [1], "no dict": {"ema": [1]}, "other names": {"ema": {"a": 3}},
-    "other types": {key: value.to(torch.int8) for key, value in toy_net().state_dict().items()},
-    "not finite": {key: value / 0 for key, value in toy_net().state_dict().items()},
-    "empty": b"", "text": b"not a checkpoint", "zeros": bytes(1000), "cut": None,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_weights_that_are_damaged_or_do_not_fit_are_one_sentence(tmp_path, wrong, suffix):
-    path, content = tmp_path / f"x.{suffix}", WRONG[wrong]
-    torch.save(content or toy_net().state_dict(), path)
-    if isinstance(content, bytes | None):
-        path.write_bytes(path.read_bytes()[:2000] if content is None else content)
-    with pytest.raises(UserError, match=f"x.{suffix}: ") as error:
-        load_weights(toy_net(), str(path), "--start-from")
-    assert "\n" not in str(error.value)
-
-
-class Trap:
-    """An object that leaves a trace when it is unpickled."""
-
-    def __reduce__(self):
-        return print, ("the trap was unpickled",)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_checkpoint_with_an_object_in_it_is_refused(tmp_path, capsys):
-    torch.save({"net": Trap()}, tmp_path / "x.pt")
-    (tmp_path / "y.pt").write_bytes(pickle.dumps(Trap()))
-    for name in ("x.pt", "y.pt"):
-        with pytest.raises(UserError, match=f"{name}: .*store its weights: torch.save"):
-            load_checkpoint(tmp_path / name)
-    assert "trap" not in capsys.readouterr().out
-
-
-def test_shipped_weights_keep_their_config_but_no_path_of_the_machine(tmp_path, monkeypatch):
-    config = {"lr": [str(tmp_path)], "out": str(tmp_path), "widths": [8, 16], "learning_rate": 1e-4}
-    state = {"step": 7, "ema": {"a": torch.rand(3)}, "config": config | {"extractors": config}}
-    torch.save(state, tmp_path / "x.pt")
-    files = [str(tmp_path / "x.pt"), str(tmp_path / "x.safetensors")]
-    monkeypatch.setattr(sys, "argv", ["common.py", *files])
-    runpy.run_path(common.__file__, run_name="__main__")
-    read = load_checkpoint(files[1])
-    kept = {"widths": [8, 16], "learning_rate": 1e-4}
-    assert read["config"] == kept | {"extractors": kept}
-    assert torch.equal(read["ema"]["a"], state["ema"]["a"].half().float())
-
-
 @dataclass(frozen=True)
-class Shape:
-    """A Config of which a network is built."""
+class Toy(TrainingConfig):
+    """The settings of a small training."""
 
-    width: int = 8
-    rate: float = 0.5
-    wide: bool = False
-    name: str = "x"
-    widths: tuple[int, ...] = (1, 2)
-
-
-def test_a_stored_configuration_comes_back_if_its_fields_and_types_are_right():
-    stored = {"width": 3, "rate": 1, "wide": True, "name": "y", "widths": [4]}
-    assert from_dict(Shape, stored, "x.pt") == Shape(3, 1, True, "y", (4,))
-    assert from_dict(Shape, {"width": 3}, "x.pt") == Shape(3)
-    wrong = {"width": ("a", 2.5, None, True), "wide": (1,), "rate": ("a", [1]), "name": (3,),
-             "widths": (3, ["a"], [1.5]), "height": (3,)}  # fmt: skip
-    for stored in (None, [], *({key: value} for key in wrong for value in wrong[key])):
-        with pytest.raises(UserError, match="x.pt: .*configuration"):
-            from_dict(Shape, stored, "x.pt")
-
-
-def test_a_number_out_of_its_range_names_the_flag_and_the_file():
-    check_ranges(Shape(), {"width": (8, 8), "widths": (1, 2)})
-    cfg, ranges = (
-        Shape(rate=float("nan")),
-        {"width 8": (1, 7), "widths 2": (1, 1), "rate nan": (1, 2)},
-    )
-    for flag, limits in ranges.items():
-        with pytest.raises(UserError, match=f"^x.pt: --{flag}: must be in 1"):
-            check_ranges(cfg, {flag.split()[0]: limits}, "x.pt: ")
-
-
-# ---- the run of a training --------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Toy:
-    """The fields that Run reads of a stage's Config."""
-
-    seed: int = 0
     bf16: bool = False
     learning_rate: float = 3e-3
-    cooldown: float = 0.0
     ema_decay: float = 0.9
     batch_size: int = 4
-    accumulate: int = 0
     save_every: int = 4
     log_every: int = 1
 
@@ -298,19 +116,19 @@ def read(path: Path) -> dict:
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder, capsys):
     whole = toy_run(folder, 10, name="whole.pt")
-    toy_run(folder, 6, name="parts.pt")
-    assert read(folder / "parts.pt")["step"] == 6
-    parts = toy_run(folder, 10, name="parts.pt")
-    assert same(whole.state_dict(), parts.state_dict())
-    checkpoints = [read(folder / f"{name}.pt") for name in ("whole", "parts")]
+    toy_run(folder, 6, name="divided.pt")
+    assert read(folder / "divided.pt")["step"] == 6
+    divided = toy_run(folder, 10, name="divided.pt")
+    assert same(whole.state_dict(), divided.state_dict())
+    checkpoints = [read(folder / f"{name}.pt") for name in ("whole", "divided")]
     assert set(checkpoints[0]) == {"step", "steps", "net", "ema", "opt", "config"}
     assert same(*checkpoints)
     # A finished run does nothing more and says so, and another seed is another run.
     capsys.readouterr()
-    toy_run(folder, 10, name="parts.pt")
-    assert "parts.pt is finished" in capsys.readouterr().out
+    toy_run(folder, 10, name="divided.pt")
+    assert "divided.pt is finished" in capsys.readouterr().out
     other = toy_run(folder, 10, name="other.pt", seed=1)
-    assert not same(other.state_dict(), parts.state_dict())
+    assert not same(other.state_dict(), divided.state_dict())
 
 
 @pytest.mark.parametrize(("cooldown", "steps_worth"), [(0.0, 10.0), (0.5, 8.0), (1.0, 5.5)])
@@ -349,7 +167,7 @@ def test_what_is_not_a_number_stops_the_run_and_the_good_checkpoint_stays(folder
         toy_run(folder, 20, loss=at_call(6, worse[of]), log_every=100)
     state = read(folder / "last.pt")
     assert state["step"] == 4
-    assert all(value.isfinite().all() for part in ("net", "ema") for value in state[part].values())
+    assert all(value.isfinite().all() for kind in ("net", "ema") for value in state[kind].values())
 
 
 # ---- what a run goes on from
@@ -429,10 +247,11 @@ def test_a_stopped_run_loses_at_most_the_steps_since_the_last_checkpoint(folder,
 
 
 TWO = """
-import os, sys, pathlib, torch, torch.utils.flop_counter, tqdm, common, test_common
+import os, sys, pathlib, torch, torch.utils.flop_counter, tqdm, test_run
+from common.runtime import runtime
 tqdm.tqdm.monitor_interval = 0  # no thread for the progress bar
 with runtime("cpu") as rt:
-    test_common.toy_run(pathlib.Path(sys.argv[1]), 6, name="two.pt", rt=rt)
+    test_run.toy_run(pathlib.Path(sys.argv[1]), 6, name="two.pt", rt=rt)
     with torch.utils.flop_counter.FlopCounterMode(display=False):
         (torch.ones(2, 2) @ torch.ones(2, 2)).sum()
 tasks = pathlib.Path("/proc/self/task")
@@ -441,7 +260,7 @@ os.write(1, f"threads {threads}\\n".encode())  # whole, beside the other process
 """
 
 
-def test_one_process_with_two_parts_does_what_two_processes_do(folder):
+def test_one_process_with_two_micro_batches_does_what_two_processes_do(folder):
     """The same batches and draws, so the same weights up to the order of a sum of two.
 
     One of them decodes the photos. No thread outlives the group: it would abort a process.
@@ -463,7 +282,7 @@ def test_one_process_with_two_parts_does_what_two_processes_do(folder):
 
 
 @pytest.mark.parametrize(("batch", "accumulate", "sources"), [(8, 4, 1), (8, 0, 2), (8, 2, 2)])
-def test_a_batch_is_divided_into_equal_parts_or_refused(batch, accumulate, sources):
+def test_a_batch_is_divided_into_equal_micro_batches_or_refused(batch, accumulate, sources):
     cfg = Toy(batch_size=batch, accumulate=accumulate)
     check_micro_batches(cfg, 2, sources)
     for wrong in ({"accumulate": 3}, {"accumulate": 8}, {"batch_size": 2 * sources - 1}):
@@ -472,16 +291,16 @@ def test_a_batch_is_divided_into_equal_parts_or_refused(batch, accumulate, sourc
 
 
 @given(st.integers(1, 64), st.integers(1, 4), st.floats(0.1, 9), st.floats(0, 300))
-def test_a_batch_goes_in_as_few_parts_as_fit_into_memory(batch, least, cost, room):
+def test_a_batch_goes_in_as_few_micro_batches_as_fit_into_memory(batch, least, cost, room):
     least = min(least, batch)
-    parts = micro_batches_that_fit(batch, least, cost, room)
+    number = micro_batches_that_fit(batch, least, cost, room)
     needs = {n: cost * batch / n / least for n in range(1, batch + 1) if batch % n == 0}
     allowed = [n for n in needs if batch // n >= least]
     fitting = [n for n in allowed if needs[n] <= room]
-    assert parts == (min(fitting) if fitting else max(allowed))
+    assert number == (min(fitting) if fitting else max(allowed))
 
 
-def test_a_trial_that_no_step_follows_chooses_the_parts(folder, monkeypatch):
+def test_a_trial_that_no_step_follows_chooses_the_micro_batches(folder, monkeypatch):
     """As on a GPU with room for three images."""
     net = toy_net()
     memory_of_adam = 8 * sum(p.numel() for p in net.parameters())
@@ -497,7 +316,7 @@ def test_a_trial_that_no_step_follows_chooses_the_parts(folder, monkeypatch):
     for x, draw in run.trial([Crops(photos, 16, 8, 0)], 1):
         assert run.step == -1
         run.update(toy_loss(net, x, draw))
-    assert run.parts == 4 and run.step == 0 and same(before, dict(net.state_dict()))
+    assert run.micro_batches == 4 and run.step == 0 and same(before, dict(net.state_dict()))
     assert all(p.grad is None for p in net.parameters())
 
 
