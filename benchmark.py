@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 import generate
-from bench.codes import table_extractors
 from bench.control import table_control
 from bench.downstream import table_downstream
 from bench.factors import table_factors
@@ -42,6 +41,7 @@ from bench.metrics import (  # noqa: F401  (names of benchmark, too)
     ssim,
 )
 from bench.mtf import table_mtf
+from bench.separation import table_extractors
 from bench.sr import sr_network  # noqa: F401
 from common import require
 from common.cli import launch

@@ -672,7 +672,7 @@ def quantisation_tables() -> Tensor:
     return ((BASE_TABLES * percent[:, None, None, None] + 50) // 100).clamp(1, 255)
 
 
-TABLES = quantisation_tables()
+JPEG_TABLES = quantisation_tables()
 # The passes over rows and columns, forward and inverse; libjpeg shifts right by so many bits.
 PASSES = torch.stack([DCT * 2.0**-11, DCT * 2.0**-15, DCT.T * 2.0**-11, DCT.T * 2.0**-18])
 
@@ -763,7 +763,7 @@ def jpeg(x: Tensor, quality: Tensor | int, size: Tensor | None = None) -> Tensor
         # One plane for the DCT: luma and, below it, both planes of chroma side by side.
         plane = torch.cat([luma[:, 0], chroma.movedim(1, 2).flatten(2)], dim=1)
         is_chroma = (torch.arange(H16 // 8 + H16 // 16, device=x.device) >= H16 // 8).long()
-        tables = TABLES.to(x.device, non_blocking=True)
+        tables = JPEG_TABLES.to(x.device, non_blocking=True)
         table = tables[quality[:, None] - 1, is_chroma].double()  # (B, rows of blocks, 8, 8)
         luma, chroma = quantised(plane, table).split([H16, H16 // 2], dim=1)
         chroma = double(chroma.unflatten(2, (2, -1)).movedim(2, 1) - 128, halved)

@@ -196,10 +196,11 @@ def measured(device: torch.device) -> Iterator[dict[str, float]]:
 
 
 def steps_of(network: str, cfg: Config) -> int:
-    """Training steps of a network: the flag, else the preset's; few of a transformer in smoke."""
-    preset = sr.PRESETS[cfg.sr_preset].get("steps", sr.Config.steps)
-    few = cfg.sr_preset == "smoke" and network != "fsrcnn"  # they take a minute
-    return cfg.sr_steps or (20 if few else preset)
+    """Training steps of a network: the flag, else the preset's; fewer for transformers in smoke."""
+    steps = sr.PRESETS[cfg.sr_preset].get("steps", sr.Config.steps)
+    if cfg.sr_preset == "smoke" and network != "fsrcnn":
+        steps = 20  # they take a transformer about a minute
+    return cfg.sr_steps or steps
 
 
 def train_network(
@@ -208,7 +209,7 @@ def train_network(
 ) -> tuple[nn.Module, dict[str, float]]:  # fmt: skip
     """A network of bench.sr, trained with the preset of the tables, and what the training cost.
 
-    source: flags of bench.sr that name the training pairs; name: part of the file names in out/sr.
+    source: flags of bench.sr that name the training pairs; name: for the file names in out/sr.
     """
     cfg = inputs.cfg
     steps = steps_of(network, cfg)

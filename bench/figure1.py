@@ -22,7 +22,6 @@ from tqdm import tqdm
 import degrade
 import generate
 from bench import factors
-from bench.codes import EXACT
 from bench.downstream import check_training, cost_text, enlarging, train_network
 from bench.generated import syntheses
 from bench.inputs import Inputs, Measure
@@ -36,6 +35,7 @@ from bench.pairs import (
     table_text,
     with_other_scenes,
 )
+from bench.separation import EXACT
 from common import require
 from common.files import replacing
 from common.photos import save_image, to_uint8

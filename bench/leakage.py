@@ -149,10 +149,10 @@ def leakage(scenes: Sequence[Scene], inputs: Inputs) -> dict[str, dict[str, floa
         for camera, ref in enumerate(references):
             of_camera = []
             for i, content in enumerate(tqdm(contents, desc=name, unit="content", leave=False)):
-                first = ((seed << 16 | i) << 8 | camera) << 16  # seed
+                seeds = [((seed << 16 | i) << 8 | camera) << 16 | n for n in range(SAMPLES)]
                 make = functools.partial(lr_from_each, method, content, device=inputs.device)
-                of_camera.append(make(list(ref), [first] * len(ref)))
-                noises.append(std(make([ref[0]] * SAMPLES, [first | n for n in range(SAMPLES)])))
+                of_camera.append(make(list(ref), seeds[:1] * len(ref)))
+                noises.append(std(make([ref[0]] * SAMPLES, seeds)))
             lr.append(torch.stack(of_camera))  # (contents, n, 3, side, side)
         add(name, lr, noises)
     # The last method is RealDGen.

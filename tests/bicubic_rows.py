@@ -1,6 +1,6 @@
-"""The rows "bicubic" of Table 2 and "bicubic enlargement" of Table 1 by a script of its own.
+"""The rows "bicubic" of Table 2 and "bicubic enlargement" of Table 1, by independent code.
 
-It shares no code with the project: Pillow resizes, scikit-image measures.
+It imports nothing of the project: Pillow resizes, scikit-image measures.
 
     python tests/bicubic_rows.py data/RealSR data/DRealSR
 """
@@ -19,9 +19,9 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 COLUMNS = ("PSNR RGB", "PSNR Y", "SSIM RGB", "SSIM Y")
 
 
-def compare(real: Image.Image, made: Image.Image) -> list[float]:
-    """COLUMNS of an image against the real one."""
-    rgb = [np.asarray(image, np.float64) for image in (real, made)]
+def compare(real: Image.Image, resized: Image.Image) -> list[float]:
+    """COLUMNS of a resized image against the real one."""
+    rgb = [np.asarray(image, np.float64) for image in (real, resized)]
     y = [rgb2ycbcr(x / 255)[..., 0] for x in rgb]
     psnr = functools.partial(peak_signal_noise_ratio, data_range=255)
     window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}

@@ -1,4 +1,7 @@
-"""Drawn photos and folders of pairs; the noise in an image."""
+"""Drawn photos and folders of pairs; a stand-in for the generator; the noise in an image."""
+
+import importlib
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -6,6 +9,8 @@ from PIL import Image
 from scipy import ndimage
 
 import additions
+import degrade
+from common.photos import save_image
 from common.runtime import make_generator
 
 
@@ -45,6 +50,32 @@ def write_pairs(folder, names=("Canon_1", "Canon_2", "Nikon_1", "Nikon_2", "Sony
         lr = Image.fromarray(hr).resize((48, 48), Image.Resampling.BOX)
         write(folder / "LR" / f"{name}.png", np.asarray(lr))
     return folder
+
+
+def write_sharpened_pairs(folder):
+    """Pairs of two cameras whose LR is a sharpened bicubic reduction; returns the folder."""
+    for number, hr in enumerate(scenes(6, 128)):
+        name = f"{'AB'[number % 2]}_{number}"
+        lr = degrade.degrade(hr[None], degrade.bicubic_reduction(1, 4))[0]
+        blurred = torch.from_numpy(ndimage.gaussian_filter(lr, (0, 1, 1)))
+        save_image(folder / f"HR/{name}.png", hr)
+        save_image(folder / f"LR/{name}.png", (lr + 0.5 * (lr - blurred)).clamp(0, 1))
+    return folder
+
+
+def bicubic_for_realdgen(monkeypatch):
+    """Pillow's bicubic reduction stands in for RealDGen. Returns the samplers that it was given."""
+    generated, samplers = importlib.import_module("bench.generated"), []
+
+    def fake_generate(net, hr, lr_ref, sampler, seeds):
+        samplers.append(sampler)
+        lr = generated.bicubic(hr, lr_ref, seeds)
+        return lr[:, None], {"kept": torch.zeros(len(hr)).long()}
+
+    monkeypatch.setattr("generate.load_generator", lambda *_: SimpleNamespace(t_max=500))
+    monkeypatch.setattr("generate.generate", fake_generate)
+    monkeypatch.setattr("generate.degradation_of", lambda net, lr: lr.mean((1, 2))[None])
+    return samplers
 
 
 def noise_in_bands(noise):

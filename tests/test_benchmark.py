@@ -1,20 +1,19 @@
-"""The command: every table by name, what it writes, and what it says of bad input."""
+"""benchmark.py: every table by name, what it writes, and what it says of bad input."""
 
 import json
 import math
-import sys
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import commands
 import pytest
 import torch
-from drawn import photo, scenes, write, write_pairs
+from drawn import bicubic_for_realdgen, photo, scenes, write, write_pairs
 
 import benchmark
 import generate
-from bench import factors, generated, inputs, sr, transfer
-from common.cli import launch
+from bench import control, factors, generated, inputs, leakage, sr
 from common.photos import load_image, save_image
 from common.run import Run
 
@@ -22,44 +21,47 @@ ROOT = Path(benchmark.__file__).parent
 SHIPPED = ROOT / "data/pretrained/diffusion.safetensors"
 
 
-def run(monkeypatch, folder, *flags):
-    """Exit code of the command with these flags in a folder."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("TORCH_HOME", str(folder / "no weights"))
-    argv = ["benchmark.py", "--device", "cpu", *flags]
-    monkeypatch.setattr(sys, "argv", [str(flag) for flag in argv])
-    try:
-        launch(benchmark.main, benchmark.Config, benchmark.PRESETS, benchmark.__doc__)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+@pytest.fixture(autouse=True)
+def no_weights_of_metrics(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights"))
+
+
+def run(folder, *flags):
+    """The command with these flags, in a folder."""
+    return commands.run("benchmark.py", "--device", "cpu", *flags, cwd=folder)
+
+
+def tables_of(folder):
+    """The values of all tables of a run in a folder, by their name."""
+    results = json.loads((folder / "out/benchmark/results.json").read_text())
+    return {name: table["values"] for name, table in results["tables"].items()}
 
 
 @pytest.fixture
 def copying_generator(monkeypatch):
-    """A generator that answers with the reference: shows what it was given."""
-    calls = []
+    """The reference stands in for generated LR, and its image for F_deg. Returns the samplers."""
+    samplers = []
 
-    def answer(net, hr, lr_ref, sampler, seeds):
-        calls.append(sampler)
+    def fake_generate(net, hr, lr_ref, sampler, seeds):
+        samplers.append(sampler)
         size = (hr.shape[2] // 4, hr.shape[3] // 4)
         lr = torch.stack([torch.nn.functional.interpolate(x[None], size)[0] for x in lr_ref])
         candidates = torch.stack([torch.zeros_like(lr)] * (sampler.candidates - 1) + [lr], dim=1)
         return candidates, {"kept": torch.full((len(hr),), candidates.shape[1] - 1)}
 
-    def codes(pairs, net):
+    def fake_mean_degradations(pairs, net):
         return {p.index: generated.load_lr(p.lr, p.full) for p in pairs}
 
     monkeypatch.setattr(generate, "load_generator", lambda *_: SimpleNamespace(t_max=500))
-    monkeypatch.setattr(generate, "generate", answer)
-    monkeypatch.setattr(generated, "mean_degradations", codes)
-    return calls
+    monkeypatch.setattr(generate, "generate", fake_generate)
+    monkeypatch.setattr(generated, "mean_degradations", fake_mean_degradations)
+    return samplers
 
 
-def test_table_2_has_each_method_and_every_value(tmp_path, monkeypatch, copying_generator):
+def test_table_2_has_each_method_and_every_value(tmp_path, copying_generator):
     write_pairs(tmp_path / "RealSR")
     flags = "--pairs RealSR --table 2 --t-start 9 --candidates 2 --start realesrgan".split()
-    assert run(monkeypatch, tmp_path, *flags) == 0
+    assert run(tmp_path, *flags).returncode == 0
     results = json.loads((tmp_path / "out/benchmark/results.json").read_text())
     rows = {row["method"]: row for row in results["tables"]["2"]["values"]["RealSR"]}
     counts = {"bicubic": 5, "best blur of the set*": 5, "best blur of each pair*": 5,
@@ -67,49 +69,37 @@ def test_table_2_has_each_method_and_every_value(tmp_path, monkeypatch, copying_
     for name in ("RealDGen T=0", "RealDGen"):
         counts |= {f"{name}, own LR": 5, f"{name}, other scene": 4, f"{name}, all other scenes": 4}
     assert {name: row["n"] for name, row in rows.items()} == counts
-    # The kept candidate is the reference: the own LR is the answer itself, another scene is not.
+    # The kept candidate is the reference: the own LR equals the real LR, another scene does not.
     for name in ("RealDGen T=0", "RealDGen"):
         assert rows[f"{name}, own LR"]["mean"]["PSNR RGB"] == 100
         other = rows[f"{name}, other scene"]["images"]
         assert set(other) == {"Canon_1", "Canon_2", "Nikon_1", "Nikon_2"}
-        first, second = (load_image(f"RealSR/LR/Canon_{i}.png") for i in (1, 2))
+        first, second = (load_image(tmp_path / f"RealSR/LR/Canon_{i}.png") for i in (1, 2))
         expected = -10 * math.log10((first - second).square().mean())
         assert other["Canon_1"]["PSNR RGB"] == pytest.approx(expected, abs=1e-4)
     means = [rows[name]["mean"]["PSNR RGB"] for name in (*counts,)[:3]]
-    assert means[2] >= means[1] > means[0] - 0.1  # blurs chosen by looking at the real LR
+    assert means[2] >= means[1] > means[0] - 0.1  # Gaussians fitted to the real LR
     assert {s.t_start: s.start for s in copying_generator} == {0: "reconstruct", 9: "realesrgan"}
     # No weights: no number, neither in the table nor in the file.
     table = (tmp_path / "out/benchmark/table2.md").read_text()
     assert "LPIPS" not in rows["bicubic"]["mean"] and "| - | - | 5 |" in table
-    assert "left out there: 1." in table and "Canon 2, Nikon 2, Sony 1" in table
+    assert "rows of other scenes: 1." in table and "Canon 2, Nikon 2, Sony 1" in table
     assert "RealDGen (paper), on the whole RealSR benchmark: PSNR 26.16" in table
     assert results["config"]["t_start"] == 9 and results["torch"] == torch.__version__
 
 
-def test_table_6_and_sampling_compare_settings_on_the_same_pairs(
-    tmp_path, monkeypatch, copying_generator
-):
+def test_table_6_and_sampling_compare_settings_on_the_same_pairs(tmp_path, copying_generator):
     write_pairs(tmp_path / "mine")
     flags = "--pairs mine --table 6 sampling --images 3 --t-starts 0 7".split()
-    assert run(monkeypatch, tmp_path, *flags) == 0
-    tables = json.loads((tmp_path / "out/benchmark/results.json").read_text())["tables"]
-    assert [row["method"] for row in tables["6"]["values"]["mine"]] == [
-        "without filter",
-        "with filter, K=4",
-    ]
-    rows = tables["sampling"]["values"]["mine"]
+    assert run(tmp_path, *flags).returncode == 0
+    tables = tables_of(tmp_path)
+    methods = [row["method"] for row in tables["6"]["mine"]]
+    assert methods == ["without filter", "with filter, K=4"]
+    rows = tables["sampling"]["mine"]
     assert len(rows) == 8 and len({tuple(row["images"]) for row in rows}) == 1
     used = {(s.t_start, s.num_steps, s.eta, s.candidates, s.start) for s in copying_generator}
     chain = (300, 300, 1.0, 1)
     assert {(7, 10, 0.0, 1, "reconstruct"), (*chain, "reconstruct"), (*chain, "realesrgan")} < used
-
-
-def test_tables_become_latex():
-    text = benchmark.latex("## Title_1\n\n| a | b |\n| --- | ---: |\n| 5 % | **1** ± 2 |\n\nEnd.\n")
-    expected = (
-        "\\begin{tabular}{lr}\na & b \\\\\n5 \\% & \\textbf{1} $\\pm$ 2 \\\\\n\\end{tabular}\n\n"
-    )
-    assert text == expected
 
 
 def test_the_sampler_and_its_presets_serve_here_too():
@@ -120,18 +110,18 @@ def test_the_sampler_and_its_presets_serve_here_too():
             assert getattr(here, field.name) == getattr(there, field.name)
 
 
-def test_without_arguments_both_tables_are_made_of_sample_photos(tmp_path, monkeypatch, capsys):
+def test_without_arguments_both_tables_are_made_of_sample_photos(tmp_path, monkeypatch):
     for number, x in enumerate(scenes(4, 128)):  # in place of data/sample/hr
         save_image(tmp_path / f"sample/{number}.png", x)
     monkeypatch.setattr(inputs, "SAMPLE", tmp_path / "sample")
     monkeypatch.setitem(sr.PRESETS, "smoke", sr.PRESETS["smoke"] | {"steps": 2})
-    assert run(monkeypatch, tmp_path) == 0
-    printed = capsys.readouterr().out
+    done = run(tmp_path)
+    printed = done.stdout
+    assert done.returncode == 0
     assert "testing on sample photos degraded by D" in printed
     for name in ("table1", "table2"):
         text = (tmp_path / f"out/benchmark/{name}.md").read_text()
         assert text in printed and "nan" not in text
-        assert "tabular" in (tmp_path / f"out/benchmark/{name}.tex").read_text()
 
 
 # ---- bad input ----------------------------------------------------------------------------------
@@ -219,39 +209,52 @@ def ablations(folder):
         (None, "--perceptual-weight -1", "--perceptual-weight -1"),
     ],
 )
-def test_bad_input_is_one_sentence_before_anything_is_written(
-    tmp_path, monkeypatch, capsys, spoil, flags, sentence
-):
+def test_bad_input_is_one_sentence_before_anything_is_written(tmp_path, spoil, flags, sentence):
     write_pairs(tmp_path / "set", ["Canon_1", "Canon_2"])
     if spoil is not None:
         spoil(tmp_path / "set")
     before = sorted(tmp_path.rglob("*"))
-    assert run(monkeypatch, tmp_path, *flags.split()) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and len(error.splitlines()) == 1 and sentence in error
+    done = run(tmp_path, *flags.split())
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: ") and sentence in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_small_tables_run_with_the_shipped_weights(tmp_path, monkeypatch):
-    """factors, extractors, transfer and leakage, each in miniature."""
+    """factors, extractors and leakage."""
     for number, x in enumerate(scenes(8, 128)):
         camera = ["soft", "sharp"][number % 2]
         save_image(tmp_path / f"set/HR/{camera}_{number}.png", x)
         save_image(tmp_path / f"set/LR/{camera}_{number}.png", x[:, ::4, ::4])
         save_image(tmp_path / f"lr/{camera}/{number}.png", x[:, :32, :32])
     monkeypatch.setattr(factors, "FACTORS", {"blur": factors.FACTORS["blur"]})
-    monkeypatch.setattr(transfer, "SAMPLES", 2)
-    tables = ["factors", "extractors", "transfer", "leakage"]
-    flags = "--pairs set --hr set/HR --lr lr --images 2 --crop 32 --t-starts 9 --out out".split()
-    assert run(monkeypatch, tmp_path, "--table", *tables, *flags, "--checkpoint", SHIPPED) == 0
-    values = json.loads((tmp_path / "out/results.json").read_text())["tables"]
-    assert len(values["factors"]["values"]["rows"]) == 2
-    tasks = {row["task"] for row in values["extractors"]["values"]["retrieval"]}
+    monkeypatch.setattr(leakage, "SAMPLES", 2)
+    names = ["factors", "extractors", "leakage"]
+    flags = "--pairs set --hr set/HR --lr lr --images 2 --crop 32 --t-starts 9".split()
+    done = run(tmp_path, "--table", *names, *flags, "--checkpoint", SHIPPED)
+    assert done.returncode == 0, done.stderr
+    tables = tables_of(tmp_path)
+    assert len(tables["factors"]["rows"]) == 2
+    tasks = {row["task"] for row in tables["extractors"]["retrieval"]}
     assert tasks == {"theta, realesrgan", "theta, camera", "device"}
-    assert values["transfer"]["values"]["set"]["bicubic"] == [0.5] * 5
-    assert values["leakage"]["values"]["set"]["bicubic"]["share"] == 0
-    for table in tables:
-        assert "nan" not in (tmp_path / f"out/{table}.md").read_text()
+    assert tables["leakage"]["set"]["bicubic"]["share"] == 0
+    for name in names:
+        assert "nan" not in (tmp_path / f"out/benchmark/{name}.md").read_text()
+
+
+def test_control_and_table_1_train_networks_of_their_own_in_one_run(tmp_path, monkeypatch):
+    """Once both named a network fsrcnn-bicubic-SEED-STEPS, and the second was refused."""
+    write_pairs(tmp_path / "set", [f"Canon_{number}" for number in range(4)])
+    bicubic_for_realdgen(monkeypatch)
+    monkeypatch.setattr(control, "KERNEL_NOISES", (0.0,))
+    flags = "--pairs set --hr set/HR --data bicubic --sr-steps 1 --t-starts 0".split()
+    done = run(tmp_path, "--table", "1", "control", *flags)
+    assert done.returncode == 0, done.stderr
+    tables = tables_of(tmp_path)
+    assert len(tables["1"]["rows"]) == 2 and len(tables["control"]["rows"]) == 10
+    weights = {file.name for file in tmp_path.glob("out/benchmark/sets/*/sr/*.safetensors")}
+    names = {f"fsrcnn-{name}-0-1.safetensors" for name in ("bicubic", "control-bicubic")}
+    assert names < weights and len(weights) == 1 + len(tables["control"]["rows"])
 
 
 def test_an_interrupted_benchmark_uses_its_trained_networks_again(tmp_path, monkeypatch):
@@ -262,7 +265,7 @@ def test_an_interrupted_benchmark_uses_its_trained_networks_again(tmp_path, monk
     update = Run.update
     monkeypatch.setattr(Run, "update", lambda self, x: trained.append(1) or update(self, x))
     flags = "--pairs set --hr set/HR --sr fsrcnn --data bicubic --sr-steps 3".split()
-    assert run(monkeypatch, tmp_path, *flags) == 0 and len(trained) == 3
-    assert run(monkeypatch, tmp_path, *flags) == 0 and len(trained) == 3
-    assert run(monkeypatch, tmp_path, *flags, "--sr", "fsrcnn", "swinir-l") == 0
+    assert run(tmp_path, *flags).returncode == 0 and len(trained) == 3
+    assert run(tmp_path, *flags).returncode == 0 and len(trained) == 3
+    assert run(tmp_path, *flags, "--sr", "fsrcnn", "swinir-l").returncode == 0
     assert len(trained) == 6, "naming a transformer changes nothing for FSRCNN"

@@ -1,4 +1,4 @@
-"""SR networks trained on each method's data: what they are tested on, and what the tables say."""
+"""bench/downstream.py: what SR networks are trained and tested on, and what the tables say."""
 
 import mmap
 import os
@@ -13,7 +13,7 @@ from PIL import Image
 
 import generate
 from bench import downstream, pairs, sr
-from bench.inputs import DATA, Config, Inputs, resolved
+from bench.inputs import SOURCES, Config, Inputs, resolved
 from common.files import list_images
 from common.photos import load_image, save_image
 from common.runtime import Runtime
@@ -30,34 +30,34 @@ def inputs_of(tmp_path, **flags):
 
 @pytest.fixture
 def table_1(tmp_path, monkeypatch):
-    """Table 1 in miniature, whose RealDGen writes bicubic pairs; values, text and calls."""
-    calls = []
+    """A small Table 1, whose RealDGen writes bicubic pairs; values, text, configs of generate."""
+    configs = []
 
-    def main(cfg, rt):
-        calls.append(cfg)
+    def fake_main(cfg, rt):
+        configs.append(cfg)
         for file in list_images(list(cfg.hr), "--hr"):
             hr = load_image(file)
             save_image(Path(cfg.out) / "hr" / f"{file.stem}.png", hr)
-            lr = pairs.resized(hr[None], *(side // 4 for side in hr.shape[1:]))[0]
+            lr = pairs.resized_by_pillow(hr[None], *(side // 4 for side in hr.shape[1:]))[0]
             save_image(Path(cfg.out) / "lr" / f"{file.stem}.png", lr)
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
-    monkeypatch.setattr(generate, "main", main)
+    monkeypatch.setattr(generate, "main", fake_main)
     write_pairs(tmp_path / "RealSR")
     write(tmp_path / "photos" / "x.png", photo(3, 192))
     inputs = inputs_of(tmp_path, seeds=2, data=("bicubic", "realdgen", "paired"))
     values, text = downstream.table_downstream("1", inputs)()
-    return values, text, calls
+    return values, text, configs
 
 
 def test_networks_are_tested_on_pairs_that_gave_no_reference(table_1, tmp_path):
-    values, _, calls = table_1
-    made = next((tmp_path / "out/sets").iterdir())
-    references = {file.stem for file in (made / "references").rglob("*.png")}
+    values, _, configs = table_1
+    folder = next((tmp_path / "out/sets").iterdir())
+    references = {file.stem for file in (folder / "references").rglob("*.png")}
     assert references == {"Canon_1", "Nikon_1", "Sony_1"}
-    assert [cfg.lr_ref for cfg in calls] == [(str(made / "references" / "RealSR"),)]
+    assert [cfg.lr_ref for cfg in configs] == [(str(folder / "references" / "RealSR"),)]
     for kind in ("hr", "lr"):
-        names = {file.stem for file in (made / "paired" / kind).iterdir()}
+        names = {file.stem for file in (folder / "paired" / kind).iterdir()}
         assert names == {f"RealSR_{name}" for name in references}
     labels = [row["label"] for row in values["rows"]]
     assert labels == ["bicubic enlargement", "bicubic", "RealDGen", "real pairs (oracle)"]
@@ -125,16 +125,30 @@ def test_the_papers_values_stand_in_their_places():
 def test_every_table_has_its_rows():
     cfg = Config(sr=("hat", "fsrcnn"), t_starts=(200, 300))
     rows = {t: downstream.rows_of(t, cfg, ["A", "B"]) for t in "13457"}
-    assert len(rows["1"]) == 2 * len(DATA)
+    assert len(rows["1"]) == 2 * len(SOURCES)
     assert [r.settings for r in rows["3"]] == [{"t_start": 200}, {"t_start": 300}]
     assert [r.settings for r in rows["7"]] == [{"candidates": 1}, {"candidates": 4}]
-    # An ablation gets nothing of what it is without by another way: Rec_lr's answer, grain.
+    # The output of Rec_lr, and grain, would give an ablation what it must do without.
     noised = {"start": "realesrgan", "grain": False, "remainder": 0}
     noised |= {"soften": generate.NOT_SOFTENED, "t_start": 300, "num_steps": 10}
     weights = [{"checkpoint": str(path)} for path in downstream.ABLATIONS.values()]
     assert [r.settings for r in rows["4"]] == [noised | weights[0], noised | weights[1], noised]
     assert [r.without for r in rows["5"]][-2:] == ["A", "B"]
     assert {r.network for t in "3457" for r in rows[t]} == {"fsrcnn"}
+
+
+def test_rows_with_equal_values_of_different_settings_have_folders_of_their_own(
+    tmp_path, monkeypatch
+):
+    """T=4 of Table 3 and K=4 of Table 7: once both wrote to realdgen_4."""
+    write_pairs(tmp_path / "RealSR")
+    write(tmp_path / "photos/x.png", photo(3, 192))
+    inputs, outs = inputs_of(tmp_path, t_starts=(1, 4)), []
+    monkeypatch.setattr(generate, "main", lambda cfg, rt: outs.append(cfg.out))
+    for table in "37":
+        for row in downstream.rows_of(table, inputs.cfg, ["RealSR"]):
+            downstream.training_source(row, tmp_path, inputs)
+    assert len(outs) == len(set(outs)) == 4
 
 
 def test_what_was_made_of_other_photos_weights_or_settings_is_not_used_again(tmp_path):

@@ -1,16 +1,14 @@
-"""Figure 1: sets of one blur and one noise, who is near whom, and the picture."""
-
-from types import SimpleNamespace
+"""bench/figure1.py: sets of one blur and one noise, distances of F_deg, and the picture."""
 
 import numpy as np
 import pytest
 import torch
-from drawn import scenes, write_pairs
+from drawn import bicubic_for_realdgen, scenes, write_pairs
 from PIL import Image
 
 import degrade
 import generate
-from bench import factors, figure1, generated
+from bench import factors, figure1
 from bench.figure1 import GRID
 from bench.inputs import Config, Inputs, resolved
 from bench.pairs import find_pairs
@@ -22,14 +20,14 @@ CPU = Runtime(torch.device("cpu"))
 
 def test_a_set_has_its_blur_and_its_noise_and_nothing_else(tmp_path):
     hr = scenes(1)
-    made = degrade.degrade(hr, figure1.blurred_and_noisy((0.8, 0.0), 3))
-    assert torch.equal(made, degrade.degrade(hr, factors.only("blur", torch.tensor([0.8]))))
+    lr = degrade.degrade(hr, figure1.blurred_and_noisy((0.8, 0.0), 3))
+    assert torch.equal(lr, degrade.degrade(hr, factors.only("blur", torch.tensor([0.8]))))
     flat = torch.full((1, 3, 256, 256), 0.5)
-    made, again, other = (
+    lr, again, other = (
         degrade.degrade(flat, figure1.blurred_and_noisy((0.5, 9.0), seed)) for seed in (1, 1, 2)
     )
-    assert torch.equal(made, again) and not torch.equal(made, other)
-    assert 255 * made.std().item() == pytest.approx(9, rel=0.05)
+    assert torch.equal(lr, again) and not torch.equal(lr, other)
+    assert 255 * lr.std().item() == pytest.approx(9, rel=0.05)
     figure1.write_set(tmp_path, scenes(3), (0.8, 5.0), seed=0)
     blur, noise = figure1.place_of(find_pairs(tmp_path)[0])
     assert blur == pytest.approx(0.8, abs=0.1) and noise == pytest.approx(5, rel=0.2)
@@ -54,26 +52,20 @@ def test_the_plane_keeps_what_lies_in_a_plane():
 
 
 def test_nearness_is_one_for_what_is_as_near_as_real_ones_are():
-    codes = torch.tensor([[0.0], [2.0], [4.0], [6.0], [4.0], [-5.0]]).double()
+    degradations = torch.tensor([[0.0], [2.0], [4.0], [6.0], [4.0], [-5.0]]).double()
     labels = ["real A", "real A", "real B", "near", "same", "far"]
-    assert figure1.nearness(labels, codes) == {"near": 1.0, "same": 0.0, "far": 2.5}
-    assert figure1.nearness(labels[2:], codes[2:]) == {}  # one real image has no neighbour
+    assert figure1.nearness(labels, degradations) == {"near": 1.0, "same": 0.0, "far": 2.5}
+    assert figure1.nearness(labels[2:], degradations[2:]) == {}  # one real image has no neighbour
 
 
-def test_the_figure_shows_every_test_and_every_code(tmp_path, monkeypatch):
-    """E_deg is the image's mean and spread; RealDGen answers with the bicubic reduction."""
-    seen = []
+def test_the_figure_shows_every_test_and_every_image(tmp_path, monkeypatch):
+    """F_deg is an image's mean and spread; a bicubic reduction stands in for RealDGen."""
 
-    def answer(net, hr, lr_ref, sampler, seeds):
-        seen.append(sampler.t_start)
-        return generated.bicubic(hr, [], [])[:, None], {"kept": torch.zeros(len(hr)).long()}
-
-    def code(net, lr):
+    def degradation_of(net, lr):
         return torch.stack([lr.mean(), lr.std(), lr.diff().abs().mean()])[None]
 
-    monkeypatch.setattr(generate, "load_generator", lambda *_: SimpleNamespace(t_max=500))
-    monkeypatch.setattr(generate, "generate", answer)
-    monkeypatch.setattr(generate, "code_of", code)
+    samplers = bicubic_for_realdgen(monkeypatch)
+    monkeypatch.setattr(generate, "degradation_of", degradation_of)
     for i, photo in enumerate(scenes(8)):
         save_image(tmp_path / "photos" / f"{i}.png", photo)
     cfg = Config(pairs=(str(write_pairs(tmp_path / "RealSR")),), hr=(str(tmp_path / "photos"),),
@@ -96,7 +88,8 @@ def test_the_figure_shows_every_test_and_every_code(tmp_path, monkeypatch):
     methods = ["bicubic", "Real-ESRGAN", "BSRGAN", "RealDGen T=0", "RealDGen"]
     counts = {label: result["labels"].count(label) for label in result["labels"]}
     real = {"real RealSR Canon": 2, "real RealSR Nikon": 2}
-    assert counts == real | dict.fromkeys(methods, 4) and set(seen) == {0, 2}
+    assert counts == real | dict.fromkeys(methods, 4)
+    assert {sampler.t_start for sampler in samplers} == {0, 2}
     assert result["nearness"]["RealDGen"] == pytest.approx(result["nearness"]["bicubic"])
     assert f"{result['rank']:.3f} over all tests" in text and "0.02 M" in text
     with Image.open(tmp_path / "out/figure1.png") as picture:

@@ -1,4 +1,4 @@
-"""Pairs: found in every layout, read, given references, and compared with what a method makes."""
+"""bench/pairs.py: pairs are found, read, given references, and compared with a method's images."""
 
 import math
 from dataclasses import replace
@@ -122,7 +122,7 @@ def test_an_unreadable_pair_is_skipped_and_leaves_the_others_their_draws(tmp_pat
     assert [(p.index, p.name) for p in found] == [(0, "a1"), (3, "a4")] and skipped == 2
 
 
-# ---- methods and their distances ----------------------------------------------------------------
+# ---- distances of methods to the real LR --------------------------------------------------------
 
 
 def test_synthetic_lr_depends_on_the_seed_and_not_on_the_batch(tmp_path):
@@ -141,7 +141,9 @@ def test_values_do_not_depend_on_the_batch_and_are_those_of_8_bit_files(tmp_path
     found = find_pairs(folder)[0]
 
     def method(hr, batch):
-        return pairs.resized(hr, *batch[0].size) + 0.001  # a quarter of a level: rounded off
+        return (
+            pairs.resized_by_pillow(hr, *batch[0].size) + 0.001
+        )  # a quarter of a level: rounded off
 
     one, four = (evaluate(method, found, ["PSNR RGB", "SSIM Y"], CPU, size) for size in (1, 4))
     assert one["images"] == four["images"] and one["n"] == 6
@@ -172,13 +174,13 @@ def test_set_metrics_see_every_image_once_and_in_pairs(tmp_path, monkeypatch):
     assert set(result["images"]["Canon_1"]) == {"PSNR Y"}
 
 
-def test_the_mean_code_is_that_of_the_other_scenes_of_the_camera(tmp_path, monkeypatch):
+def test_the_mean_degradation_is_that_of_the_other_scenes_of_the_camera(tmp_path, monkeypatch):
     found = find_pairs(write_pairs(tmp_path, ["a1", "a2", "a3", "b1"]))[0]
-    monkeypatch.setattr(generated.generate, "code_of", lambda net, lr: lr.mean((1, 2))[None])
-    codes = generated.mean_degradations(found, torch.nn.Linear(1, 1))
+    monkeypatch.setattr(generated.generate, "degradation_of", lambda net, lr: lr.mean((1, 2))[None])
+    degradations = generated.mean_degradations(found, torch.nn.Linear(1, 1))
     means = [load_image(pair.lr).mean((1, 2)) for pair in found]
-    assert set(codes) == {0, 1, 2}  # there is no other b
-    torch.testing.assert_close(codes[1], (means[0] + means[2]) / 2)
+    assert set(degradations) == {0, 1, 2}  # there is no other b
+    torch.testing.assert_close(degradations[1], (means[0] + means[2]) / 2)
     # Of one other scene: that of the reference.
     chosen = [replace(pair, reference=found[2].lr) for pair in found]
     one = generated.mean_degradations(chosen, torch.nn.Linear(1, 1), 1)

@@ -57,7 +57,8 @@ SMALL = {
     "benchmark": "--sr-steps 1 --t-starts 2",
     "bench.sr": f"{TRAINING} --steps 1 --crop 16",
     "tools.calibrate": "--crop 32 --checkpoint runs/calibrated.safetensors",
-    "tools.report": "--pairs out/pairs", "tools.shards": "--pairs out/pairs",
+    "tools.report": "--pairs out/pairs",
+    "tools.shards": "--pairs out/pairs",
 }
 PAPER = "--widths 8 16 --blocks 1 --attention 1 --mod-channels 8 --cond-channels 4"
 
@@ -87,7 +88,7 @@ def test_the_commands_of_the_readme_run(tmp_path):
 
 def test_every_name_in_the_map_from_paper_to_code_exists():
     text = (REPO / "README.md").read_text(encoding="utf-8")
-    table = text[text.index("| paper | here |") : text.index("## Your pairs")]
+    table = text[text.index("| paper | here |") :].split("\n\n")[0]
     names = re.findall(r"`([a-z]\w*)((?:\.\w+)+)`", table)
     assert len(names) > 10
     for module, path in names:

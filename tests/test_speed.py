@@ -1,4 +1,4 @@
-"""bench/speed.py: the table it prints, and what it refuses."""
+"""tools/speed.py: the table it prints, and what it refuses."""
 
 import sys
 
