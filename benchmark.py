@@ -46,6 +46,7 @@ from bench.sr import sr_network  # noqa: F401
 from common import require
 from common.cli import launch
 from common.files import write_text
+from common.folder import out_folder
 from common.runtime import Runtime
 
 Table = Callable[[str, Inputs], Measure]
@@ -75,6 +76,11 @@ def git_commit() -> str:
         return ""
 
 
+def stem_of(table: str) -> str:
+    """Name of a table's file, without suffix."""
+    return f"table{table}" if table.isdigit() else table
+
+
 def main(cfg: Config, rt: Runtime) -> None:
     """Check all inputs, then measure, and write whenever a table is done."""
     for name in cfg.table:
@@ -83,6 +89,8 @@ def main(cfg: Config, rt: Runtime) -> None:
     names = [name for name in (TABLES if rt.is_main else TRAINED) if name in cfg.table]
     inputs = Inputs(cfg, rt)
     work = {name: TABLES[name](name, inputs) for name in names}  # checks
+    folder, files = out_folder(cfg.out, rt), [f"{stem_of(name)}.md" for name in names]
+    folder.check(folder.path / file for file in (*files, "results.json", "figure1.png", "mtf.png"))
     if rt.is_main:
         print(cfg)
     gpu = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else ""
@@ -101,8 +109,7 @@ def main(cfg: Config, rt: Runtime) -> None:
             continue
         print(f"\n{text}")
         results["tables"][name] = {"seconds": time.time() - began, "values": values}
-        stem = f"table{name}" if name.isdigit() else name
-        write_text(Path(cfg.out) / f"{stem}.md", text)
+        write_text(Path(cfg.out) / f"{stem_of(name)}.md", text)
         write_text(Path(cfg.out) / "results.json", json.dumps(results, indent=1))
     if rt.is_main:
         print(f"written: .md of {', '.join(names)}, and results.json in {cfg.out}")

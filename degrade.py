@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -26,10 +27,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import UserError, require
-from common.cli import launch
-from common.files import copy_file, find_photos, outside, photo_names
+from common.cli import check_ranges, launch
+from common.files import copy_file, find_photos, keys_of, outside, photo_names
+from common.images import (
+    centre,
+    crop_to_multiple,
+    load_image,
+    lost_sentence,
+    save_image,
+    save_sheet,
+    to_uint8,
+)
 from common.pairs import PairFolder
-from common.photos import centre, crop_to_multiple, load_image, save_image, save_sheet, to_uint8
 from common.runtime import Runtime, in_parallel, make_generator
 
 # ---- theta ------------------------------------------------------------------------------------
@@ -921,6 +930,9 @@ class Config:
     device: str = "auto"  # cpu, cuda or auto
 
 
+RANGES = {"per_image": (1, 10**6), "scale": (1, 16)}
+
+
 def save_hr_beside_lr(path: Path, out: Path, rows: list[dict]) -> None:
     """Write a picture of these pairs: the middle of HR beside that of LR."""
     pictures = []
@@ -937,33 +949,40 @@ def main(cfg: Config, rt: Runtime) -> None:
     A second run makes only the pairs that are missing and sets aside those not asked for any more.
     """
     require(cfg.recipe in RECIPES, f"--recipe {cfg.recipe}: choose of {', '.join(RECIPES)}.")
-    for flag, value in (("--scale", cfg.scale), ("--per-image", cfg.per_image)):
-        require(value > 0, f"{flag} {value}: must be positive.")
+    check_ranges(cfg, RANGES)
     one_process = "degrade.py uses all CPU cores by itself: start it without torchrun."
     require(rt.world_size == 1, one_process)
     out = Path(cfg.out)
     files = outside(find_photos(cfg.hr, "hr", "--hr"), out, "--hr")
     ends = [""] if cfg.per_image == 1 else [f"_{k}" for k in range(cfg.per_image)]
-    photos = list(zip(files, photo_names(files, cfg.hr), strict=True))
-    folder = PairFolder(out, [name + end for _, name in photos for end in ends], "theta", rt)
+    photos = list(zip(files, photo_names(files, cfg.hr), keys_of(files, cfg.hr), strict=True))
+    names = [name + end for _, name, _ in photos for end in ends]
+    folder = PairFolder(out, names, "theta", ("source",), rt)
 
-    def work(photo: tuple[Path, str]) -> list[dict] | str:
-        """Make the pairs of a photo; return their rows of the table, or why it was skipped."""
-        file, name = photo
+    def drawn(photo: tuple[Path, str, str]) -> tuple[list[Degradation], list[dict]]:
+        """The parameters of the pairs of a photo, and their rows of the table."""
+        file, name, key = photo
         draws = [make_generator(cfg.seed, name, k) for k in range(cfg.per_image)]
         thetas = [sample_degradation(1, cfg.recipe, cfg.scale, draw) for draw in draws]
-        rows = [
-            folder.row(name + end, source=str(file), theta=json.loads(theta.to_json()[0]))
+        facts = {"source": str(file), "photo": folder.facts("photo", key, file)}
+        return thetas, [
+            folder.row(name + end, theta=json.loads(theta.to_json()[0]), **facts)
             for end, theta in zip(ends, thetas, strict=True)
         ]
-        if all(folder.earlier(row, [file]) for row in rows):
-            return rows
+
+    def verdicts(photo: tuple[Path, str, str]) -> list[tuple[dict, str]]:
+        """The rows of a photo's pairs that were made before, and why they are made again."""
+        rows = [row for row in drawn(photo)[1] if Path(row["hr"]).stem in folder.before]
+        return [(row, folder.reason(row)) for row in rows]
+
+    def work(photo: tuple[Path, str, str]) -> list[dict] | str:
+        """Make the pairs of a photo; return their rows of the table, or why it was skipped."""
         try:
-            hr = crop_to_multiple(load_image(file), cfg.scale, file)
-        except ValueError as error:
+            hr = crop_to_multiple(load_image(photo[0]), cfg.scale, photo[0])
+            thetas, rows = drawn(photo)
+        except (ValueError, OSError) as error:
             return f"skipped: {error}"
         hr = to_uint8(hr).float() / 255  # as written to the file, also of a 16-bit photo
-        folder.begin()
         save_image(out / rows[0]["hr"], hr)
         for row, theta in zip(rows, thetas, strict=True):
             save_image(out / row["lr"], degrade(hr[None].to(rt.device), theta)[0])
@@ -973,9 +992,12 @@ def main(cfg: Config, rt: Runtime) -> None:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each thread below has one core
+    earlier = [p for p in photos if any(p[1] + end in folder.before for end in ends)]
+    folder.start(itertools.chain.from_iterable(in_parallel(verdicts, earlier, threads)))
+    missing = [p for p in photos if any(p[1] + end not in folder.kept for end in ends)]
     with plain_float32(rt.device):  # for all threads: the setting is global
-        results = in_parallel(work, photos, threads)
-        for result in tqdm(results, total=len(photos), unit="photo"):
+        results = in_parallel(work, missing, threads)
+        for result in tqdm(results, total=len(missing), unit="photo"):
             if isinstance(result, str):
                 tqdm.write(result)
             else:
@@ -984,7 +1006,9 @@ def main(cfg: Config, rt: Runtime) -> None:
     preview = out / "preview.png"
     if not preview.is_file():
         save_hr_beside_lr(preview, out, rows[: 4 * cfg.per_image : cfg.per_image])
-    folder.unlock()
+    folder.close()
+    if sentence := lost_sentence():
+        print(sentence)
     skipped = len(files) - len(rows) // cfg.per_image
     print(f"{len(rows)} pairs in {out}, {skipped} images skipped; look at {preview}")
 

@@ -37,9 +37,17 @@ from common.checkpoint import (
     put_weights,
 )
 from common.cli import check_ranges, from_dict, launch
-from common.files import find_photos
-from common.photos import Crops, Photos, resized
-from common.run import TRAINING_RANGES, Run, TrainingConfig, check_micro_batches, compile_networks
+from common.files import find_photos, outside
+from common.images import resized
+from common.photos import Crops, Photos
+from common.run import (
+    TRAINING_RANGES,
+    Run,
+    TrainingConfig,
+    check_micro_batches,
+    compile_networks,
+    lock_runs,
+)
 from common.runtime import Runtime, make_generator, randn_rows
 
 # ---- noise schedule -----------------------------------------------------------------------------
@@ -420,7 +428,7 @@ PRESETS: dict[str, dict] = {
     "as-printed": SMALL,
 }
 RANGES = TRAINING_RANGES | {
-    "steps": (0, 2**31), "batch_size": (2, 2**20), "crop": (1, 2**12), "learning_rate": (0, 1),
+    "steps": (0, 2**31), "batch_size": (2, 2**20), "crop": (16, 2**12), "learning_rate": (0, 1),
     "finetune_learning_rate": (0, 1), "t_max": (1, 1000), "t_power": (0.01, 100),
     "widths": (1, 2**12), "blocks": (1, 64), "attention": (0, 15), "mod_channels": (1, 2**12),
     "cond_channels": (1, 2**12),
@@ -434,6 +442,13 @@ def check(cfg: Config, name: str = "") -> None:
     unknown = " ".join(set(cfg.without) - {"degradation", "content"})
     require(not unknown, f"{name}--without {unknown}: choose degradation, content.")
     require(len(cfg.widths) > 0, f"{name}--widths: give at least one.")
+    odd = f"{name}--widths {cfg.widths[0]}: the first must be even, for sines and cosines of t."
+    require(cfg.widths[0] % 2 == 0, odd)
+    for width in cfg.widths:
+        heads = (
+            f"{name}--widths {width}: above 256 it must be a multiple of 64, the width of a head."
+        )
+        require(width <= 256 or width % 64 == 0, heads)
     multiple = 2 ** (len(cfg.widths) - 1)
     wrong = f"{name}--crop {cfg.crop}: must be a multiple of {multiple}."
     require(cfg.crop % multiple == 0, wrong)
@@ -473,11 +488,13 @@ def train(cfg: Config, rt: Runtime) -> None:
         nets.load_state_dict(state["ema"])
     began = fingerprint(net if cfg.start_from else nets)
 
+    lock_runs(out, ["last"], rt)
     share = cfg.batch_size // (1 + use_hr)
-    photos = Photos(find_photos(cfg.lr, "lr", "--lr", packed=True), out / "photos/lr", rt)
+    files = outside(find_photos(cfg.lr, "lr", "--lr", packed=True), out, "--lr")
+    photos = Photos(files, out / "photos/lr", rt)
     crops = [Crops(photos, cfg.crop, share, cfg.seed)]
     if use_hr:
-        files = find_photos(cfg.hr, "hr", "--hr", packed=True)
+        files = outside(find_photos(cfg.hr, "hr", "--hr", packed=True), out, "--hr")
         photos = Photos(files, out / "photos/hr", rt)
         crops.append(Crops(photos, cfg.crop, share, cfg.seed, stream=1, scale=4))
     shown = [c.batch(10**9, 3).to(rt.device).float() / 255 for c in crops]

@@ -19,6 +19,7 @@ with the decoder frozen (Eq. 1-2); E_deg together with Rec_lr (Eq. 3-6).
     Eq. (6)    is the logarithm of each image's error
 """
 
+import contextlib
 import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ import additions
 import degrade
 from common import require
 from common.checkpoint import (
+    before,
     count_parameters,
     fingerprint,
     load_checkpoint,
@@ -44,9 +46,17 @@ from common.checkpoint import (
     put_weights,
 )
 from common.cli import check_ranges, from_dict, launch
-from common.files import find_photos
-from common.photos import Crops, Photos, centre, resized, save_sheet
-from common.run import TRAINING_RANGES, Run, TrainingConfig, check_micro_batches, compile_networks
+from common.files import find_photos, outside
+from common.images import centre, resized, save_sheet
+from common.photos import Crops, Photos
+from common.run import (
+    TRAINING_RANGES,
+    Run,
+    TrainingConfig,
+    check_micro_batches,
+    compile_networks,
+    lock_runs,
+)
 from common.runtime import Runtime, make_generator
 from common.tiles import TILE, in_tiles
 from degrade import Degradation
@@ -636,6 +646,9 @@ RANGES = TRAINING_RANGES | {
 }  # fmt: skip
 
 
+THREE = "--vq-multipliers takes three, because content has a quarter of the size of HR."
+
+
 def default_batch(rt: Runtime) -> int:
     """The batch size of the small presets on this device."""
     return 256 if rt.device.type == "cuda" else 16
@@ -648,6 +661,7 @@ def stored_config(config: dict, name: str) -> Config:
     settings = {key: value for key, value in config.items() if key != "began"}
     cfg = from_dict(Config, settings, name)
     check_ranges(cfg, RANGES, f"{name}: ")
+    require(len(cfg.vq_multipliers) == 3, f"{name}: {THREE}")
     return cfg
 
 
@@ -661,8 +675,11 @@ def load(state: dict, name: str) -> Extractors:
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint of a run, without reading its weights; 0 if there is none."""
-    return torch.load(path, mmap=True, weights_only=True)["step"] if path.is_file() else 0
+    """The step that a phase goes on from, without reading its weights; 0 if there is none."""
+    for file in (path, before(path)):
+        with contextlib.suppress(Exception):  # missing or damaged, which raises many types
+            return torch.load(file, mmap=True, weights_only=True)["step"]
+    return 0
 
 
 def checked(cfg: Config, rt: Runtime) -> Config:
@@ -672,6 +689,7 @@ def checked(cfg: Config, rt: Runtime) -> Config:
     steps = cfg.steps if len(cfg.steps) == 3 else cfg.steps * 3
     cfg = replace(cfg, steps=steps, batch_size=cfg.batch_size or default_batch(rt))
     check_ranges(cfg, RANGES)
+    require(len(cfg.vq_multipliers) == 3, THREE)
     for flag, crop in (("--crop", cfg.crop), ("--vq-crop", cfg.vq_crop)):
         require(crop % 16 == 0, f"{flag} {crop}: must be a multiple of 16.")
     more = f"--batch-size {cfg.batch_size}: must be larger than --num-samples {cfg.num_samples}."
@@ -696,7 +714,8 @@ def prepare(cfg: Config, rt: Runtime) -> tuple[Extractors, Crops, list[Crops], T
         load_weights(net, cfg.start_from, "--start-from")
     if cfg.vqvae:
         load_vqvae(net.vqvae, cfg.vqvae)
-    photos = Photos(find_photos(cfg.hr, "hr", "--hr", packed=True), out / "photos/hr", rt)
+    files = outside(find_photos(cfg.hr, "hr", "--hr", packed=True), out, "--hr")
+    photos = Photos(files, out / "photos/hr", rt)
     rows = np.arange(len(photos.table))
     held_out = rows[::50] if len(rows) >= 50 else rows[:0]  # shown, not trained on
     rows = np.setdiff1d(rows, held_out)
@@ -706,7 +725,7 @@ def prepare(cfg: Config, rt: Runtime) -> tuple[Extractors, Crops, list[Crops], T
     shown_rows = held_out if len(held_out) else rows
     shown = Crops(photos, cfg.crop, 8, cfg.seed, stream=9, rows=shown_rows).batch(0, 8)
     if not cfg.as_printed:
-        files = find_photos(cfg.lr, "lr", "--lr", packed=True)
+        files = outside(find_photos(cfg.lr, "lr", "--lr", packed=True), out, "--lr")
         crops.append(
             Crops(Photos(files, out / "photos/lr", rt), cfg.crop, share, cfg.seed, stream=1)
         )
@@ -726,6 +745,7 @@ def prepare(cfg: Config, rt: Runtime) -> tuple[Extractors, Crops, list[Crops], T
 def train(cfg: Config, rt: Runtime) -> None:
     """The three phases of stage 1, each of which resumes from its own checkpoint."""
     cfg = checked(cfg, rt)
+    lock_runs(cfg.out, ("vqvae", "content", "last"), rt)
     net, vq_crops, crops, shown = prepare(cfg, rt)
     out, vqvae = Path(cfg.out), net.vqvae
     steps_vqvae, steps_content, steps_degradation = cfg.steps

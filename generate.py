@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,17 +31,20 @@ import diffusion
 from common import UserError, require
 from common.checkpoint import find_checkpoint, fingerprint, load_checkpoint
 from common.cli import check_ranges, launch
-from common.files import find_photos, outside, photo_names, write_text
-from common.pairs import PairFolder
-from common.photos import (
+from common.files import find_photos, image_size, keys_of, outside, photo_names, write_text
+from common.images import (
     centre,
     crop_to_multiple,
+    is_gray,
     load_image,
+    load_pixels,
+    lost_sentence,
     resized,
     save_image,
     save_sheet,
     to_uint8,
 )
+from common.pairs import PairFolder, without_time
 from common.runtime import Runtime, in_parallel, make_generator, print_once, wait_for_all
 from common.tiles import TILE, in_tiles
 from diffusion import DecoupledDDPM
@@ -67,11 +71,12 @@ class Sampler:
 
 NOT_SOFTENED = (1.0,) * 5
 STARTS = ("reconstruct", "realesrgan", "light")
+PAIRINGS = ("photo", "folder")
 CANDIDATES = 4  # K where the filter is to have a choice
 
 
 def degradation_of(net: DecoupledDDPM, lr_ref: Tensor) -> Tensor:
-    """F_deg (1, D) of a reference (3, h, w) of any size, or F_deg (D,) itself.
+    """F_deg (1, D) of a reference (3, h, w) of any size and also of 8 bits, or F_deg (D,) itself.
 
     Only the middle of a large photo is read, because F_deg is an average over the image. The middle
     begins at a corner of JPEG's blocks of 8 x 8.
@@ -81,6 +86,8 @@ def degradation_of(net: DecoupledDDPM, lr_ref: Tensor) -> Tensor:
         return lr_ref[None].to(device)
     top, left = (max(0, n - 512) // 16 * 8 for n in lr_ref.shape[1:])
     middle = lr_ref[None, :, top : top + 512, left : left + 512].to(device)
+    if not middle.is_floating_point():  # as photos are read
+        middle = middle.float() / 255
     with precision(device):
         return net.extractors.e_deg(middle).float()
 
@@ -251,10 +258,14 @@ def load_generator(checkpoint: str, device: torch.device, grain: bool = False) -
 class References:
     """Reference photos and their F_deg, which is computed when it is first needed."""
 
-    def __init__(self, files: list[Path], names: list[str], net: DecoupledDDPM, average: int):
+    def __init__(self, files: list[Path], given: Sequence[str], net: DecoupledDDPM, average: int):
         self.files, self.net, self.average = files, net, average
+        self.keys = keys_of(files, given)
         self.degradations: dict[int, Tensor | None] = {}  # None: not usable
+        self.gray: dict[int, bool] = {}
+        self.known: set[int] = set()  # usable, as earlier pairs show
         self.lock = threading.Lock()
+        names = photo_names(files, given)
         self.hashes = np.array([zlib.crc32(os.fsencode(name)) for name in names], np.uint64)
         self.folders: dict[Path, list[int]] = {}  # a folder usually holds the photos of one camera
         for r, file in enumerate(files):
@@ -267,10 +278,11 @@ class References:
             if r not in self.degradations:
                 self.degradations[r] = None
                 try:
-                    lr_ref = load_image(self.files[r])
+                    lr_ref = load_pixels(self.files[r])
                     if min(lr_ref.shape[1:]) < 16:
                         raise ValueError(f"{self.files[r]}: a reference needs 16 x 16 pixels")
                     self.degradations[r] = degradation_of(self.net, lr_ref)[0].cpu()
+                    self.gray[r] = is_gray(lr_ref)
                 except ValueError as error:
                     tqdm.write(f"skipped: {error}")
             return self.degradations[r]
@@ -281,10 +293,11 @@ class References:
         first = folder.index(r)
         return (folder[first:] + folder[:first])[: self.average]
 
-    def mean_degradation(self, r: int) -> Tensor:
-        """The mean F_deg (D,) of those that can be used of averaged(r)."""
-        usable = [d for i in self.averaged(r) if (d := self.degradation(i)) is not None]
-        return torch.stack(usable).mean(0)
+    def mean_degradation(self, r: int) -> tuple[Tensor, bool]:
+        """The mean F_deg (D,) of those that can be used of averaged(r); whether all are gray."""
+        usable = [i for i in self.averaged(r) if self.degradation(i) is not None]
+        mean = torch.stack([d for i in usable if (d := self.degradation(i)) is not None]).mean(0)
+        return mean, all(self.gray[i] for i in usable)
 
     def draw(self, seed: int) -> int:
         """A usable reference for this seed; UserError if there is none.
@@ -295,7 +308,7 @@ class References:
         mixed = (self.hashes ^ np.uint64(seed % 2**64)) * np.uint64(0x9E3779B97F4A7C15)
         mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
         for r in np.argsort(mixed ^ (mixed >> np.uint64(32)))[::-1].tolist():
-            if self.degradation(r) is not None:
+            if r in self.known or self.degradation(r) is not None:
                 return r
         raise UserError("no usable image found in --lr-ref; see the files named above.")
 
@@ -311,6 +324,7 @@ class Config(Sampler):
     lr_ref: tuple[str, ...] = ()  # real LR photos (default: data/lr, else data/sample/lr)
     out: str = "out/generated"  # folder of the pairs
     checkpoint: str = ""  # weights (default: runs/diffusion, else data/pretrained)
+    pairing: str = "photo"  # who draws a reference: each photo, or each folder for all its photos
     max_error: tuple[float, ...] = (math.inf, math.inf)  # drop pairs: content, degradation error
     seed: int = 0  # an image draws from (seed, its path below --hr)
     device: str = "auto"
@@ -336,7 +350,10 @@ class Job:
 
     name: str
     file: Path
+    key: str  # its path below --hr
     seed: int
+    reference_seed: int
+    gray: bool = False
     hr: Tensor = torch.empty(0)
     lr: Tensor = torch.empty(0)
     degradation: Tensor = torch.empty(0)  # (D,) of the reference, or the mean of several
@@ -347,16 +364,22 @@ def check_config(cfg: Config) -> None:
     """UserError if a flag can't be right, whatever the files hold."""
     check_ranges(cfg, RANGES)
     require(cfg.start in STARTS, f"--start {cfg.start}: choose {', '.join(STARTS)}.")
+    require(cfg.pairing in PAIRINGS, f"--pairing {cfg.pairing}: choose {', '.join(PAIRINGS)}.")
     require(len(cfg.max_error) == 2, "--max-error takes two: content, degradation.")
     five = "--soften takes five: at .1, .2, .3, .4 and .5 cycles per LR pixel."
     require(len(cfg.soften) in (0, 5), five)
 
 
 def pairs_to_make(cfg: Config, files: Sequence[Path]) -> list[Job]:
-    """All pairs of a run. The seed of a pair depends on its name alone."""
-    names = photo_names(files, cfg.hr)
-    seeds = [make_generator(cfg.seed, name).initial_seed() for name in names]
-    return list(map(Job, names, files, seeds))
+    """All pairs of a run. The seeds of a pair depend on its name alone, or on its folder's path."""
+    jobs = []
+    for file, name, key in zip(
+        files, photo_names(files, cfg.hr), keys_of(files, cfg.hr), strict=True
+    ):
+        seed = make_generator(cfg.seed, name).initial_seed()
+        folder = make_generator(cfg.seed, str(Path(key).parent)).initial_seed()
+        jobs.append(Job(name, file, key, seed, folder if cfg.pairing == "folder" else seed))
+    return jobs
 
 
 def of_equal_size(jobs: Iterable[Job], pixels: int) -> Iterator[list[Job]]:
@@ -388,7 +411,7 @@ class Maker:
         check_config(cfg)
         self.cfg, self.rt, self.out = cfg, rt, Path(cfg.out)
         files = outside(find_photos(cfg.hr, "hr", "--hr"), self.out, "--hr")
-        lr_ref = find_photos(cfg.lr_ref, "lr", "--lr-ref")
+        lr_ref = outside(find_photos(cfg.lr_ref, "lr", "--lr-ref"), self.out, "--lr-ref")
         weights = find_checkpoint(cfg.checkpoint, "diffusion", "python diffusion.py")
         net = self.net = load_generator(cfg.checkpoint, rt.device, cfg.grain)
         too_long = f"--t-start {cfg.t_start}: the weights know {net.t_max} steps."
@@ -396,41 +419,71 @@ class Maker:
         if rt.is_main:
             print(f"weights {weights}; {len(files)} HR photos, {len(lr_ref)} references, "
                   f"F_deg is the mean of up to {cfg.average} of one folder")  # fmt: skip
-        names = photo_names(lr_ref, cfg.lr_ref)
-        self.references = References(lr_ref, names, net, cfg.average)
+        self.references = References(lr_ref, cfg.lr_ref, net, cfg.average)
         self.jobs = pairs_to_make(cfg, files)
         limits = [None if limit == math.inf else limit for limit in cfg.max_error]
         self.settings = {f.name: getattr(cfg, f.name) for f in fields(Sampler)}
         soften = cfg.soften or net.calibration.soften
-        self.settings |= {"soften": [*soften], "max_error": limits}
+        self.settings |= {"soften": [*soften], "pairing": cfg.pairing, "max_error": limits}
         self.settings |= {"seed": cfg.seed, "weights": fingerprint(weights)}
         names = [job.name for job in self.jobs]
-        self.folder = PairFolder(self.out, names, "lr_ref", rt, self.settings)
+        places = ("source", "lr_ref", "averaged")
+        self.folder = PairFolder(self.out, names, "lr_ref", places, rt, self.settings)
+
+    def row_of(self, job: Job) -> tuple[int, dict]:
+        """The reference of a pair, and its row of the table as far as it is known in advance."""
+        r = self.references.draw(job.reference_seed)
+        averaged = self.references.averaged(r)
+        lr_ref, *others = (str(self.references.files[i]) for i in averaged)
+        facts: dict[str, Any] = {"source": str(job.file), "lr_ref": lr_ref, "averaged": others}
+        facts["photo"] = self.folder.facts("photo", job.key, job.file)
+        facts["references"] = [self.facts_of(i) for i in averaged]
+        return r, self.folder.row(job.name, **facts, **self.settings)
+
+    def facts_of(self, r: int) -> list:
+        """What reference r is, as it stands in the table."""
+        return self.folder.facts("lr", self.references.keys[r], self.references.files[r])
+
+    def missing(self, jobs: Sequence[Job], threads: int) -> list[Job]:
+        """The jobs that are not done. The table on the disk loses the others' rows first."""
+        used = {
+            f[0]: f for row in self.folder.before.values() for f in row.get("references", [])[:1]
+        }
+        for r, key in enumerate(self.references.keys):
+            if key in used and without_time(self.facts_of(r)) == without_time(used[key]):
+                self.references.known.add(r)
+
+        def verdict(job: Job) -> tuple[dict, str]:
+            row = self.row_of(job)[1]
+            return row, self.folder.reason(row)
+
+        earlier = [job for job in jobs if job.name in self.folder.before]
+        self.folder.start(in_parallel(verdict, earlier, threads))
+        return [job for job in jobs if job.name not in self.folder.kept]
 
     def load(self, job: Job) -> Job | None:
-        """The job with its HR image, or with the row of an earlier run; None if unusable."""
-        r = self.references.draw(job.seed)
-        lr_ref, *others = (self.references.files[i] for i in self.references.averaged(r))
-        facts = {"source": str(job.file), "lr_ref": str(lr_ref), "averaged": [*map(str, others)]}
-        row = self.folder.row(job.name, **facts, **self.settings)
-        if earlier := self.folder.earlier(row, [job.file, lr_ref, *others]):
-            return replace(job, row=earlier)
-        degradation = self.references.mean_degradation(r)
+        """The job with its HR image, row and F_deg; None if its photo is unusable."""
         try:
-            hr = crop_to_multiple(load_image(job.file), SCALE, job.file)
-        except ValueError as error:
+            hr = to_uint8(crop_to_multiple(load_pixels(job.file), SCALE, job.file))
+            r, row = self.row_of(job)
+        except (ValueError, OSError) as error:
+            if isinstance(error, UserError):
+                raise
             tqdm.write(f"skipped: {error}")
             return None
-        hr = to_uint8(hr).float() / 255  # as it is written, also of a 16-bit photo
-        return replace(job, hr=hr, row=row, degradation=degradation)
+        degradation, gray = self.references.mean_degradation(r)
+        return replace(job, hr=hr, row=row, degradation=degradation, gray=gray and is_gray(hr))
 
     def make(self, jobs: list[Job]) -> list[Job]:
         """The jobs with the LR images (3, h, w) that the filter keeps."""
-        hr = torch.stack([job.hr for job in jobs]).to(self.rt.device)
+        hr = torch.stack([job.hr for job in jobs]).to(self.rt.device).float() / 255
         degradations, seeds = [job.degradation for job in jobs], [job.seed for job in jobs]
         scored = min(self.cfg.max_error) < math.inf
         lr, scores = generate(self.net, hr, degradations, self.cfg, seeds, scored)
         kept, lr = scores["kept"].tolist(), lr.cpu()
+        for b, job in enumerate(jobs):
+            if job.gray:  # of a gray photo and gray references
+                lr[b] = lr[b, :, 1:2]
         made = []
         for b, job in enumerate(jobs):
             row = job.row | {"kept": kept[b], "dropped": False}
@@ -449,7 +502,6 @@ class Maker:
                 tqdm.write(f"skipped: {job.file}: the output of the network is not finite")
                 continue
             if not job.row["dropped"]:
-                self.folder.begin()
                 save_image(self.out / job.row["hr"], job.hr)
                 save_image(self.out / job.row["lr"], job.lr)
             rows.append(job.row)
@@ -458,21 +510,16 @@ class Maker:
     def run(self) -> None:
         """Make this process's share of the missing pairs, while threads read and write files."""
         on_cpu, threads = self.rt.device.type == "cpu", torch.get_num_threads()
-        jobs = self.jobs[self.rt.rank :: self.rt.world_size]
+        readers = 2 if on_cpu else 8
+        jobs = self.missing(self.jobs[self.rt.rank :: self.rt.world_size], readers)
 
         def note(rows: list[dict]) -> None:
             self.folder.add(rows)
             progress.update(len(rows))
 
-        def missing() -> Iterator[Job]:
-            for job in in_parallel(self.load, jobs, 2 if on_cpu else 8):
-                if job and job.hr.numel():
-                    yield job
-                elif job:
-                    note([job.row])
-
         with tqdm(total=len(jobs), unit="pair", disable=not self.rt.is_main) as progress:
-            together = of_equal_size(missing(), 1 if on_cpu else 32 * 512**2)
+            loaded = filter(None, in_parallel(self.load, jobs, readers))
+            together = of_equal_size(loaded, 1 if on_cpu else 32 * 512**2)
             try:
                 made: Iterable[list[Job]] = map(self.make, together)
                 if on_cpu:  # one image per core: then no result depends on the number of cores
@@ -494,13 +541,16 @@ def main(cfg: Config, rt: Runtime) -> None:
     out, preview = maker.out, maker.out / "preview.png"
     rows = maker.folder.finish()
     pairs = [row for row in rows if not row["dropped"]]
-    names = "".join(f"{Path(row['lr']).name}\n" for row in pairs)
-    write_text(out / "meta_info.txt", names)  # for BasicSR, neosr and traiNNer-redux
+    sizes = [(row, image_size(out / row["hr"])) for row in pairs]
+    names = "".join(f"{Path(row['lr']).name} ({h},{w},3)\n" for row, (w, h) in sizes)
+    write_text(out / "meta_info.txt", names)  # as BasicSR writes it, of HR
     both = "".join(f"{row['hr']}, {row['lr']}\n" for row in pairs)
     write_text(out / "meta_info_realesrgan.txt", both)
     if pairs and not preview.is_file():
         save_preview(preview, out, pairs[:4])
-    maker.folder.unlock()
+    maker.folder.close()
+    if sentence := lost_sentence():
+        print(sentence)
     seen = f"; look at {preview}" if pairs else ""
     print(f"{len(pairs)} pairs in {out}, {len(rows) - len(pairs)} dropped, "
           f"{len(maker.jobs) - len(rows)} images skipped{seen}")  # fmt: skip

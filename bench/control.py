@@ -32,7 +32,7 @@ from bench.pairs import (
     with_other_scenes,
 )
 from common import require
-from common.photos import save_image
+from common.images import save_image
 from common.runtime import make_generator, wait_for_all
 
 # ---- kinds of LR --------------------------------------------------------------------------------

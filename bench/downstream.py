@@ -42,7 +42,7 @@ from bench.pairs import (
 )
 from common import require
 from common.checkpoint import find_checkpoint, fingerprint
-from common.photos import save_image
+from common.images import save_image
 from common.runtime import wait_for_all
 
 # ---- rows ---------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import degrade
 import generate
 from bench.inputs import Inputs, Measure
 from bench.pairs import table_text
-from common.photos import to_uint8
+from common.images import to_uint8
 from common.runtime import make_generator
 
 # ---- references with one factor -----------------------------------------------------------------

@@ -38,7 +38,7 @@ from bench.pairs import (
 from bench.separation import EXACT
 from common import require
 from common.files import replacing
-from common.photos import save_image, to_uint8
+from common.images import save_image, to_uint8
 from common.runtime import wait_for_all
 
 Place = tuple[float, float]  # blur (LR pixels) and noise (levels of 255)

@@ -35,7 +35,7 @@ from bench.pairs import (
     with_other_scenes,
 )
 from common import require
-from common.photos import to_uint8
+from common.images import to_uint8
 from common.runtime import make_generator
 
 # ---- methods: hr (B, 3, H, W), B references (3, h, w) or F_deg (D,), B seeds -> lr --------------

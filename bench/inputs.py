@@ -22,7 +22,7 @@ from bench.pairs import Pair, find_pairs, halves
 from common import require
 from common.cli import check_ranges
 from common.files import DATA, find_photos, list_images
-from common.photos import crop_to_multiple, load_image, save_image
+from common.images import crop_to_multiple, load_image, save_image
 from common.runtime import Runtime, make_generator
 
 SYNDIFF = Path("runs/syndiff/last.pt")  # made by diffusion.py --without content degradation

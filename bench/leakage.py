@@ -24,7 +24,7 @@ from bench.generated import Synthesis, syntheses
 from bench.inputs import Inputs, Measure, middle
 from bench.pairs import camera_of, load_hr, load_lr, table_text
 from common import require
-from common.photos import to_uint8
+from common.images import to_uint8
 from common.runtime import make_generator
 
 # ---- scenes -------------------------------------------------------------------------------------

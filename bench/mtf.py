@@ -21,7 +21,7 @@ from bench.kernels import fitted_kernel, normal_equations, transfer_function
 from bench.pairs import Pair, camera_of, load_hr, load_lr, table_text, with_other_scenes
 from common import require
 from common.files import replacing
-from common.photos import to_uint8
+from common.images import to_uint8
 from common.runtime import make_generator
 from generate import SCALE
 

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from bench.metrics import METRICS, SET_METRICS
 from common import UserError, require
-from common.files import list_images
-from common.photos import load_image, orientation, to_uint8
+from common.files import list_images, open_photo
+from common.images import load_image, orientation, to_uint8
 from common.runtime import make_generator
 from generate import SCALE
 
@@ -99,7 +99,7 @@ def stored_sizes(hr: Path, lr: Path) -> tuple[tuple[int, int], tuple[int, int]]:
     ValueError if an image can't be read, or if EXIF turns the two differently.
     """
     try:
-        with Image.open(hr) as large, Image.open(lr) as small:
+        with open_photo(hr) as large, open_photo(lr) as small:
             alike = orientation(large) == orientation(small)
             sizes = large.size, small.size
     except Exception as error:  # Pillow raises errors of many types

@@ -23,7 +23,7 @@ from bench.inputs import Inputs, Measure, middle
 from bench.metrics import psnr
 from bench.pairs import table_text
 from common.files import find_photos
-from common.photos import load_image, resized
+from common.images import load_image, resized
 from common.runtime import make_generator
 
 EXACT = "donot_use_mm_for_euclid_dist"  # mode of cdist in which equal rows have the distance 0

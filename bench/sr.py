@@ -3,8 +3,8 @@
 In: a folder of pairs (of generate.py, degrade.py or a camera), or HR photos that degrade.py reduces
 during training. Out: runs/sr/NAME.pt, to continue the training, and runs/sr/NAME.safetensors, the
 averaged weights. The networks are the paper's four, trained from scratch, and FSRCNN, which a CPU
-can train. spandrel reads the .safetensors of the paper's four. --upscale enlarges images with a
-trained network.
+can train. spandrel reads the .safetensors of the paper's four, and --start-from takes published
+weights that spandrel reads. --upscale enlarges images with a trained network.
 
     python -m bench.sr --sr swinir-l --pairs out/generated
     python -m bench.sr --sr swinir-l --pairs out/generated --upscale data/lr
@@ -12,8 +12,8 @@ trained network.
 """
 
 import functools
-import json
 import math
+import re
 import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -35,21 +35,24 @@ from common.checkpoint import (
     count_parameters,
     fingerprint,
     load_checkpoint,
-    load_weights,
     put_weights,
+    save_weights,
 )
 from common.cli import check_ranges, launch
-from common.files import find_photos, list_images, photo_names, replacing
-from common.photos import Crops, Photos, dihedral, load_image, save_image, to_uint8
+from common.files import find_photos, list_images, outside, photo_names
+from common.folder import out_folder
+from common.images import is_gray, load_pixels, lost_sentence, save_png, to_uint8
+from common.photos import Crops, Photos, dihedral
 from common.run import (
     TRAINING_RANGES,
     Run,
     TrainingConfig,
     check_micro_batches,
     compile_networks,
+    lock_runs,
 )
 from common.runtime import Runtime, make_generator, wait_for_all
-from common.tiles import in_tiles
+from common.tiles import in_bands, in_tiles
 
 # ---- networks: lr (B, 3, h, w) in [0, 1] -> hr (B, 3, scale h, scale w) --------------------------
 
@@ -88,10 +91,15 @@ LIGHT = {"embed_dim": 60, "depths": [6] * 4, "num_heads": [6] * 4}
 SWINIR_L = SWINIR | LIGHT | {"upsampler": "pixelshuffledirect"}
 
 
-def sr_network(name: str, scale: int = 4) -> nn.Module:
-    """An untrained network, (B, 3, h, w) in [0, 1] -> (B, 3, scale h, scale w), not clamped."""
+def check_network(name: str, scale: int) -> None:
+    """UserError unless there is such a network."""
     require(name in NETWORKS, f"--sr {name}: choose {', '.join(NETWORKS)}.")
     require(scale in (2, 4), f"--scale {scale}: choose 2 or 4.")
+
+
+def sr_network(name: str, scale: int = 4) -> nn.Module:
+    """An untrained network, (B, 3, h, w) in [0, 1] -> (B, 3, scale h, scale w), not clamped."""
+    check_network(name, scale)
     if name == "fsrcnn":
         return FSRCNN(scale)
     metrics.import_torchvision()  # spandrel imports it, too
@@ -131,6 +139,31 @@ def super_resolve(net: nn.Module, lr: Tensor, tile: int = 256) -> Tensor:
     return F.pixel_shuffle(sr, math.isqrt(sr.shape[1] // 3)).float().clamp(0, 1)
 
 
+def super_resolved_photo(net: nn.Module, lr: Tensor, tile: int = 256) -> Image.Image:
+    """SR of a photo (3, h, w) in [0, 1] or of 8 bits, by super_resolve() in tiles; gray stays gray.
+
+    Memory holds a tile, two rows of tiles in 8 bits, and the result. ValueError if that is not
+    finite.
+    """
+    device, gray, (h, w) = next(net.parameters()).device, is_gray(lr), lr.shape[1:]
+
+    def enlarged(crop: Tensor) -> Tensor:
+        x = crop[None].to(device)
+        sr = super_resolve(net, x if x.is_floating_point() else x.float() / 255, tile)[0]
+        if not sr.isfinite().all():
+            raise ValueError("the output of the network is not finite")
+        return sr.mean(0, keepdim=True).expand_as(sr) if gray else sr
+
+    image, top = None, 0
+    for band in in_bands(enlarged, lr, tile):
+        image = image or Image.new("RGB", (band.shape[2], band.shape[2] // w * h))
+        for rows in band.split(64, dim=1):  # few, to save memory
+            image.paste(Image.fromarray(rows.permute(1, 2, 0).numpy()), (0, top))
+            top += rows.shape[1]
+    assert image is not None
+    return image
+
+
 def read_network(path: str | Path) -> dict[str, Any]:
     """The checkpoint in a .pt or .safetensors of this file; its config names the network ("sr")."""
     state = load_checkpoint(path)
@@ -145,6 +178,48 @@ def load_network(path: str | Path) -> nn.Module:
     net = sr_network(state["config"]["sr"], state["config"]["scale"])
     put_weights(net, state, str(path))
     return net.eval().requires_grad_(False)
+
+
+MAY_DIFFER = {"img_size", "drop_path_rate"}  # of hyper-parameters: they change no parameter
+
+
+def fitted(weights: dict[str, Tensor], net: nn.Module, flag: str) -> dict[str, Tensor]:
+    """Weights under the names of a network; published ones are recognised by spandrel.
+
+    UserError for another architecture, or other hyper-parameters of the same. Weights that spandrel
+    does not know are returned as they are.
+    """
+    own = net.state_dict()
+    shapes = {key: getattr(value, "shape", None) for key, value in weights.items()}
+    if shapes == {key: value.shape for key, value in own.items()}:
+        return weights
+    metrics.import_torchvision()
+    import spandrel
+
+    names = {key: re.sub(r"^(module|netG)\.", "", str(key)) for key in weights}
+    try:
+        renamed = {names[key]: value for key, value in weights.items()}
+        found: Any = spandrel.ModelLoader("cpu").load_from_state_dict(renamed)
+    except Exception:  # of many types
+        return weights
+    theirs, ours = (getattr(m, "hyperparameters", {}) for m in (found.model, net))
+    read = f"{flag}: spandrel reads it as {found.architecture.name} x{found.scale}"
+    kind = type(net).__name__
+    require(type(found.model) is type(net), f"{read}, but --sr names another network ({kind}).")
+    differing = [k for k in ours if k not in MAY_DIFFER and theirs[k] != ours[k]]
+    facts = ", ".join(f"{key} {theirs[key]} (here {ours[key]})" for key in differing)
+    require(not differing, f"{read} with other hyper-parameters: {facts}.")
+    parameters = {name for name, _ in net.named_parameters()}
+    return own | {k: v for k, v in found.model.state_dict().items() if k in parameters}
+
+
+def put_start(net: nn.Module, path: str) -> None:
+    """Give a network the weights of --start-from, which may be published ones; or UserError."""
+    flag = f"--start-from {path}"
+    require(Path(path).is_file(), f"{flag}: no such file.")
+    weights = load_checkpoint(path)["ema"]
+    require(isinstance(weights, dict), f"{flag}: holds no weights by name.")
+    put_weights(net, {"ema": fitted(weights, net, flag)}, flag)
 
 
 # ---- pairs --------------------------------------------------------------------------------------
@@ -190,7 +265,7 @@ def training_files(folder: str, scale: int, rt: Runtime) -> list[tuple[Path, Pat
 
 def read_pair(files: tuple[Path, Path], scale: int) -> np.ndarray:
     """The LR and HR files of a pair, joined, as uint8 (3 scale^2 + 3, h, w)."""
-    lr, hr = (to_uint8(load_image(file))[None] for file in files)
+    lr, hr = (to_uint8(load_pixels(file))[None] for file in files)
     h, w = (scale * side for side in lr.shape[2:])
     return join(hr[:, :, :h, :w], lr)[0].numpy()
 
@@ -248,7 +323,7 @@ class Config(TrainingConfig):
     pairs: str = ""  # folder of pairs with the same names in hr/ and lr/
     recipe: str = ""  # without --pairs: recipe of degrade.py (default: realesrgan)
     hr: tuple[str, ...] = ()  # folders of HR photos to degrade (else data/hr, else data/sample/hr)
-    start_from: str = ""  # file of weights of this network, to train further or to enlarge with
+    start_from: str = ""  # file of weights, ours or published, to train further or to enlarge with
     out: str = "runs/sr"  # folder of checkpoints and log
     name: str = ""  # of the files in it (default: network and source)
     scale: int = 4  # HR size / LR size, 2 or 4
@@ -271,9 +346,11 @@ PRESETS: dict[str, dict] = {
     "smoke": SHORT | MINUTE | {"sr": "fsrcnn"},
 }
 RANGES = TRAINING_RANGES | {
-    "crop": (16, 2**14), "batch_size": (1, 2**20), "steps": (1, 2**31), "learning_rate": (0, 1),
-    "betas": (0, 1), "perceptual_weight": (0, 1e6),
+    "scale": (2, 4), "crop": (16, 2**14), "batch_size": (1, 2**20), "steps": (1, 2**31),
+    "learning_rate": (0, 1), "betas": (0, 0.99999), "perceptual_weight": (0, 1e6),
+    "seed": (0, 2**63 - 1),
 }  # fmt: skip
+MOST_PIXELS = 2**28  # of the HR crops of a batch
 
 
 def completed(cfg: Config) -> Config:
@@ -284,27 +361,26 @@ def completed(cfg: Config) -> Config:
     wrong = f"--recipe {recipe}: choose {', '.join(degrade.RECIPES)}."
     require(recipe in ("", *degrade.RECIPES), wrong)
     check_ranges(cfg, RANGES)
+    check_network(cfg.sr, cfg.scale)
     check_micro_batches(cfg)
     require(len(cfg.betas) == 2, "--betas takes two numbers.")
+    most = max(1, MOST_PIXELS // (cfg.scale * cfg.crop) ** 2)
+    wrong = f"--batch-size {cfg.batch_size} is too large: with --crop {cfg.crop}, at most {most}."
+    require(cfg.batch_size <= most, wrong)
     words = [cfg.sr, recipe or Path(cfg.pairs).resolve().name]
     words += ["perceptual"] * (cfg.perceptual_weight > 0)
     return replace(cfg, recipe=recipe, name=cfg.name or "-".join(words))
 
 
-def save_network(path: Path, net: nn.Module, cfg: Config) -> None:
-    """Write the settings, and the weights under the names that spandrel expects."""
-    weights = {key: value.contiguous().cpu() for key, value in net.state_dict().items()}
-    with replacing(path) as temporary:
-        save_file(weights, temporary, {"config": json.dumps(asdict(cfg))})
-
-
 def train(cfg: Config, rt: Runtime) -> Path:
     """Train one network on one source of pairs; returns the file of its averaged weights."""
     cfg = completed(cfg)
+    lock_runs(cfg.out, [cfg.name], rt)
+    out_folder(cfg.out, rt).check([Path(cfg.out) / f"{cfg.name}.safetensors"])
     torch.manual_seed(cfg.seed)  # the weights do not depend on earlier trainings of this process
     net = sr_network(cfg.sr, cfg.scale)
     if cfg.start_from:
-        load_weights(net, cfg.start_from, "--start-from")
+        put_start(net, cfg.start_from)
     if cfg.perceptual_weight > 0:
         metrics.perceptual_net("LPIPS", "vgg", rt.device)  # fails early where weights are missing
     path, decoded = Path(cfg.out) / f"{cfg.name}.pt", Path(cfg.out) / "photos"
@@ -315,7 +391,8 @@ def train(cfg: Config, rt: Runtime) -> Path:
         folder = decoded / f"pairs-{zlib.crc32(cfg.pairs.encode()):08x}"
         crops = PairCrops(Photos(pairs, folder, rt, read), cfg.crop, cfg.batch_size, cfg.seed)
     else:
-        photos = Photos(find_photos(cfg.hr, "hr", "--hr", packed=True), decoded / "hr", rt)
+        files = outside(find_photos(cfg.hr, "hr", "--hr", packed=True), cfg.out, "--hr")
+        photos = Photos(files, decoded / "hr", rt)
         crops = Crops(photos, cfg.crop, cfg.batch_size, cfg.seed, scale=cfg.scale)
     if rt.is_main:
         print(cfg)
@@ -339,30 +416,39 @@ def train(cfg: Config, rt: Runtime) -> Path:
         run.update(losses)
     target = path.with_suffix(".safetensors")
     if rt.is_main:
-        save_network(target, net, cfg)
+        save_weights(target, net.state_dict(), config=asdict(cfg))
         print(f"averaged weights: {target}")
     wait_for_all(rt)
     return target
 
 
 def upscale(cfg: Config, rt: Runtime) -> None:
-    """Enlarge images with a trained network; unreadable images are skipped and counted."""
+    """Enlarge images with a trained network; those that can't be are skipped and counted."""
     cfg = completed(cfg)
     weights = Path(cfg.start_from or Path(cfg.out) / f"{cfg.name}.safetensors")
     missing = f"{weights} is missing: train it without --upscale, or name a file with --start-from."
     require(weights.is_file(), missing)
-    net, out, skipped = load_network(weights).to(rt.device), Path(cfg.out) / weights.stem, 0
-    files = list_images(cfg.upscale, "--upscale")
-    names = photo_names(files, cfg.upscale)
-    for file, name in zip(tqdm(files, unit="image"), names, strict=True):
+    if load_checkpoint(weights)["config"]:
+        net = load_network(weights)
+    else:  # published weights
+        net = sr_network(cfg.sr, cfg.scale).eval()
+        put_start(net, str(weights))
+    net, out, skipped = net.to(rt.device), Path(cfg.out) / weights.stem, 0
+    files = outside(list_images(cfg.upscale, "--upscale"), out, "--upscale")
+    targets = [out / f"{name}.png" for name in photo_names(files, cfg.upscale)]
+    out_folder(out, rt).check(targets)
+    for file, target in zip(tqdm(files, unit="image"), targets, strict=True):
         try:
-            lr = load_image(file)[None].to(rt.device)
-        except ValueError as error:
-            tqdm.write(f"skipped: {error}")
+            lr = load_pixels(file)
+            with rt.autocast(cfg.bf16):
+                image = super_resolved_photo(net, lr)
+        except (ValueError, MemoryError) as error:
+            tqdm.write(f"skipped: {file}: {str(error).removeprefix(f'{file}: ')}")
             skipped += 1
             continue
-        with rt.autocast(cfg.bf16):
-            save_image(out / f"{name}.png", super_resolve(net, lr)[0])
+        save_png(target, image)
+    if sentence := lost_sentence():
+        print(sentence)
     print(f"{len(files) - skipped} images in {out}, {skipped} skipped")
 
 

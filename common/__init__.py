@@ -1,9 +1,11 @@
 """Plumbing of all stages: a reader of the method can skip it, and loses no idea of the paper.
 
-    cli         flags, presets, ranges; the start of a command
     runtime     processes and devices, threads, random generators
+    folder      a folder of results: one writer, and nothing of others is replaced
+    cli         flags, presets, ranges; the start of a command
     files       find photos, name them, write files whole or not at all
-    photos      read and write images; decode photos once, read random crops
+    images      read and write images
+    photos      photos to train on: decoded once, read in random crops
     tiles       compute large images in tiles
     checkpoint  read weights and check that they fit
     run         a training: optimiser, averaged weights, log, checkpoints, resuming

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from common import UserError, require
+from common.folder import close_all
 from common.runtime import Runtime, process_rank, runtime
 
 C = TypeVar("C")
@@ -61,6 +62,7 @@ def parse_args(
     preset = flags.pop("preset", "")
     if preset and process_rank() == 0:
         print(f"preset {preset}")
+    require(flags.get("out") != "", "--out is empty: name a folder or a file.")
     flags = {key: tuple(v) if isinstance(v, list) else v for key, v in flags.items()}
     return config(**presets.get(preset, {}) | flags)
 
@@ -108,3 +110,5 @@ def launch(main: Callable[[Any, Runtime], object], config: type, presets: dict, 
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        close_all()

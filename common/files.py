@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 from common import UserError, require
+from common.folder import TEMPORARY, open_folder_of
 from common.runtime import print_once
 
 DATA = Path(__file__).parents[1] / "data"
@@ -24,17 +25,31 @@ DATA = Path(__file__).parents[1] / "data"
 SYSTEM = {"@eadir", "__macosx", "#recycle", "$recycle.bin", "lost+found", "thumbs.db"}
 
 
-# Formats of Pillow that hold drawings, icons, films or measurements.
-NO_PHOTOS = set("BUFR CUR EPS FITS FLI GRIB HDF5 ICNS ICO IM IPTC MPEG PDF WMF".split())
+# Formats of photos, scans and textures. No other is opened: Pillow would run Ghostscript on an EPS.
+FORMATS = (
+    "AVIF BMP DCX DDS DIB GIF HEIF JPEG JPEG2000 PCD PCX PNG PPM PSD QOI SGI SUN TGA TIFF WEBP"
+).split()
+
+
+@functools.cache
+def photo_formats() -> tuple[str, ...]:
+    """Those of FORMATS that the installed Pillow opens, HEIF included with pillow-heif."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 @functools.cache
 def photo_suffixes() -> set[str]:
-    """Suffixes of the photos that the installed Pillow reads, HEIC included with pillow-heif."""
-    with contextlib.suppress(ImportError):
-        importlib.import_module("pillow_heif").register_heif_opener()
-    suffixes = Image.registered_extensions()
-    return {s for s, name in suffixes.items() if name in {*Image.OPEN, "MPO"} - NO_PHOTOS}
+    """Suffixes of the photos that can be read."""
+    formats = {*photo_formats(), "MPO"}  # JPEG opens MPO, too
+    return {s for s, name in Image.registered_extensions().items() if name in formats}
+
+
+def open_photo(path: str | Path) -> ImageFile.ImageFile:
+    """Open an image file of one of FORMATS, whatever its suffix; its pixels are not read yet."""
+    return Image.open(path, formats=photo_formats())
 
 
 def photos_in(path: Path, left_out: Counter, above: tuple[Path, ...] = ()) -> Iterator[Path]:
@@ -77,7 +92,7 @@ def list_images(paths: Sequence[str], flag: str, packed: bool = False) -> list[P
     require(bool(files), f"{where}: no images found{'; ' + rest if reasons else ''}.")
     if reasons:
         print_once(f"{where}: {rest}")
-    return list(dict.fromkeys(files))
+    return list({os.path.abspath(file): file for file in reversed(files)}.values())[::-1]
 
 
 def find_photos(given: Sequence[str], kind: str, flag: str, packed: bool = False) -> list[Path]:
@@ -97,31 +112,76 @@ def find_photos(given: Sequence[str], kind: str, flag: str, packed: bool = False
     return list_images([str(DATA / "sample" / kind)], flag)
 
 
-def outside(files: list[Path], out: Path, flag: str) -> list[Path]:
+def outside(files: Sequence[Path], out: str | Path, flag: str) -> list[Path]:
     """The files that do not lie in the folder `out` of the results; UserError if all do."""
-    folder = out.resolve()
+    folder = Path(out).resolve()
     kept = [file for file in files if folder not in file.resolve().parents]
     require(bool(kept), f"{flag}: all its images lie in --out {out}: give another --out.")
+    if len(kept) < len(files):
+        print_once(f"{flag}: left out {len(files) - len(kept)} images in --out {out}")
     return kept
+
+
+def paths_below(files: Sequence[Path], given: Sequence[str]) -> list[tuple[int, Path]]:
+    """For each photo the number of the first folder given that holds it, and its path below that.
+
+    A photo that was given itself is below nothing: the path is its name.
+    """
+    usual = [str(top / kind) for top in (DATA, DATA / "sample") for kind in ("hr", "lr")]
+    numbers: dict[Path, int] = {}
+    for k, path in enumerate(given or usual):
+        numbers.setdefault(Path(path), k)
+    places = []
+    for file in files:
+        folders = [p for p in file.parents if p in numbers]
+        if folders:
+            folder = min(folders, key=numbers.__getitem__)
+            places.append((numbers[folder], file.relative_to(folder)))
+        else:
+            places.append((numbers.get(file, 0), Path(file.name)))
+    return places
+
+
+def keys_of(files: Sequence[Path], given: Sequence[str]) -> list[str]:
+    """The path of each photo below the folder given; of a later folder behind its number."""
+    places = paths_below(files, given)
+    first = min((k for k, _ in places), default=0)
+    return [path.as_posix() if k == first else f"{k}/{path.as_posix()}" for k, path in places]
+
+
+MOST_BYTES = 200  # of a name, so that no file system refuses it
 
 
 def photo_names(files: Sequence[Path], given: Sequence[str]) -> list[str]:
     """A name for each photo: its path below the given folder, joined by underscores.
 
     Underscores replace blanks and commas, too, which most lists of files cannot hold. Names that
-    are equal, apart from upper and lower case, end in eight digits of the whole path.
+    are equal in a folder, apart from upper and lower case, and names that are too long end in eight
+    digits of that path; so do names that an earlier folder has. So a name does not depend on how
+    the folder was typed, nor on later folders.
     """
-    usual = {top / kind for top in (DATA, DATA / "sample") for kind in ("hr", "lr")}
-    folders = {Path(path) for path in given} or usual
-    names = []
-    for file in files:
-        below = next((file.relative_to(p) for p in file.parents if p in folders), Path(file.name))
-        names.append(re.sub(r"[\s,]+", "_", "_".join(below.with_suffix("").parts)))
-    count = Counter(name.casefold() for name in names)
-    return [
-        name if count[name.casefold()] == 1 else f"{name}-{zlib.crc32(os.fsencode(file)):08x}"
-        for name, file in zip(names, files, strict=True)
-    ]
+    places = paths_below(files, given)
+    names = [re.sub(r"[\s,]+", "_", "_".join(p.with_suffix("").parts)) for _, p in places]
+    count = Counter((k, name.casefold()) for (k, _), name in zip(places, names, strict=True))
+    taken: dict[str, int] = {}  # the first folder that has a name
+    for (k, _), name in sorted(zip(places, names, strict=True)):
+        taken.setdefault(name.casefold(), k)
+
+    def unique(k: int, path: Path, name: str) -> str:
+        raw = os.fsencode(name)
+        short = name if len(raw) <= MOST_BYTES else raw[:MOST_BYTES].decode(errors="ignore")
+        if short == name and count[k, name.casefold()] == 1 and taken[name.casefold()] == k:
+            return name
+        key = path.as_posix() if taken[name.casefold()] == k else f"{k}/{path.as_posix()}"
+        return f"{short}-{zlib.crc32(os.fsencode(key)):08x}"
+
+    return [unique(*place, name) for place, name in zip(places, names, strict=True)]
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image of ours."""
+    with open_photo(path) as image:
+        return image.size
 
 
 # ---- writing ----------------------------------------------------------------------------------
@@ -129,10 +189,16 @@ def photo_names(files: Sequence[Path], given: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a temporary file to write to; rename it to `path` if the block ends without an error."""
+    """Give a temporary file to write to; rename it to `path` if the block ends without an error.
+
+    UserError for a file in a folder for results (folder.OutFolder) that we have not made.
+    """
     path = Path(path)
+    if folder := open_folder_of(path):
+        folder.claim([path])
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    name = zlib.crc32(os.fsencode(path.name))
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{name:08x}.tmp")
     temporary.touch()
     mode = temporary.stat().st_mode  # as umask says; safetensors hides its files from other users
     try:

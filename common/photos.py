@@ -1,4 +1,4 @@
-"""Read and write images; decode photos once, and read random crops of them."""
+"""Photos to train on: decoded once, mapped into memory, read in random crops."""
 
 import json
 import os
@@ -9,126 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageDraw, ImageFile, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 from common import UserError, require
 from common.files import replacing
+from common.folder import TEMPORARY, open_folder_of
+from common.images import load_pixels, lost_sentence, to_uint8
 from common.runtime import Runtime, in_parallel, make_generator, process_rank, wait_for_all
-
-# ---- one image --------------------------------------------------------------------------------
-
-
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS = 2**29  # some photos are larger than Pillow's limit
-
-
-def orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an opened image; 1, upright, if EXIF is missing or damaged."""
-    try:
-        return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged EXIF raises errors of many types
-        return 1
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF says; as it is, if that is damaged."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # of many types
-        return image
-
-
-def pixels_of(file: ImageFile.ImageFile) -> Tensor:
-    """Pixels (3, H, W) in [0, 1] of an opened image; ValueError if their range is not known."""
-    if file.width * file.height > MAX_PIXELS:
-        raise ValueError(f"{file.width} x {file.height} pixels are more than {MAX_PIXELS}")
-    mode, tile, tags = file.mode, str(file.tile[:1]), getattr(file, "tag_v2", {})  # tags of TIFF
-    bits, signed, planar = tags.get(258, (8,)), 2 in tags.get(339, ()), tags.get(284) == 2
-    deep = mode.startswith("I")  # gray of 16 bits, which Pillow's convert() would clip
-    if (
-        (mode == "F" or mode == "I" and file.format not in ("PNG", "PPM"))  # of 32 bits
-        or (signed or deep and tags.get(262) == 0)  # white is 0
-        or (planar and "raw" in tile and bits[0] > 8)  # Pillow reads them as 8 bits
-    ):
-        raise ValueError("numbers of a rare kind: convert it to RGB of 8 or 16 bits")
-    file.load()
-    image = upright(file)
-    if deep:
-        x = torch.from_numpy(np.asarray(image).astype(np.float32)).div_(65535).repeat(3, 1, 1)
-    else:
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-        x = x.float().div_(255)  # in place: photos may be large
-    if re.search(r"(I|LA|RGBA?);1[26]", tile) and x.max() < 1 / 16:
-        raise ValueError("numbers of 16 bits that use only 12 of them: scale them up")
-    return x
-
-
-def load_image(path: str | Path) -> Tensor:
-    """Read an image file as float32 RGB (3, H, W) in [0, 1]; ValueError if that is impossible.
-
-    Gray is repeated and keeps its 16 bits, alpha is laid over white, EXIF rotation is applied.
-    """
-    try:
-        with Image.open(path) as file:
-            return pixels_of(file)
-    except Exception as error:  # Pillow raises errors of many types for a damaged file
-        raise ValueError(f"{path}: not a readable image ({error})") from None
-
-
-def crop_to_multiple(image: Tensor, scale: int, path: str | Path) -> Tensor:
-    """Cut an image (3, H, W) to a multiple of the scale; ValueError if it is too small."""
-    H, W = (side // scale * scale for side in image.shape[1:])
-    if min(H, W) < 8 * scale:
-        size = f"{image.shape[2]} x {image.shape[1]} pixels"
-        raise ValueError(f"{path}: {size} are too few at scale {scale}")
-    return image[:, :H, :W]
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """Round an image in [0, 1] to 8 bits."""
-    return x.clamp(0, 1).mul_(255).round_().to(torch.uint8)
-
-
-def save_image(path: str | Path, x: Tensor) -> None:
-    """Write an image (3, H, W) in [0, 1] as PNG: whole or not at all."""
-    image = Image.fromarray(to_uint8(x).permute(1, 2, 0).cpu().numpy())
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG", compress_level=1)
-
-
-def resized(image: Tensor, height: int, width: int) -> Tensor:
-    """Resize (B, 3, H, W) bicubically with antialiasing, as Pillow does but without rounding."""
-    return F.interpolate(image.float(), (height, width), mode="bicubic", antialias=True)
-
-
-def centre(image: Tensor, size: int, side: int) -> Tensor:
-    """The middle size x size pixels of an image, padded with white, as side x side pixels."""
-    top, left = (max(0, n - size) // 2 for n in image.shape[1:])
-    crop = image[:, top : top + size, left : left + size]
-    crop = F.pad(crop, (0, size - crop.shape[2], 0, size - crop.shape[1]), value=1.0)[None]
-    if side >= size:
-        return F.interpolate(crop, (side, side), mode="nearest")[0]
-    return F.interpolate(crop, (side, side), mode="bicubic", antialias=True)[0].clamp(0, 1)
-
-
-def save_sheet(path: str | Path, titles: Sequence[str], rows: Sequence[Sequence[Tensor]]) -> None:
-    """Write rows of pictures (3, side, side) under a line of titles."""
-    lines = [torch.cat([F.pad(x, (2, 2, 2, 2), value=1.0) for x in row], dim=2) for row in rows]
-    body = torch.cat(lines, dim=1).cpu()
-    head = Image.new("RGB", (body.shape[2], 18), "white")
-    for i, title in enumerate(titles):
-        ImageDraw.Draw(head).text((6 + i * body.shape[2] // len(titles), 3), title, fill="black")
-    pixels = torch.from_numpy(np.array(head)).permute(2, 0, 1) / 255
-    save_image(path, torch.cat([pixels, body], dim=1))
-
-
-# ---- photos to train on -----------------------------------------------------------------------
-
 
 Item = Path | tuple[Path, ...]  # a photo, or several files of which `read` makes one array
 
@@ -148,7 +36,7 @@ def open_pack(path: Path) -> np.ndarray:
 
 def read_photo(file: Path) -> np.ndarray:
     """A photo as uint8 (3, H, W); ValueError if it can't be read."""
-    return to_uint8(load_image(file)).numpy()
+    return to_uint8(load_pixels(file)).numpy()
 
 
 def decode(items: Sequence[Item], target: Path, read: Callable[..., np.ndarray]) -> None:
@@ -160,8 +48,10 @@ def decode(items: Sequence[Item], target: Path, read: Callable[..., np.ndarray])
         except ValueError as error:
             return str(error)
 
-    main = process_rank() == 0
+    main, index_file = process_rank() == 0, target.with_suffix(".npy")
     table, bad, start = [], [], 0
+    if folder := open_folder_of(target):
+        folder.claim([target, index_file])
     with replacing(target) as temporary, open(temporary, "wb") as pixels:
         photos = in_parallel(work, items, min(8, os.cpu_count() or 1))
         for photo in tqdm(photos, "decoding photos", len(items), disable=not main or None):
@@ -173,12 +63,15 @@ def decode(items: Sequence[Item], target: Path, read: Callable[..., np.ndarray])
             start += photo.size
         first = "".join(bad[:1])
         require(len(table) > 0, f"no photo can be read of {len(items)} ({first}).")
-        with replacing(target.with_suffix(".npy")) as index, open(index, "wb") as file:
+        with replacing(index_file) as index, open(index, "wb") as file:
             np.save(file, np.array(table, np.int64))
     if bad and main:
         print(f"skipped {len(bad)} of {len(items)} photos: unreadable (the first: {first})")
+    if main and (sentence := lost_sentence()):
+        print(sentence)
     for old in target.parent.iterdir():  # of photos that have changed since, or of a killed run
-        if old.stem != target.stem and old.suffix in (".pixels", ".npy", ".tmp"):
+        ours = rf"realdgen-[0-9a-f]{{8}}\.(pixels|npy)|{re.escape(TEMPORARY)}.*\.tmp"
+        if re.fullmatch(ours, old.name) and old.stem != target.stem:
             old.unlink()
 
 
@@ -208,7 +101,7 @@ class Photos:
         if photos:
             files = [f for x in photos for f in (x if isinstance(x, tuple) else (x,))]
             facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-            pixels = folder / f"{zlib.crc32(json.dumps(facts).encode()):08x}.pixels"
+            pixels = folder / f"realdgen-{zlib.crc32(json.dumps(facts).encode()):08x}.pixels"
             if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not pixels.is_file():
                 decode(photos, pixels, read)
             wait_for_all(rt)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from common import UserError, require
-from common.checkpoint import check_weights, load_checkpoint
-from common.files import replacing
+from common.checkpoint import before, check_weights, load_checkpoint, save_state
+from common.folder import out_folder
 from common.runtime import Runtime, largest_of_all, make_generator
 
 
@@ -43,6 +43,8 @@ class TrainingConfig:
     )  # fmt: skip
 
 
+# Signals that stop a run: Ctrl-C, kill or torchrun, a closed terminal.
+STOPPING = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
 TRAINING_RANGES = {"accumulate": (0, 2**16), "log_every": (1, 2**31), "save_every": (1, 2**31),
                    "cooldown": (0, 1), "ema_decay": (0, 1)}  # fmt: skip
 
@@ -59,16 +61,39 @@ def check_micro_batches(cfg: Any, least: int = 1, sources: int = 1) -> None:
     require(fits, wrong)
 
 
-def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
-    """Average the gradients over all processes, in one message.
+def files_of_run(path: Path) -> list[Path]:
+    """The files that a run with this checkpoint writes."""
+    return [path, before(path), path.with_suffix(".png"), path.with_name("log.jsonl")]
+
+
+def lock_runs(out: str | Path, names: Sequence[str], rt: Runtime) -> None:
+    """Lock the folder of runs with these names; UserError for a file in it that is not of a run."""
+    folder = out_folder(out, rt)
+    for path in (Path(out) / f"{name}.pt" for name in names):
+        kept = [p for p in (path, before(path)) if p.is_file()]
+        unknown = [p for p in kept if folder.name_of(p) not in folder.ours]
+        for file in unknown:  # of a version without records, or copied from elsewhere
+            no_run = f"{file} is no checkpoint of a training: move it or give another --out."
+            require({"step", "opt"} <= load_checkpoint(file).keys(), no_run)
+        folder.check(() if unknown else files_of_run(path))
+    if rt.is_main:
+        folder.clean(folder.root)
+
+
+def average_gradients(parameters: list[nn.Parameter], votes: int, rt: Runtime) -> Tensor:
+    """Average the gradients over all processes, in one message; returns the sum of their votes ().
 
     DistributedDataParallel would forbid a loss to call other methods of its network than forward.
     """
-    if world_size > 1:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = _flatten_dense_tensors(gradients)
-        dist.all_reduce(flat)
-        torch._foreach_copy_(gradients, _unflatten_dense_tensors(flat / world_size, gradients))
+    if rt.world_size == 1:
+        return torch.tensor(float(votes))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    vote = torch.full((1,), float(votes)).to(rt.device, non_blocking=True)
+    flat = _flatten_dense_tensors([*gradients, vote])
+    dist.all_reduce(flat)
+    averages = _unflatten_dense_tensors(flat[:-1] / rt.world_size, gradients)
+    torch._foreach_copy_(gradients, averages)
+    return flat[-1]
 
 
 def micro_batches_that_fit(batch: int, least: int, cost: float, room: float) -> int:
@@ -126,7 +151,10 @@ class Run:
         self.step = 0  # steps done; -1 in trial()
         self.micro_batch, self.micro_batches = 0, 1  # the next one of a step, and their number
         self.clock, self.images = 0.0, 0  # time of the last line of the log, images since then
-        self.stop: list[bool] = []  # SIGTERM adds an item
+        self.first: Tensor | None = None  # loss of the first step
+        self.high: Tensor | int = 0  # for how many steps in a row the loss has been far above it
+        self.stop: list[int] = []  # signals that ask to stop
+        self.vote: tuple[Tensor, torch.cuda.Event] | None = None  # of all processes, the last one
         self.trained = [p for group in groups for p in group["params"]]
         learns = any(group["lr"] > 0 for group in groups) or steps == 0
         require(learns, "all learning rates are 0: there is nothing to train.")
@@ -137,11 +165,13 @@ class Run:
         self.learning_rates = [group["lr"] for group in groups]
         self.opt = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self.ema = {key: value.detach().clone() for key, value in net.state_dict().items()}
-        self.before = path.with_name(
-            "before.pt" if path.name == "last.pt" else f"before-{path.name}"
-        )
+        self.before, self.log = before(path), path.with_name("log.jsonl")
+        self.folder = out_folder(path.parent, rt)
         if path.is_file() or self.before.is_file():
             self.resume(self.read())
+            if rt.is_main and self.folder.name_of(path) not in self.folder.ours:
+                self.folder.claim(files_of_run(path), adopt=True)  # it is a run like this
+        self.folder.check(files_of_run(path))
         pairs = [(self.ema[key], value) for key, value in net.state_dict().items()]
         self.averaged = [pair for pair in pairs if pair[0].is_floating_point()]
 
@@ -156,7 +186,9 @@ class Run:
             if self.rt.is_main:
                 print(f"{error} Going on from {self.before}.")
                 if self.path.is_file():
-                    os.replace(self.path, self.path.with_suffix(".damaged"))
+                    damaged = self.path.with_suffix(".damaged")
+                    self.folder.claim([damaged])
+                    os.replace(self.path, damaged)
             return load_checkpoint(self.before)
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -207,13 +239,16 @@ class Run:
 
         counts = [c.batch_size // self.micro_batches for c in crops]
         streams = [c.batches(numbers(), n, rt.device) for c, n in zip(crops, counts, strict=True)]
-        before = signal.signal(signal.SIGTERM, lambda *_: self.stop.append(True))
+        handlers = {sent: signal.getsignal(sent) for sent in STOPPING}
+        for sent in STOPPING:
+            signal.signal(sent, lambda number, frame: self.stop.append(number))
         try:
             for number, *images in zip(numbers(), *streams, strict=True):
                 self.images += sum(counts) * rt.world_size
                 yield *images, make_generator(cfg.seed, number, device=rt.device)
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for sent, handler in handlers.items():
+                signal.signal(sent, handler)
         self.net.load_state_dict(self.ema)
         self.net.eval().requires_grad_(False)
 
@@ -250,7 +285,7 @@ class Run:
         self.micro_batch = (self.micro_batch + 1) % self.micro_batches
         if self.micro_batch > 0:
             return
-        average_gradients(self.trained, rt.world_size)
+        stopping = self.asked(average_gradients(self.trained, len(self.stop), rt))
         norm = torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         left = (self.steps - self.step) / max(1, cfg.cooldown * self.steps)
         for group, rate in zip(self.opt.param_groups, self.learning_rates, strict=True):
@@ -262,36 +297,57 @@ class Run:
         averages, weights = zip(*self.averaged, strict=True)
         torch._foreach_lerp_(averages, weights, 1 - decay)
         self.step += 1
-        together = rt.world_size == 1 or self.step % 10 == 0  # all processes stop at the same step
-        stopping = together and largest_of_all(bool(self.stop), rt) > 0
+        loss = losses["loss"].detach()
+        self.first = loss.abs() if self.first is None else self.first
+        self.high = (self.high + 1) * (loss > 100 * self.first)
         saving = self.step % cfg.save_every == 0 or self.step == self.steps or stopping
         if rt.is_main and (saving or self.step % cfg.log_every == 0):
-            self.report(losses, norm, saving)
-        if rt.is_main and saving:
-            self.save()
+            self.check_finite(losses["loss"].item(), norm.item())
+            if saving:  # first, because a process that is asked to stop may be killed soon
+                self.save()
+            self.report(losses, self.preview() if saving else {})
         if not self.clock:  # the first step does not count as speed: networks are compiled in it
             self.clock, self.images = time.time(), 0
         if stopping:
             raise SystemExit(f"stopped at step {self.step}; the same command goes on from there")
 
-    def report(self, losses: dict[str, Tensor], norm: Tensor, saving: bool) -> None:
-        """Print the numbers of a step and append them to log.jsonl; UserError if not finite."""
-        shown = {key: value.item() for key, value in losses.items()}
-        finite = math.isfinite(shown["loss"]) and math.isfinite(norm.item())
+    def asked(self, votes: Tensor) -> bool:
+        """Whether a process was asked to stop, by the sum of all votes ().
+
+        A GPU is not synchronised: the answer is that of the step before.
+        """
+        if votes.device.type != "cuda":
+            return votes.item() > 0
+        earlier = self.vote
+        copied = torch.empty((), pin_memory=True).copy_(votes, non_blocking=True)
+        self.vote = copied, torch.cuda.Event()
+        self.vote[1].record()
+        if earlier is None:
+            return False
+        earlier[1].synchronize()
+        return earlier[0].item() > 0
+
+    def check_finite(self, loss: float, norm: float) -> None:
+        """UserError if the loss or the norm of its gradient is not a number."""
         kept = f"{self.path} is of an earlier step" if self.path.is_file() else "nothing is saved"
-        found = f"the loss is {shown['loss']}, its gradient {norm.item()} at step {self.step}"
-        require(finite, f"{found}; {kept}.")
-        speed = {}
+        found = f"the loss is {loss}, its gradient {norm} at step {self.step}"
+        require(math.isfinite(loss) and math.isfinite(norm), f"{found}; {kept}.")
+
+    def report(self, losses: dict[str, Tensor], preview: dict[str, Tensor]) -> None:
+        """Print the numbers of a step and append them to log.jsonl."""
+        shown = {key: value.item() for key, value in (losses | preview).items()}
         if self.clock:
-            speed["images/s"] = self.images / (time.time() - self.clock)
+            shown["images/s"] = self.images / (time.time() - self.clock)
         if self.rt.device.type == "cuda":
-            speed["GiB"] = torch.cuda.max_memory_allocated(self.rt.device) / 2**30
-        preview = self.preview() if saving else {}
-        shown |= {key: value.item() for key, value in preview.items()} | speed
+            shown["GiB"] = torch.cuda.max_memory_allocated(self.rt.device) / 2**30
         text = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
         name = f"{self.path.parent.name}/{self.path.stem}"
         print(f"{name} {self.step}/{self.steps}  {text}", flush=True)
-        with open(self.path.with_name("log.jsonl"), "a", encoding="utf-8") as file:
+        if self.high >= 100:
+            print(f"the loss has been over 100 times that of the first step for {int(self.high)} "
+                  "steps: stop, and try a smaller learning rate", flush=True)  # fmt: skip
+        self.folder.claim([self.log])
+        with open(self.log, "a", encoding="utf-8") as file:
             file.write(json.dumps({"phase": self.path.stem, "step": self.step, **shown}) + "\n")
         self.clock, self.images = time.time(), 0
 
@@ -299,7 +355,5 @@ class Run:
         """Write the checkpoint, whole or not at all, and keep the one before."""
         state = {"step": self.step, "steps": self.steps, "net": self.net.state_dict(),
                  "ema": self.ema, "opt": self.opt.state_dict(), "config": self.config}  # fmt: skip
-        with replacing(self.path) as temporary:
-            torch.save(state, temporary)
-            if self.path.is_file():
-                os.replace(self.path, self.before)
+        self.folder.claim([self.before])
+        save_state(self.path, state, keep=self.before)

@@ -1,12 +1,34 @@
 """Large images: compute a function in overlapping tiles."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from common.images import to_uint8
+
 TILE, OVERLAP = 144, 32  # LR pixels; attention over a tile costs the fourth power of its side
+
+
+def starts(n: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin that cover n pixels; the last one ends with them."""
+    return [*range(0, n - tile, tile - overlap), n - tile] if n > tile else [0]
+
+
+def sides(h: int, w: int, tile: int, overlap: int) -> tuple[int, int, int]:
+    """Height and width of the tiles of an image, and their overlap: 3/4 of a tile at most."""
+    tile = tile or TILE
+    return min(h, tile), min(w, tile), min(overlap or OVERLAP, 3 * tile // 4)
+
+
+def rising(i: Tensor, overlap: int) -> Tensor:
+    """Weights of pixels i = 1, 2, ... of an overlap: from almost 0 to 1 in its middle half.
+
+    Pixels at the edge of a tile see too little of their surroundings.
+    """
+    x = (2 * i / overlap - 0.5).clamp(0.02, 1)
+    return x.square() * (3 - 2 * x)
 
 
 def in_tiles(
@@ -22,26 +44,18 @@ def in_tiles(
     the grid (default: TILE, OVERLAP). An image that is no larger than a tile is computed at once.
     """
     h, w = grid
-    th, tw, overlap = min(h, tile or TILE), min(w, tile or TILE), overlap or OVERLAP
+    th, tw, overlap = sides(h, w, tile, overlap)
     if (th, tw) == (h, w):
         return function(*inputs)
 
-    def starts(n: int, side: int) -> list[int]:
-        return [*range(0, n - side, side - overlap), n - side]
-
     def fade(start: int, side: int, n: int) -> Tensor:
-        """Weights (side,) that rise from almost 0 to 1 in the middle half of the overlap.
-
-        Pixels at the edge of a tile see too little of their surroundings. At the edge of the image
-        the weight stays 1, because no tile sees more there.
-        """
+        """Weights (side,), 1 at the edge of the image, because no tile sees more there."""
         i = torch.arange(1, side + 1, device=inputs[0].device)
         before, after = i + overlap * (start == 0), i.flip(0) + overlap * (start + side == n)
-        rising = (2 * torch.minimum(before, after) / overlap - 0.5).clamp(0.02, 1)
-        return rising.square() * (3 - 2 * rising)
+        return rising(torch.minimum(before, after), overlap)
 
     total, weight = None, torch.zeros(h, w, device=inputs[0].device)
-    for top, left in itertools.product(starts(h, th), starts(w, tw)):
+    for top, left in itertools.product(starts(h, th, overlap), starts(w, tw, overlap)):
         crops = []
         for x in inputs:
             f = x.shape[2] // h
@@ -53,3 +67,51 @@ def in_tiles(
         weight[top : top + th, left : left + tw] += mask
     assert total is not None
     return total / weight
+
+
+def joined(
+    piece: Callable[[int], Tensor], n: int, side: int, overlap: int, dim: int
+) -> Iterator[Tensor]:
+    """Parts of an image in their order, from pieces that are faded where they overlap.
+
+    The image has n pixels along the dimension `dim`; piece(start), uint8, shows `side` of them,
+    each as one or more pixels.
+    """
+    rest = None
+    for start, end in itertools.pairwise([*starts(n, side, overlap), n]):
+        new = piece(start)
+        scale = new.shape[dim] // side
+        if rest is not None:
+            length = scale * overlap
+            weights = rising(torch.arange(1, length + 1), length)[(..., *[None] * (2 - dim))]
+            edge, before = new.narrow(dim, 0, length), rest.narrow(dim, 0, length)
+            edge.copy_(torch.lerp(before.float(), edge.float(), weights).round_())
+        done = scale * (end - start)
+        rest = new.narrow(dim, done, min(scale * overlap, new.shape[dim] - done)).clone()
+        yield new.narrow(dim, 0, done)
+
+
+def in_bands(
+    function: Callable[[Tensor], Tensor], x: Tensor, tile: int = 0, overlap: int = 0
+) -> Iterator[Tensor]:
+    """function(x) in bands of rows from top to bottom, computed in tiles, rounded to 8 bits.
+
+    x (C, h, w) -> (C', rows, scale w) uint8 on the CPU. Memory holds no more than two bands of a
+    tile's height. function maps (C, h, w) to (C', scale h, scale w) in [0, 1].
+    """
+    h, w = x.shape[1:]
+    th, tw, overlap = sides(h, w, tile, overlap)
+
+    def band(top: int) -> Tensor:
+        def made(left: int) -> Tensor:
+            return to_uint8(function(x[:, top : top + th, left : left + tw])).cpu()
+
+        rows, right = torch.empty(0), 0
+        for part in joined(made, w, tw, overlap, dim=2):
+            if right == 0:
+                rows = part.new_empty(*part.shape[:2], part.shape[1] // th * w)
+            rows[..., right : right + part.shape[2]] = part
+            right += part.shape[2]
+        return rows
+
+    return joined(band, h, th, overlap, dim=1)

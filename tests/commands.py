@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from common.cli import launch
+from common.folder import RECORD
 
 FORKSERVER = multiprocessing.get_context("forkserver")  # its processes have torch from the start
 FORKSERVER.set_forkserver_preload(["generate"])
@@ -78,5 +79,6 @@ def assert_refused(done: subprocess.CompletedProcess, *words: str) -> None:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """The bytes of all files below a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """The bytes of all files below a folder, but of the records of what was made there."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != RECORD]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}

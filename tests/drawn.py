@@ -10,7 +10,7 @@ from scipy import ndimage
 
 import additions
 import degrade
-from common.photos import save_image
+from common.images import save_image
 from common.runtime import make_generator
 
 

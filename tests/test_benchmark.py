@@ -14,7 +14,7 @@ from drawn import bicubic_for_realdgen, photo, scenes, write, write_pairs
 import benchmark
 import generate
 from bench import control, factors, generated, inputs, leakage, sr
-from common.photos import load_image, save_image
+from common.images import load_image, save_image
 from common.run import Run
 
 ROOT = Path(benchmark.__file__).parent

@@ -1,12 +1,19 @@
 """common/checkpoint.py and tools/export.py: weights and what is stored with them."""
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 
 from common import UserError
-from common.checkpoint import load_checkpoint, load_weights
+from common.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    load_weights,
+    save_state,
+    save_weights,
+)
 from tests.commands import run
 from tests.test_run import toy_net
 
@@ -67,3 +74,54 @@ def test_exported_weights_keep_their_config_but_no_path_of_the_machine(tmp_path)
     kept = {"widths": [8, 16], "learning_rate": 1e-4}
     assert read["config"] == kept | {"extractors": kept}
     assert torch.equal(read["ema"]["a"], state["ema"]["a"].half().float())
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_a_flipped_bit_is_found_or_was_of_no_use(tmp_path, suffix):
+    path, net = tmp_path / f"x.{suffix}", toy_net()
+    if suffix == "pt":
+        save_state(path, {"ema": net.state_dict(), "config": {"a": [1, "b"]}, "step": 3})
+    else:
+        save_weights(path, net.state_dict(), config={"a": [1, "b"]})
+    content, state = path.read_bytes(), load_checkpoint(path)
+    found, places = 0, range(7, len(content), len(content) // 99)
+    for place in places:
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        try:
+            read = load_checkpoint(path)
+        except UserError:
+            found += 1
+        else:  # in padding, or in what is not read
+            assert read["ema"].keys() == state["ema"].keys()
+            assert all(torch.equal(read["ema"][k], v) for k, v in state["ema"].items())
+    assert found > len(places) // 2
+
+
+def test_the_checkpoint_before_is_found_where_the_last_is_damaged_or_gone(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    last, before = Path("runs/x/last.pt"), Path("runs/x/before.pt")
+    for path in (before, last):
+        save_state(path, {"ema": {}, "config": {}, "step": 1})
+    assert find_checkpoint("", "x", "make") == find_checkpoint(str(last), "x", "make") == last
+    last.write_bytes(last.read_bytes()[:100])
+    assert find_checkpoint("", "x", "make") == find_checkpoint(str(last), "x", "make") == before
+    assert "no readable checkpoint" in capsys.readouterr().out
+    last.unlink()
+    assert find_checkpoint("", "x", "make") == before
+    before.unlink()
+    with pytest.raises(UserError, match="make them with `make`"):
+        find_checkpoint("", "x", "make")
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr("common.checkpoint.save_file", full)
+    for save in (save_state, save_weights):
+        with pytest.raises(UserError, match="x.pt could not be written; is the disk full"):
+            save(tmp_path / "x.pt", {})
+    assert not list(tmp_path.iterdir())

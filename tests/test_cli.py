@@ -9,7 +9,7 @@ import torch
 
 from common import UserError
 from common.cli import check_ranges, from_dict, launch, parse_args
-from common.photos import save_image
+from common.images import save_image
 from common.runtime import Runtime
 
 REPO = Path(__file__).resolve().parents[1]

@@ -7,7 +7,7 @@ from drawn import bicubic_for_realdgen, write_sharpened_pairs
 
 from bench import control
 from bench.inputs import Config, Inputs, resolved
-from common.photos import load_image
+from common.images import load_image
 from common.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"))

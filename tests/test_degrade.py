@@ -21,7 +21,7 @@ from torch import Tensor
 import additions
 import degrade
 from bench import kernels
-from common.photos import load_image, save_image, to_uint8
+from common.images import load_image, save_image, to_uint8
 from common.runtime import make_generator
 from degrade import Degradation
 from tests.commands import assert_refused, files_of, run, start

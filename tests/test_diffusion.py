@@ -16,7 +16,7 @@ import diffusion
 import extractors
 from common import UserError
 from common.checkpoint import load_checkpoint
-from common.photos import save_image
+from common.images import save_image
 from common.runtime import Runtime, make_generator
 from diffusion import ALPHAS_CUMPROD, BETAS, Config
 from tests.fake_cuda import counted_memory, fake_cuda, training_memory
@@ -383,7 +383,7 @@ def test_no_operation_of_the_loss_and_the_picture_leaves_the_gpu(preset, tmp_pat
     cfg = Config(**diffusion.PRESETS[preset])
     stage_1 = extractors.Config(**extractors.PRESETS[preset])
     sheets = []
-    monkeypatch.setattr("common.photos.save_image", lambda path, x: sheets.append(x))
+    monkeypatch.setattr("common.images.save_image", lambda path, x: sheets.append(x))
     with fake_cuda(), torch.no_grad():
         with torch.device("cuda:0"):
             net = diffusion.DecoupledDDPM(extractors.Extractors(stage_1), stage_1, cfg)

@@ -15,7 +15,7 @@ import generate
 from bench import downstream, pairs, sr
 from bench.inputs import SOURCES, Config, Inputs, resolved
 from common.files import list_images
-from common.photos import load_image, save_image
+from common.images import load_image, save_image
 from common.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"))

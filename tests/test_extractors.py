@@ -15,7 +15,7 @@ import degrade
 import extractors
 from common import UserError
 from common.checkpoint import count_parameters, load_checkpoint
-from common.photos import resized, save_image
+from common.images import resized, save_image
 from common.runtime import Runtime, make_generator
 from extractors import Config, Extractors
 from tests.commands import assert_refused, run
@@ -485,12 +485,16 @@ def test_reports_tell_the_truth_and_draw_a_picture(tmp_path):
 def test_every_50th_photo_is_held_out(tmp_path, capsys):
     for i in range(51):
         save_image(tmp_path / f"hr/{i:02d}.png", drawn_batch(1, 32, 32)[0])
-    folders = {"hr": (str(tmp_path / "hr"),), "lr": (str(tmp_path / "hr"),), "out": str(tmp_path)}
+    folders = {
+        "hr": (str(tmp_path / "hr"),),
+        "lr": (str(tmp_path / "hr"),),
+        "out": str(tmp_path / "out"),
+    }
     extractors.train(replace(TINY, **folders, steps=(1,), crop=32, vq_crop=16), CPU)
     printed = capsys.readouterr().out
     assert "HR and real LR: 49 (0 smaller than the crop), 51 (0" in printed
     assert "2 held out" in printed and "shown psnr" in printed
-    assert {path.stem for path in tmp_path.glob("*.png")} == {"vqvae", "content", "last"}
+    assert {path.stem for path in tmp_path.glob("out/*.png")} == {"vqvae", "content", "last"}
 
 
 def test_training_as_printed_takes_no_real_lr(tmp_path):
@@ -506,7 +510,7 @@ def test_training_as_printed_takes_no_real_lr(tmp_path):
 def test_no_operation_of_the_losses_and_pictures_leaves_the_gpu(preset, tmp_path, monkeypatch):
     cfg = Config(**extractors.PRESETS[preset])
     sheets = []
-    monkeypatch.setattr("common.photos.save_image", lambda path, x: sheets.append(x))
+    monkeypatch.setattr("common.images.save_image", lambda path, x: sheets.append(x))
     with fake_cuda(), torch.no_grad():
         with torch.device("cuda:0"):
             net, hr = Extractors(cfg), torch.zeros(4, 3, cfg.crop, cfg.crop)

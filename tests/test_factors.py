@@ -12,7 +12,7 @@ import degrade
 import generate
 from bench import factors
 from bench.inputs import Config, Inputs, resolved
-from common.photos import resized, save_image
+from common.images import resized, save_image
 from common.runtime import Runtime, make_generator
 
 CPU = Runtime(torch.device("cpu"))

@@ -12,7 +12,7 @@ from bench import factors, figure1
 from bench.figure1 import GRID
 from bench.inputs import Config, Inputs, resolved
 from bench.pairs import find_pairs
-from common.photos import save_image
+from common.images import save_image
 from common.runtime import Runtime, make_generator
 
 CPU = Runtime(torch.device("cpu"))

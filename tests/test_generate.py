@@ -28,7 +28,7 @@ import extractors
 import generate
 from common import UserError, tiles
 from common.checkpoint import load_checkpoint
-from common.photos import load_image, resized, save_image, to_uint8
+from common.images import load_image, resized, save_image, to_uint8
 from common.runtime import make_generator
 from common.tiles import in_tiles
 from generate import Sampler
@@ -362,7 +362,7 @@ def test_the_filter_weighs_both_errors_equally(net, monkeypatch):
 
 def drawn(names: list[str]) -> list[str]:
     """The references of 4,000 photos; none of these files is read."""
-    references = generate.References(list(map(Path, names)), names, None, 1)
+    references = generate.References(list(map(Path, names)), ["data/lr"], None, 1)
     references.degradations = dict.fromkeys(range(len(names)), torch.zeros(1))
     seeds = [make_generator(0, f"photo {i}").initial_seed() for i in range(4000)]
     return [names[references.draw(seed)] for seed in seeds]
@@ -386,13 +386,13 @@ def test_f_deg_of_a_folder_is_averaged_from_the_reference_on(net, tmp_path):
     files[3].write_text("not an image")
 
     def mean(r: int, average: int) -> Tensor:
-        return generate.References(files, names, net, average).mean_degradation(r)
+        return generate.References(files, [str(tmp_path)], net, average).mean_degradation(r)[0]
 
     first, second, third, _, alone = (
         generate.degradation_of(net, load_image(file))[0] if i != 3 else None
         for i, file in enumerate(files)
     )
-    assert generate.References(files, names, net, 1).degradation(3) is None
+    assert generate.References(files, [], net, 1).degradation(3) is None
     assert torch.allclose(mean(1, 1), second)
     assert torch.allclose(mean(1, 2), (second + third) / 2)
     assert torch.allclose(mean(1, 3), mean(1, 2))  # the fourth can't be read
@@ -416,7 +416,7 @@ def test_the_seed_of_a_pair_depends_on_its_name_alone():
 
 def test_images_of_equal_size_go_together():
     sizes = [8, 16, 24] * 16
-    jobs = [generate.Job("", Path("x"), 0, hr=torch.zeros(3, 8, size)) for size in sizes]
+    jobs = [generate.Job("", Path("x"), "", 0, 0, hr=torch.zeros(3, 8, size)) for size in sizes]
     made = list(generate.of_equal_size(jobs, 4 * 8 * 16))
     assert all(len({job.hr.shape for job in batch}) == 1 for batch in made)
     assert Counter(map(len, made)) == {8: 2, 4: 4, 3: 5, 1: 1}  # no job is lost
@@ -468,10 +468,12 @@ def assert_agrees(out: Path) -> None:
     for side in SIDES:
         assert sorted(p.name for p in (out / side).iterdir()) == sorted(names)
         assert [row[side] for row in rows] == [f"{side}/{name}" for name in names]
-    assert (out / "meta_info.txt").read_text().splitlines() == names
+    sizes = [Image.open(out / "hr" / name).size for name in names]
+    listed = [f"{name} ({h},{w},3)" for name, (w, h) in zip(names, sizes, strict=True)]
+    assert (out / "meta_info.txt").read_text().splitlines() == listed  # BasicSR's form
     lines = (out / "meta_info_realesrgan.txt").read_text().splitlines()
     assert lines == [f"hr/{name}, lr/{name}" for name in names]
-    others = {"hr", "lr", "pairs.jsonl", "meta_info.txt", "meta_info_realesrgan.txt"}
+    others = {"hr", "lr", "pairs.jsonl", "meta_info.txt", "meta_info_realesrgan.txt", ".realdgen"}
     assert {p.name for p in out.iterdir()} - {"removed"} == others | {"preview.png"}
 
 
@@ -730,6 +732,8 @@ def test_a_killed_run_is_completed(copied, checkpoint):
     lines = (out / "pairs.jsonl").read_text().splitlines(keepends=True)
     (out / "pairs.jsonl").write_text("".join(lines[:2]))
     (out / "pairs.0.jsonl").write_text(lines[2] + lines[3][:-40])
+    with open(out / ".realdgen", "a") as record:
+        record.write("pairs.0.jsonl\n")
     (out / "meta_info.txt").write_text("old\n")
     (out / "preview.png").write_text("old")
     assert_made(run(*command(checkpoint), cwd=copied), 4)
@@ -781,9 +785,9 @@ def test_a_second_run_at_the_same_time_is_refused_and_harms_nothing(inputs, chec
         before = files_of(inputs / "out")
         for more in ((), ("--seed", 1)):
             done = run(*args, *more, cwd=inputs)
-            assert_refused(done, "--out out: another run is writing there")
+            assert_refused(done, "--out out: another command is writing there")
         first, second = run_two(*args, cwd=inputs)  # of two, the first looks at the lock
-        assert_refused(first, "another run is writing there")
+        assert_refused(first, "another command is writing there")
         assert_refused(second, "another process has stopped")
         assert files_of(inputs / "out") == before
     finally:

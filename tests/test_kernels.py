@@ -7,7 +7,7 @@ from drawn import scenes
 from PIL import Image
 
 from bench import kernels
-from common.photos import to_uint8
+from common.images import to_uint8
 
 
 def gaussian_kernel(sigma):

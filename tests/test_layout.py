@@ -13,8 +13,8 @@ STAGES = ["degrade", "extractors", "diffusion", "generate", "benchmark"]
 # Each imports those to its left only, so there is no circle.
 ORDER = [
     "common",
-    *(f"common.{room}" for room in ("runtime", "cli", "files", "photos", "tiles", "checkpoint",
-                                    "run", "pairs")),
+    *(f"common.{room}" for room in ("runtime", "folder", "cli", "files", "images", "photos",
+                                    "tiles", "checkpoint", "run", "pairs")),
     "degrade", "additions", "extractors", "diffusion", "generate",
     *(f"bench.{room}" for room in ("metrics", "pairs", "sr", "inputs", "kernels", "factors",
                                    "generated", "separation", "mtf", "leakage", "downstream",

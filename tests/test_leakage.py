@@ -12,7 +12,7 @@ from drawn import scenes as drawn
 import degrade
 from bench import factors, leakage
 from bench.inputs import Config, Inputs, resolved
-from common.photos import save_image, to_uint8
+from common.images import save_image, to_uint8
 from common.runtime import Runtime, make_generator
 
 CPU = Runtime(torch.device("cpu"))

@@ -11,7 +11,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from bench import metrics
 from common import UserError
-from common.photos import load_image, save_image, to_uint8
+from common.images import load_image, save_image, to_uint8
 from common.runtime import make_generator
 
 LOADERS = (metrics.perceptual_net, metrics.inception, metrics.clip)

@@ -13,15 +13,9 @@ from torch import Tensor
 
 from common import UserError
 from common.files import find_photos
-from common.photos import (
-    Crops,
-    Photos,
-    dihedral,
-    load_image,
-    read_photo,
-    save_image,
-    to_uint8,
-)
+from common.folder import RECORD
+from common.images import load_image, save_image, to_uint8
+from common.photos import Crops, Photos, dihedral, read_photo
 from common.runtime import Runtime, make_generator
 from tests.commands import FORKSERVER, assert_refused, run
 from tools import pack
@@ -50,7 +44,7 @@ def files(photos) -> list[Path]:
 
 def packed(folder: Path, *photos: Path, **flags) -> np.ndarray:
     """The array that tools/pack.py writes for these photos."""
-    out = folder / f"x{len(list(folder.iterdir()))}.npy"
+    out = folder / f"x{len(list(folder.glob('[!.]*')))}.npy"
     names = tuple(map(str, photos))
     pack.main(pack.Config(names, str(out), **({"size": 32} | flags)), CPU)
     return np.load(out)
@@ -79,7 +73,7 @@ def assert_equal_photos(decoded: Photos, files: list[Path]) -> None:
 
 
 def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    return {path.name for path in folder.iterdir() if path.name != RECORD}
 
 
 # ---- photos, decoded once ---------------------------------------------------------------------

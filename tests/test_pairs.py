@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 
 from bench import downstream, generated, pairs
 from bench.pairs import camera_of, evaluate, find_pairs, load_hr, load_lr, other_scenes
-from common.photos import load_image, to_uint8
+from common.images import load_image, to_uint8
 
 CPU = torch.device("cpu")
 

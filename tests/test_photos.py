@@ -4,23 +4,43 @@ import contextlib
 import io
 import itertools
 import os
+import struct
+import subprocess
 import sys
+import threading
 import types
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
 import torch
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageCms, ImageOps
 from safetensors.torch import save_file
 
-from common import UserError
+from bench.pairs import stored_sizes
+from common import UserError, photos
 from common.cli import launch
-from common.files import list_images, photo_names, photo_suffixes, replacing
-from common.photos import MAX_PIXELS, crop_to_multiple, load_image, orientation, save_image
-from common.runtime import make_generator
+from common.files import list_images, photo_formats, photo_names, photo_suffixes, replacing
+from common.images import (
+    MAX_PIXELS,
+    crop_to_multiple,
+    is_gray,
+    load_image,
+    load_pixels,
+    lost_sentence,
+    orientation,
+    save_image,
+    to_uint8,
+)
+from common.photos import Photos
+from common.runtime import Runtime, make_generator
 from tools import pack
+
+REPO = Path(__file__).resolve().parents[1]
+CPU = Runtime(torch.device("cpu"))
 
 
 def drawn_pixels(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -113,13 +133,48 @@ def test_heic_is_read_with_pillow_heif_and_else_the_package_is_named(tmp_path, m
     register = lambda: Image.EXTENSION.update({".heic": "HEIF"})  # noqa: E731
     for package in (None, types.SimpleNamespace(register_heif_opener=register)):
         monkeypatch.setitem(sys.modules, "pillow_heif", package)
+        photo_formats.cache_clear()
         photo_suffixes.cache_clear()
         if package:
             assert names_in(tmp_path) == ["IMG_1.HEIC"]
         else:
             with pytest.raises(UserError, match=r"1 \.heic \(pip install pillow-heif to"):
                 names_in(tmp_path)
+    photo_formats.cache_clear()
     photo_suffixes.cache_clear()
+
+
+EPS = (
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n0 0 64 64 rectfill\n%%EOF\n"
+)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+def test_a_drawing_is_not_opened_whatever_its_name(tmp_path, monkeypatch, suffix):
+    """Pillow would run Ghostscript on it."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args: pytest.fail("it was run"))
+    (tmp_path / f"x{suffix}").write_bytes(EPS)
+    with pytest.raises(ValueError, match=f"x{suffix}: not a readable image"):
+        load_image(tmp_path / f"x{suffix}")
+    with pytest.raises(ValueError, match="no image"):
+        stored_sizes(tmp_path / f"x{suffix}", tmp_path / f"x{suffix}")
+
+
+def test_all_photos_are_opened_as_one_of_the_listed_formats():
+    assert not set(photo_formats()) & set(
+        "EPS FITS FLI GRIB HDF5 ICNS IM IPTC MPEG PDF WMF".split()
+    )
+    files = [
+        file for folder in ("", "common", "bench", "tools") for file in (REPO / folder).glob("*.py")
+    ]
+    found = [
+        line for file in files for line in file.read_text().splitlines() if "Image.open(" in line
+    ]
+    known = [
+        "    return Image.open(path, formats=photo_formats())",
+        "        Image.open(file).load()",
+    ]
+    assert sorted(found) == sorted(known)  # the other reads what it has written itself
 
 
 # ---- their names ------------------------------------------------------------------------------
@@ -270,14 +325,267 @@ def test_sound_pixels_are_read_whatever_their_exif(tmp_path):
         assert np.sort(pixels.sum(2), None) == pytest.approx(np.sort(upright.sum(2), None))
 
 
+def test_8_bits_are_read_as_8_bits_and_16_bits_as_numbers(tmp_path):
+    pixels = drawn_pixels(24, 31)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    x = load_pixels(tmp_path / "x.png")
+    assert x.dtype == torch.uint8 and torch.equal(x, torch.from_numpy(pixels).permute(2, 0, 1))
+    assert torch.equal(to_uint8(x), x) and torch.equal(load_image(tmp_path / "x.png"), x / 255)
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / "y.png")
+    assert torch.equal(load_pixels(tmp_path / "y.png"), load_image(tmp_path / "y.png"))
+
+
+def test_gray_is_what_has_three_equal_channels(tmp_path):
+    pixels = drawn_pixels(9, 7)
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "x.png")
+    gray = load_image(tmp_path / "x.png")
+    assert is_gray(gray) and is_gray(load_pixels(tmp_path / "x.png"))
+    for channel in range(3):
+        tinted = gray.clone()
+        tinted[channel, 8, 6] += 1 / 255
+        assert not is_gray(tinted)
+
+
+# ---- large photos -----------------------------------------------------------------------------
+
+
 @pytest.mark.filterwarnings("error")
-def test_a_photo_may_be_large(tmp_path, monkeypatch):
+def test_a_photo_may_be_large_and_one_that_is_too_large_is_not_decoded(tmp_path, monkeypatch):
     Image.new("1", (20000, 10000)).save(tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as image:
         assert image.width * image.height < MAX_PIXELS
-    monkeypatch.setattr("common.photos.MAX_PIXELS", 2 * 10**8 - 1)
+    monkeypatch.setattr("common.images.MAX_PIXELS", 2 * 10**8 - 1)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda file: pytest.fail("decoded"))
     with pytest.raises(ValueError, match="20000 x 10000 pixels are more than 199999999"):
         load_image(tmp_path / "x.png")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux")
+def test_reading_a_photo_takes_8_bytes_a_pixel_and_17_as_numbers(tmp_path):
+    pixels = np.tile(drawn_pixels(100, 100, 4), (40, 30, 1))  # 12 megapixels
+    Image.fromarray(pixels).save(tmp_path / "alpha.png", compress_level=1)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    profile = icc_profile(b"RGB ", P3)
+    Image.fromarray(pixels[..., :3]).save(tmp_path / "x.jpg", exif=exif, icc_profile=profile)
+    code = """
+import sys, torch
+from common import photos
+torch.set_num_threads(1)
+def peak():
+    (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+photos.load_image(sys.argv[1])
+before = peak()
+for read in (photos.load_pixels, photos.load_image):
+    for file in sys.argv[2:]:
+        x = None
+        x = read(file)
+    print((peak() - before) / x[0].numel())
+"""
+    files = [str(REPO / "data/sample/hr/coffee.jpg"), "alpha.png", "x.jpg"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *(str(tmp_path / file) for file in files)],
+        cwd=REPO, capture_output=True, text=True,
+    )  # fmt: skip
+    eight_bits, numbers = map(float, done.stdout.split())
+    assert 3 < eight_bits < 9 and 12 < numbers < 17
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_large_photos_are_decoded_one_at_a_time(tmp_path, monkeypatch, large):
+    Image.fromarray(drawn_pixels(24, 31)).save(tmp_path / "x.png")
+    monkeypatch.setattr(photos, "LARGE", 24 * 31 - large)
+    inside, most = [], []
+    both = threading.Barrier(2)
+
+    def decode(*args: object) -> torch.Tensor:
+        inside.append(1)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.2)
+        most.append(len(inside))
+        inside.pop()
+        return torch.zeros(3, 1, 1)
+
+    monkeypatch.setattr(photos, "pixels_of", decode)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(load_pixels, [tmp_path / "x.png"] * 2))
+    assert max(most) == (1 if large else 2)
+
+
+# ---- profiles ---------------------------------------------------------------------------------
+
+# Columns of the matrices from linear RGB to XYZ of D50: of Display P3, and of sRGB.
+P3 = ((0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407))
+SRGB = ((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.7141))
+
+
+def icc_profile(space: bytes, columns: Sequence[Sequence[float]] = (), gamma: float = 1.8) -> bytes:
+    """An ICC profile (version 2.1) with a matrix and a gamma; of gray with a gamma alone."""
+
+    def fixed(numbers: Sequence[float]) -> bytes:
+        return struct.pack(f">{len(numbers)}i", *(round(v * 65536) for v in numbers))
+
+    d50 = (0.9642, 1, 0.8249)
+    curve = b"curv" + bytes(4) + struct.pack(">IHxx", 1, round(gamma * 256))
+    tags = {b"wtpt": b"XYZ " + bytes(4) + fixed(d50)}
+    for name, column in zip(b"rgb", columns, strict=False):
+        tags[bytes([name]) + b"XYZ"] = b"XYZ " + bytes(4) + fixed(column)
+        tags[bytes([name]) + b"TRC"] = curve
+    if space == b"GRAY":
+        tags[b"kTRC"] = curve
+    start = 128 + 4 + 12 * len(tags)
+    table, data = struct.pack(">I", len(tags)), b""
+    for name, value in tags.items():
+        table += name + struct.pack(">II", start + len(data), len(value))
+        data += value
+    header = bytes(4) + struct.pack(">I", 0x02100000) + b"mntr" + space + b"XYZ " + bytes(12)
+    header += b"acsp" + bytes(28) + fixed(d50) + bytes(48)
+    return struct.pack(">I", start + len(data)) + bytes(4) + header[4:] + table + data
+
+
+def encoded(linear: np.ndarray) -> np.ndarray:
+    """sRGB numbers of linear ones."""
+    linear = linear.clip(0, 1)
+    return np.where(linear < 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def in_srgb(values: np.ndarray, columns: Sequence[Sequence[float]] = P3) -> np.ndarray:
+    """Values (..., 3) in [0, 1] of a profile with these columns and gamma 1.8, in sRGB."""
+    matrix = np.linalg.inv(np.array(SRGB).T) @ np.array(columns).T
+    return encoded((values**1.8) @ matrix.T)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp", ".jpg", ".avif"])
+def test_colours_with_a_profile_are_converted_to_srgb(tmp_path, suffix):
+    path, lossless = tmp_path / f"x{suffix}", {"lossless": True} if suffix == ".webp" else {}
+    quality = {"quality": 100} if suffix in (".jpg", ".avif") else {}
+    pixels = drawn_pixels(40, 60)
+    Image.fromarray(pixels).save(path, **lossless, **quality)
+    stored = loaded(path)  # some formats lose
+    Image.fromarray(pixels).save(path, icc_profile=icc_profile(b"RGB ", P3), **lossless, **quality)
+    seen = loaded(path)
+    np.testing.assert_allclose(seen, in_srgb(stored), atol=2.5 / 255, rtol=0)
+    assert np.abs(seen - stored).max() > 20 / 255
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA"])
+def test_a_profile_of_rgb_holds_for_all_modes_and_gray_stays_gray(tmp_path, mode):
+    image = Image.fromarray(drawn_pixels(40, 60)).convert(mode)
+    image.save(tmp_path / "x.png", icc_profile=icc_profile(b"RGB ", P3))
+    expected = in_srgb(np.asarray(image.convert("RGB")) / 255)
+    seen = loaded(tmp_path / "x.png")
+    np.testing.assert_allclose(seen, expected, atol=2.5 / 255, rtol=0)
+    assert is_gray(torch.from_numpy(seen).permute(2, 0, 1)) == mode.startswith("L")
+
+
+def test_a_profile_of_gray_is_converted_and_gray_of_16_bits_stays(tmp_path):
+    values = drawn_pixels(40, 60, 1)[..., 0]
+    profile = icc_profile(b"GRAY")
+    Image.fromarray(values).save(tmp_path / "x.png", icc_profile=profile)
+    expected = encoded((values / 255) ** 1.8)[..., None].repeat(3, -1)
+    np.testing.assert_allclose(loaded(tmp_path / "x.png"), expected, atol=1.5 / 255, rtol=0)
+    assert is_gray(load_image(tmp_path / "x.png"))
+    Image.fromarray(values.astype(np.uint16) * 256).save(tmp_path / "y.png", icc_profile=profile)
+    assert np.ptp(loaded(tmp_path / "y.png")[..., 0] - values / 65535 * 256) < 1e-6
+
+
+def test_srgb_damaged_and_unfit_profiles_leave_the_pixels_as_they_are(tmp_path):
+    pixels = drawn_pixels(40, 60)
+    p3 = icc_profile(b"RGB ", P3)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile in (
+        srgb, p3[:200], p3[:140], bytes(500), b"no profile", p3.replace(b"RGB ", b"CMYK"),
+        p3.replace(b"TRC", b"TRX"), icc_profile(b"GRAY"),
+    ):  # fmt: skip
+        Image.fromarray(pixels).save(tmp_path / "x.png", icc_profile=profile)
+        assert (load_pixels(tmp_path / "x.png").permute(1, 2, 0).numpy() == pixels).all()
+
+
+def test_cmyk_with_a_profile_is_seen_by_it(tmp_path):
+    """The profile's table shows each ink alone as its Lab colour; paper is white."""
+    lab = np.zeros((2, 2, 2, 2, 3))
+    for ink in np.ndindex(2, 2, 2, 2):
+        share = np.array(ink[:3]) * 0.5
+        light = 100 * (1 - share.mean()) * (0.2 if ink[3] else 1)
+        lab[ink] = light, 30 * (ink[1] - ink[0]), 30 * (ink[2] - ink[1])
+    table = (lab * (2.55, 1, 1) + (0, 128, 128)).round().astype(np.uint8).tobytes()
+    identity = struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
+    line = bytes(range(256))
+    tag = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + identity + line * 4 + table + line * 3
+    head = bytearray(icc_profile(b"CMYK")[:128])
+    head[12:16], head[20:24] = b"prtr", b"Lab "
+    body = struct.pack(">I", 1) + b"A2B0" + struct.pack(">II", 144, len(tag)) + tag
+    profile = struct.pack(">I", 128 + len(body)) + bytes(head[4:]) + body
+    pixels = drawn_pixels(40, 60, 4) // 128 * 255
+    pixels[:, 30:] = 0
+    Image.fromarray(pixels, mode="CMYK").save(tmp_path / "x.tif", icc_profile=profile)
+    seen = loaded(tmp_path / "x.tif")
+    np.testing.assert_allclose(seen[:, 30:], 1, atol=1.5 / 255)
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    expected = ImageCms.profileToProfile(
+        Image.fromarray(pixels, mode="CMYK"), source, ImageCms.createProfile("sRGB"),
+        ImageCms.Intent.RELATIVE_COLORIMETRIC, "RGB",
+        flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+    )  # fmt: skip
+    np.testing.assert_array_equal(seen, np.asarray(expected, np.float32) / 255)
+    Image.fromarray(pixels, mode="CMYK").save(tmp_path / "y.tif")
+    assert np.abs(loaded(tmp_path / "y.tif") - seen).max() > 0.1
+
+
+def test_threads_may_share_a_profile(tmp_path):
+    pixels = drawn_pixels(300, 400)
+    Image.fromarray(pixels).save(tmp_path / "x.png", icc_profile=icc_profile(b"RGB ", P3))
+    first = load_pixels(tmp_path / "x.png")
+    with ThreadPoolExecutor(8) as pool:
+        for again in pool.map(load_pixels, [tmp_path / "x.png"] * 40):
+            assert torch.equal(again, first)
+
+
+# ---- what is lost -----------------------------------------------------------------------------
+
+
+def test_what_reading_loses_is_counted_in_one_sentence(tmp_path, capsys):
+    frames = [Image.fromarray(drawn_pixels(24, 31, 3, k)) for k in range(3)]
+    lost_sentence()
+    for i, suffix in enumerate((".tif", ".webp", ".gif", ".png", ".avif")):
+        frames[0].save(tmp_path / f"{i}{suffix}", save_all=True, append_images=frames[1:])
+    rgba = Image.fromarray(drawn_pixels(24, 31, 4))
+    rgba.save(tmp_path / "alpha.png")
+    rgba.save(tmp_path / "alpha.webp")
+    Image.fromarray(drawn_pixels(24, 31, 1)[..., 0].astype(np.uint16) * 257).save(
+        tmp_path / "d.png"
+    )
+    tifffile.imwrite(tmp_path / "d.tif", drawn_pixels(24, 31).astype(np.uint16) * 257)
+    (tmp_path / "d.ppm").write_bytes(b"P6 2 2 65535 " + bytes(range(200, 224)))
+    frames[0].save(tmp_path / "whole.mpo", save_all=True, append_images=frames[1:2])  # a preview
+    frames[0].save(tmp_path / "whole.jpg")
+    Image.fromarray(drawn_pixels(24, 31, 3)).convert("RGBA").save(tmp_path / "opaque.png")
+    (tmp_path / "cut.tif").write_bytes((tmp_path / "0.tif").read_bytes()[:200])
+    files = sorted(tmp_path.iterdir())
+    for file in [*files, *files]:  # each counts once
+        with contextlib.suppress(ValueError):
+            load_image(file)
+    expected = "lost in reading: 16 bits of 3, alpha of 2, further pages or frames of 5 photos"
+    assert lost_sentence() == expected
+    assert lost_sentence() == ""
+    Photos([f for f in files if f.name != "cut.tif"], tmp_path / "decoded", CPU)
+    assert capsys.readouterr().out == expected + "\n"
+    load_image(tmp_path / "whole.jpg")
+    assert lost_sentence() == ""
+
+
+def test_old_decoded_photos_are_removed_and_no_other_file(tmp_path):
+    for i in range(2):
+        Image.fromarray(drawn_pixels(24, 31, 3, i)).save(tmp_path / "x.png")
+        touch(tmp_path / "decoded", "mine.npy", "mine.tmp", "a.pixels", ".realdgen-1-2.tmp")
+        Photos([tmp_path / "x.png"], tmp_path / "decoded", CPU)
+    names = {file.name for file in (tmp_path / "decoded").iterdir()}
+    rest = names - {"a.pixels", "mine.npy", "mine.tmp"}
+    assert len(names) == 5 and sorted(name[8:] for name in rest) == [".npy", ".pixels"]
+
+
+# ---- damage, and writing ----------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

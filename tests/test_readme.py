@@ -10,7 +10,7 @@ import pytest
 from drawn import scenes, write_pairs
 
 from common.cli import parse_args
-from common.photos import save_image
+from common.images import save_image
 from tests import commands
 
 REPO = Path(__file__).resolve().parents[1]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import generate
-from common.photos import save_image
+from common.images import save_image
 from tests.commands import assert_refused, run
 from tools import report
 

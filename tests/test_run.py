@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from common import UserError
-from common.photos import Crops, Photos, save_image
+from common.images import save_image
+from common.photos import Crops, Photos
 from common.run import (
     Run,
     TrainingConfig,
@@ -121,7 +123,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder, capsys):
     divided = toy_run(folder, 10, name="divided.pt")
     assert same(whole.state_dict(), divided.state_dict())
     checkpoints = [read(folder / f"{name}.pt") for name in ("whole", "divided")]
-    assert set(checkpoints[0]) == {"step", "steps", "net", "ema", "opt", "config"}
+    assert set(checkpoints[0]) == {"step", "steps", "net", "ema", "opt", "config", "digest"}
     assert same(*checkpoints)
     # A finished run does nothing more and says so, and another seed is another run.
     capsys.readouterr()
@@ -195,7 +197,9 @@ def test_another_run_in_the_same_folder_is_refused_and_nothing_is_lost(folder, c
 @pytest.mark.parametrize("change", [{"config": None}, {"config": 3}, {"step": None}, {"opt": []}])
 def test_a_foreign_file_in_place_of_the_checkpoint_is_one_sentence(folder, change):
     toy_run(folder, 2)
-    torch.save(read(folder / "last.pt") | change, folder / "last.pt")
+    state = read(folder / "last.pt") | change
+    del state["digest"]
+    torch.save(state, folder / "last.pt")
     with pytest.raises(UserError, match="last.pt is no checkpoint of this training"):
         toy_run(folder, 4)
 
@@ -236,7 +240,10 @@ def stop_in_step_6(folder: Path, sent: signal.Signals) -> None:
     toy_run(folder, 9, loss=at_call(6, lambda loss: os.kill(os.getpid(), sent) or loss))
 
 
-@pytest.mark.parametrize(("sent", "step"), [(signal.SIGTERM, 6), (signal.SIGKILL, 4)])
+@pytest.mark.parametrize(
+    ("sent", "step"),
+    [(signal.SIGTERM, 6), (signal.SIGINT, 6), (signal.SIGHUP, 6), (signal.SIGKILL, 4)],
+)
 def test_a_stopped_run_loses_at_most_the_steps_since_the_last_checkpoint(folder, sent, step):
     # Not a fork of this process: torch's threads do not survive one.
     process = FORKSERVER.Process(target=stop_in_step_6, args=(folder, sent))
@@ -244,6 +251,56 @@ def test_a_stopped_run_loses_at_most_the_steps_since_the_last_checkpoint(folder,
     process.join(60)
     assert process.exitcode != 0 and read(folder / "last.pt")["step"] == step
     assert same(toy_run(folder, 9).state_dict(), toy_run(folder, 9, name="x.pt").state_dict())
+
+
+STOPPED = """
+import pathlib, sys, time, torch
+import test_run
+from common.runtime import runtime
+
+def slow(net, x, draw):
+    time.sleep(1)
+    return test_run.toy_loss(net, x, draw)
+
+with runtime("cpu") as rt:
+    test_run.toy_run(pathlib.Path(sys.argv[1]), 60, loss=slow, rt=rt, save_every=60)
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_torchrun_is_stopped_and_the_step_is_saved(folder, sent):
+    """The signal reaches torchrun, which passes it on; all processes stop at the same step."""
+    (folder / "stopped.py").write_text(STOPPED)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    path = os.pathsep.join([str(REPO), str(REPO / "tests")])
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *launcher, folder / "stopped.py", folder]
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (folder / "log.jsonl").is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    began = time.monotonic()
+    process.send_signal(sent)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - began < 20 and process.returncode != 0
+    step = read(folder / "last.pt")["step"]
+    assert f"stopped at step {step}; the same command goes on from there" in errors
+    toy_run(folder, step + 1, save_every=60)  # whole, and of this run
+
+
+def test_a_loss_that_stays_far_above_its_start_is_said(folder, capsys):
+    def rising(net: nn.Module, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        losses = toy_loss(net, x, generator)
+        rising.calls += 1
+        return losses | {"loss": losses["loss"] * (1 if rising.calls == 1 else 1e5)}
+
+    rising.calls = 0
+    toy_run(folder, 120, loss=rising, log_every=40, save_every=200)
+    printed = capsys.readouterr().out
+    assert printed.count("the loss has been over 100 times that of the first step") == 1
+    assert "for 119 steps" in printed
+    toy_run(folder, 120, name="good.pt", log_every=40, save_every=200)
+    assert "the loss has been" not in capsys.readouterr().out
 
 
 TWO = """

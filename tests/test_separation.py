@@ -13,7 +13,7 @@ import degrade
 import generate
 from bench import factors, separation
 from common.files import list_images
-from common.photos import crop_to_multiple, load_image, save_image
+from common.images import crop_to_multiple, load_image, save_image
 from common.runtime import make_generator
 from tools import calibrate
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from common import UserError
-from common.pairs import read_table
-from common.photos import load_image, save_image
+from common.folder import RECORD
+from common.images import load_image, save_image
+from common.pairs import content_of, read_table
 from tests.commands import assert_refused, files_of, run
 from tools import shards
 
@@ -36,6 +37,8 @@ def write_pairs(folder: Path, names: list[str]) -> list[dict]:
             image = torch.rand(3, size, size, generator=torch.Generator().manual_seed(i))
             save_image(folder / side / f"{name}.png", image)
     rows = [{"hr": f"hr/{name}.png", "lr": f"lr/{name}.png", "blur": 1.5} for name in names]
+    for row in rows:
+        row["made"] = {side: content_of(folder / row[side]) for side in ("hr", "lr")}
     write_table(folder, rows)
     return rows
 
@@ -49,14 +52,21 @@ def pairs(tmp_path) -> Path:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != RECORD)
+
+
+def packed(folder: Path) -> dict[str, dict]:
+    """The rows in all shards."""
+    found = [shards.read_shard(shard) for shard in sorted(folder.glob("*.tar"))]
+    assert sum(map(len, found)) == len({name for rows in found for name in rows})
+    return {name: row for rows in found for name, row in rows.items()}
 
 
 def test_webdataset_reads_the_shards_which_hold_nothing_of_the_machine(tmp_path):
     rows, out = write_pairs(tmp_path / "pairs", NAMES), tmp_path / "100%d"
     done = run("tools.shards", "--pairs", tmp_path / "pairs", "--out", out, cwd=tmp_path)
     assert done.returncode == 0 and names(out) == ["0000-000000.tar"]
-    assert shards.read_shards(out) == dict(zip(NAMES, rows, strict=True))
+    assert packed(out) == dict(zip(NAMES, rows, strict=True))
     shard = out / "0000-000000.tar"
     samples = list(wds.WebDataset([str(shard)], shardshuffle=False).decode("torchrgb"))
     for sample, row in zip(samples, rows, strict=True):
@@ -97,11 +107,11 @@ def test_a_killed_process_leaves_whole_shards_and_the_same_command_goes_on(
         process = fork.Process(target=run, args=argv, kwargs={"cwd": tmp_path})
         process.start()
         process.join(60)
-    assert len(list(out.glob(".*.tmp"))) == 1 and list(shards.read_shards(out)) == ["0", "1"]
+    assert len(list(out.glob(".realdgen-*.tmp"))) == 1 and list(packed(out)) == ["0", "1"]
     (out / ".mine.tmp").touch()
     assert "2 of them were there" in run(*argv, cwd=tmp_path).stdout
     assert names(out) == [".mine.tmp", "0000-000000.tar", "0000-000001.tar"]
-    assert list(shards.read_shards(out)) == ["0", "1", "2", "3"]  # not the dropped pair
+    assert list(packed(out)) == ["0", "1", "2", "3"]  # not the dropped pair
     before = files_of(out)
     assert "4 of them were there" in run(*argv, cwd=tmp_path).stdout
     assert files_of(out) == before
@@ -116,7 +126,7 @@ def test_an_error_leaves_whole_shards_alone(pairs, tmp_path):
     assert_refused(done, "3.png")
     assert "Exception" not in done.stderr
     assert names(tmp_path / "shards") == ["0000-000000.tar"]
-    assert list(shards.read_shards(tmp_path / "shards")) == ["0", "1"]
+    assert list(packed(tmp_path / "shards")) == ["0", "1"]
 
 
 def test_a_damaged_shard_is_named(pairs, tmp_path):
@@ -126,14 +136,36 @@ def test_a_damaged_shard_is_named(pairs, tmp_path):
     for damage in (shard.read_bytes()[:4000], b"", os.urandom(4096)):
         shard.write_bytes(damage)
         with pytest.raises(UserError, match="0000-000000.tar"):
-            shards.read_shards(out)
+            shards.read_shard(shard)
 
 
-def test_shards_of_other_pairs_need_another_folder(pairs, tmp_path):
-    argv = ("tools.shards", "--pairs", pairs, "--out", tmp_path / "shards")
+def test_pairs_that_were_made_again_are_packed_again_and_the_others_stay(pairs, tmp_path):
+    out = tmp_path / "shards"
+    argv = ("tools.shards", "--pairs", pairs, "--out", out, "--per-shard", 2)
     assert run(*argv, cwd=tmp_path).returncode == 0
-    write_table(pairs, [row | {"blur": 2} for row in read_table(pairs / "pairs.jsonl")])
-    assert_refused(run(*argv, cwd=tmp_path), "holds other pairs, 0")
+    before = files_of(out)
+    rows = read_table(pairs / "pairs.jsonl")
+    moved = [row | {"source": "elsewhere"} for row in rows]  # the same files
+    write_table(pairs, moved)
+    assert run(*argv, cwd=tmp_path).returncode == 0 and files_of(out) == before
+    save_image(pairs / "lr/0.png", torch.zeros(3, 16, 16))
+    assert_refused(run(*argv[:4], tmp_path / "x", cwd=tmp_path), "files of 0 are not those")
+    rows[0]["made"]["lr"] = content_of(pairs / "lr/0.png")
+    write_table(pairs, rows)
+    assert run(*argv, cwd=tmp_path).returncode == 0
+    assert packed(out) == {row["hr"][3:-4]: row for row in rows[:4]}
+    assert files_of(out)["0000-000001.tar"] == before["0000-000001.tar"]
+
+
+def test_a_shard_of_somebody_else_is_refused_and_stays(pairs, tmp_path):
+    out = tmp_path / "shards"
+    write_pairs(tmp_path / "other", ["a"])
+    run("tools.shards", "--pairs", tmp_path / "other", "--out", out, cwd=tmp_path)
+    (out / RECORD).unlink()
+    before = files_of(out)
+    done = run("tools.shards", "--pairs", pairs, "--out", out, cwd=tmp_path)
+    assert_refused(done, "0000-000000.tar is there, but not made by this program")
+    assert files_of(out) == before
 
 
 def test_a_tar_file_of_another_name_stays(pairs, tmp_path):
@@ -167,12 +199,21 @@ def test_no_file_is_read_but_hr_name_and_lr_name(path, pairs, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("line", [b"not json", b"{", b"5", b"[]", b"null", b"\xff", b"[" * 10**5])
+@pytest.mark.parametrize("line", [b"5", b"[]", b"null"])
 def test_a_line_that_is_no_row_is_named_by_its_number(line, pairs):
     table = pairs / "pairs.jsonl"
     table.write_bytes(b"\n" + line + b"\n" + table.read_bytes())
     with pytest.raises(UserError, match="pairs.jsonl, line 2"):
         read_table(table)
+
+
+@pytest.mark.parametrize("line", [b"not json", b"{", b"\xff", b"[" * 10**5])
+def test_a_line_that_is_not_json_is_skipped_and_named(line, pairs, capsys):
+    table = pairs / "pairs.jsonl"
+    rows = read_table(table)
+    table.write_bytes(b"\n" + line + b"\n" + table.read_bytes())
+    assert read_table(table) == rows
+    assert f"{table}: skipped line 2, which is not JSON" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["\0", "\ud800"])

@@ -25,7 +25,7 @@ from common import require
 from common.checkpoint import add_fact, find_checkpoint
 from common.cli import check_ranges, launch
 from common.files import find_photos
-from common.photos import load_image
+from common.images import load_image
 from common.runtime import Runtime, make_generator
 from degrade import OPERATIONS, degrade, sample_degradation
 

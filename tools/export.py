@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import require
 from common.checkpoint import load_checkpoint, save_weights
 from common.cli import launch
+from common.folder import out_folder
 from common.runtime import Runtime
 
 PATHS = {"hr", "lr", "out", "checkpoint", "start_from", "vqvae"}  # settings that are paths
@@ -44,6 +45,7 @@ def main(cfg: Config, rt: Runtime) -> None:
     state = load_checkpoint(cfg.checkpoint)
     trained = f"--checkpoint {cfg.checkpoint}: not the checkpoint of a training."
     require(bool(state["config"]) and "step" in state, trained)
+    out_folder(Path(cfg.out).parent, rt).check([Path(cfg.out)])
     half = {key: value.half() for key, value in state["ema"].items()}
     facts = {key: state[key] for key in ("step", "calibration")}
     save_weights(cfg.out, half, config=without_paths(state["config"]), **facts)

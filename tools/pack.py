@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import require
 from common.cli import check_ranges, launch
 from common.files import list_images, replacing
+from common.folder import out_folder
+from common.images import lost_sentence
 from common.photos import read_photo
 from common.runtime import Runtime, in_parallel
 
@@ -43,6 +45,9 @@ def detail(crops: Tensor) -> Tensor:
     blocks = F.avg_pool2d(crops.float().mean(1), 4)  # (N, H/4, W/4)
     down, right = (blocks.diff(dim=d).square().mean((1, 2)) for d in (1, 2))
     return ((down + right) / 2).sqrt()
+
+
+RANGES = {"size": (8, 2**15), "flat": (0, math.inf)}
 
 
 def write_header(file: BinaryIO, count: int, size: int) -> None:
@@ -69,8 +74,9 @@ def main(cfg: Config, rt: Runtime) -> None:
     out, size = Path(cfg.out or Path(cfg.photos[0]).with_suffix(".npy")), cfg.size
     named = out.suffix == ".npy" and not out.is_dir()
     require(named, f"--out {out}: must be a file name that ends in .npy.")
-    check_ranges(cfg, {"size": (8, 2**15), "flat": (0, math.inf)})
+    check_ranges(cfg, RANGES)
     require(rt.world_size == 1, "tools/pack.py takes every core: start it without torchrun.")
+    out_folder(out.parent, rt).check([out])
     files = list_images(cfg.photos, "--photos")
 
     def work(file: Path) -> tuple[np.ndarray, int] | str:
@@ -101,6 +107,8 @@ def main(cfg: Config, rt: Runtime) -> None:
             count, flat = count + len(crops), flat + left
         require(count > 0, f"no crop to keep: {skipped} photos skipped, {flat} crops flat.")
         write_header(target, count, size)
+    if sentence := lost_sentence():
+        print(sentence)
     left_out = f"left out {flat} flat crops and {skipped} photos"
     print(f"{count} crops of {size} x {size} pixels in {out}; {left_out} of {len(files)}")
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import require
 from common.cli import launch
 from common.files import write_text
+from common.folder import out_folder
 from common.pairs import read_table
 from common.runtime import Runtime
 from generate import save_preview
@@ -121,6 +122,7 @@ def main(cfg: Config, rt: Runtime) -> None:
     require(all(row.keys() >= set(OF_PAIR) for row in rows), f"{table}: not of generate.py.")
     rows = [row for row in rows if not row["dropped"]]
     require(bool(rows), f"{table} has no pairs.")
+    out_folder(out, rt, "--pairs").check([out / "report.html"])
     save_report(out, rows)
     print(f"{len(rows)} pairs: look at {out / 'report.html'}")
 

@@ -28,7 +28,7 @@ import generate
 from common import require
 from common.cli import check_ranges, launch
 from common.files import list_images
-from common.photos import load_image, to_uint8
+from common.images import load_image, to_uint8
 from common.runtime import Runtime, make_generator
 
 
@@ -44,6 +44,7 @@ class Config:
     device: str = "auto"
 
 
+RANGES = {"batch_size": (8, 2**16), "runs": (1, 1000)}
 Works = dict[str, Callable[[], object]]  # what is timed, by its name in the table
 
 
@@ -161,7 +162,7 @@ def main(cfg: Config, rt: Runtime) -> None:
     for name in cfg.works:
         require(name in GROUPS, f"--works {name}: choose among {', '.join(GROUPS)}.")
     require(cfg.size in ("small", "paper"), f"--size {cfg.size}: small or paper.")
-    check_ranges(cfg, {"batch_size": (8, 2**16), "runs": (1, 1000)})
+    check_ranges(cfg, RANGES)
     device, on_gpu = rt.device, rt.device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} threads"
     print(f"{device} ({name}), torch {torch.__version__}, batches of {cfg.batch_size}")
