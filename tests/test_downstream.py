@@ -2,7 +2,7 @@
 
 import mmap
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from PIL import Image
 import generate
 from bench import downstream, pairs, sr
 from bench.inputs import SOURCES, Config, Inputs, resolved
+from common.checkpoint import save_weights
 from common.files import list_images
 from common.images import load_image, save_image
 from common.runtime import Runtime
@@ -102,7 +103,8 @@ def test_the_cost_of_a_block_is_its_own_memory_and_time():
 def test_a_network_starts_from_the_weights_of_its_kind(tmp_path, monkeypatch):
     files = [tmp_path / f"{name}.safetensors" for name in ("fsrcnn", "swinir-l")]
     for file in files:
-        sr.save_network(file, sr.sr_network(file.stem), sr.Config(sr=file.stem))
+        weights = sr.sr_network(file.stem).state_dict()
+        save_weights(file, weights, config=asdict(sr.Config(sr=file.stem)))
     begun = []
     monkeypatch.setattr(sr, "train", lambda cfg, rt: begun.append(cfg.start_from) or files[0])
     inputs = inputs_of(tmp_path, sr_start_from=(str(files[1]),))

@@ -1,4 +1,4 @@
-"""common/files.py, common/photos.py: what is a photo, what its pixels mean, how it is written."""
+"""common/files.py, images.py: what is a photo, what its pixels mean, how it is written."""
 
 import contextlib
 import io
@@ -21,7 +21,7 @@ from PIL import EpsImagePlugin, Image, ImageCms, ImageOps
 from safetensors.torch import save_file
 
 from bench.pairs import stored_sizes
-from common import UserError, photos
+from common import UserError, images
 from common.cli import launch
 from common.files import list_images, photo_formats, photo_names, photo_suffixes, replacing
 from common.images import (
@@ -370,14 +370,14 @@ def test_reading_a_photo_takes_8_bytes_a_pixel_and_17_as_numbers(tmp_path):
     Image.fromarray(pixels[..., :3]).save(tmp_path / "x.jpg", exif=exif, icc_profile=profile)
     code = """
 import sys, torch
-from common import photos
+from common import images
 torch.set_num_threads(1)
 def peak():
     (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
-photos.load_image(sys.argv[1])
+images.load_image(sys.argv[1])
 before = peak()
-for read in (photos.load_pixels, photos.load_image):
+for read in (images.load_pixels, images.load_image):
     for file in sys.argv[2:]:
         x = None
         x = read(file)
@@ -395,7 +395,7 @@ for read in (photos.load_pixels, photos.load_image):
 @pytest.mark.parametrize("large", [False, True])
 def test_large_photos_are_decoded_one_at_a_time(tmp_path, monkeypatch, large):
     Image.fromarray(drawn_pixels(24, 31)).save(tmp_path / "x.png")
-    monkeypatch.setattr(photos, "LARGE", 24 * 31 - large)
+    monkeypatch.setattr(images, "LARGE", 24 * 31 - large)
     inside, most = [], []
     both = threading.Barrier(2)
 
@@ -407,7 +407,7 @@ def test_large_photos_are_decoded_one_at_a_time(tmp_path, monkeypatch, large):
         inside.pop()
         return torch.zeros(3, 1, 1)
 
-    monkeypatch.setattr(photos, "pixels_of", decode)
+    monkeypatch.setattr(images, "pixels_of", decode)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(load_pixels, [tmp_path / "x.png"] * 2))
     assert max(most) == (1 if large else 2)
@@ -582,7 +582,8 @@ def test_old_decoded_photos_are_removed_and_no_other_file(tmp_path):
         Photos([tmp_path / "x.png"], tmp_path / "decoded", CPU)
     names = {file.name for file in (tmp_path / "decoded").iterdir()}
     rest = names - {"a.pixels", "mine.npy", "mine.tmp"}
-    assert len(names) == 5 and sorted(name[8:] for name in rest) == [".npy", ".pixels"]
+    assert len(names) == 5 and all(name.startswith("realdgen-") for name in rest)
+    assert sorted(Path(name).suffix for name in rest) == [".npy", ".pixels"]
 
 
 # ---- damage, and writing ----------------------------------------------------------------------

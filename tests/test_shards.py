@@ -234,7 +234,7 @@ def test_half_a_line_of_a_killed_run_is_skipped(pairs):
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"), [((), "python generate.py"), (("--per-shard", 0), "must be positive")]
+    ("flags", "words"), [((), "python generate.py"), (("--per-shard", 0), "--per-shard 0: must be")]
 )
 def test_a_mistake_is_one_sentence(flags, words, tmp_path):
     assert_refused(run("tools.shards", "--pairs", tmp_path, *flags, cwd=tmp_path), words)
