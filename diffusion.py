@@ -274,11 +274,14 @@ class DecoupledDDPM(nn.Module):
         )
         self.unet = UNet(cfg.cond_channels, cfg.widths, cfg.blocks, cfg.attention)
 
-    def content(self, image: Tensor) -> Tensor:
-        """F_cont (B, z, H/4, W/4) of images (B, 3, H, W); zeros in the ablation without it."""
+    def content(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """F_cont (B, z, H/4, W/4) of images (B, 3, H, W); zeros in the ablation without it.
+
+        A generator chooses tiles whose gradient is computed: see Extractors.content().
+        """
         if "content" in self.without:
             return image.new_zeros(len(image), self.z, image.shape[2] // 4, image.shape[3] // 4)
-        return self.extractors.content(image)
+        return self.extractors.content(image, generator)
 
     def condition(self, degradation: Tensor, content: Tensor, lr_hat: Tensor) -> Tensor:
         """c = M(F_deg, F_cont): (B, D), (B, z, h, w) -> (B, C, h, w). Eq. (7)-(8).
@@ -315,14 +318,16 @@ def masked(lr_hat: Tensor) -> Tensor:
     return torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
 
 
-def real_example(net: DecoupledDDPM, lr: Tensor) -> Example:
+def real_example(
+    net: DecoupledDDPM, lr: Tensor, generator: torch.Generator | None = None
+) -> Example:
     """Algorithm 1: content and degradation are those of the real LR image to be generated.
 
     There is no HR image, so there is no output of Rec_lr.
     """
     h, w = lr.shape[2:]
     # Not in the paper: E_cont reads an LR image at 4 times its size, as in stage 1.
-    content = net.content(resized(lr, 4 * h, 4 * w))
+    content = net.content(resized(lr, 4 * h, 4 * w), generator)
     return lr, net.extractors.e_deg(lr), content, lr.new_zeros(len(lr), 4, h, w)
 
 
@@ -355,7 +360,7 @@ def decoupled_loss(
     net: DecoupledDDPM, lr: Tensor, hr: Tensor | None, cfg: "Config", generator: torch.Generator
 ) -> dict[str, Tensor]:
     """The loss of stage 2: on real LR images and, if HR images are given, on synthetic pairs."""
-    examples = [real_example(net, lr)]
+    examples = [real_example(net, lr, generator)]
     # Deviation: half of the batch are synthetic pairs, where Algorithm 1 has real LR images alone,
     # because the content of a real LR image already contains its blur and noise: the U-Net could
     # ignore F_deg.
@@ -512,7 +517,8 @@ def train(cfg: Config, rt: Runtime) -> None:
               f"U-Net {count_parameters(net.unet)}, "
               f"fine-tuned: {sum(p.numel() for p in tuned)} parameters")  # fmt: skip
     if cfg.compile:
-        networks = [net.unet, net.modulation, nets.e_deg, nets.vqvae.encoder]
+        encoder = nets.vqvae.encoder
+        networks = [net.unet, net.modulation, nets.e_deg, encoder.down, encoder.mid]
         compile_networks(networks, rt)
     # Not in the paper: Run takes AdamW, clipped gradients and an average of the weights.
     run = Run(

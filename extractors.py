@@ -20,6 +20,7 @@ with the decoder frozen (Eq. 1-2); E_deg together with Rec_lr (Eq. 3-6).
 """
 
 import contextlib
+import functools
 import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -57,7 +58,7 @@ from common.run import (
     compile_networks,
     lock_runs,
 )
-from common.runtime import Runtime, make_generator
+from common.runtime import Runtime, make_generator, together
 from common.tiles import TILE, in_tiles
 from degrade import Degradation
 
@@ -98,6 +99,33 @@ class ResBlock(nn.Module):
         return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
+WIDEST_HEAD = 256  # channels of a head that the fast kernels of a GPU take
+SCORES = 2**27  # of attention by products, in memory at a time
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of queries, keys and values (B, heads, N, d)."""
+    # Not in the paper: the one wide head of vq-f4 is computed by plain matrix products.
+    if q.device.type == "cuda" and q.shape[-1] > WIDEST_HEAD:
+        return attention_by_products(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """attention() written out, for heads that no fast kernel takes.
+
+    Under autocast the products are of 16 bits; softmax adds in float32, whatever type it is given.
+    """
+    B, heads, N, d = q.shape
+    parts = []
+    for rows in (q * d**-0.5).split(max(1, SCORES // (B * heads * N)), dim=2):
+        scores = rows @ k.transpose(2, 3)  # (B, heads, rows, N)
+        with torch.autocast(q.device.type, enabled=False):
+            weights = scores.softmax(3)
+        parts.append(weights @ v)
+    return torch.cat(parts, dim=2)
+
+
 class Attention(nn.Module):
     """Self-attention over all pixels, added to its input; vq-f4 has one head."""
 
@@ -115,7 +143,7 @@ class Attention(nn.Module):
             f(h).flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)  # (B, heads, H*W, C')
             for f in (self.q, self.k, self.v)
         )
-        h = F.scaled_dot_product_attention(q, k, v)
+        h = attention(q, k, v)
         return x + self.proj_out(h.transpose(2, 3).reshape(x.shape))
 
 
@@ -168,10 +196,17 @@ class Encoder(nn.Module):
         self.mid, self.norm_out = middle_blocks(widths[-1]), GroupNorm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], z, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, z, H/4, W/4)."""
-        x = self.mid(self.down(self.conv_in(x)))
-        return self.conv_out(F.silu(self.norm_out(x)))
+    def forward(self, x: Tensor, again: bool = False) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, z, H/4, W/4).
+
+        With `again` the backward pass computes `down` again, whose activations take most memory.
+        """
+        x = self.conv_in(x)
+        if again:
+            x = checkpoint(self.down, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = self.down(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
@@ -196,6 +231,22 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
+@torch.no_grad()
+def nearest(z: Tensor, entries: Tensor) -> Tensor:
+    """For each latent (N, z) the number of its nearest entry of (n, z): (N,).
+
+    Without a matrix product, which a GPU computes in TF32, and in parts that save memory.
+    """
+    numbers = []
+    for part in z.split(max(1, 2**22 // len(entries))):
+        distance = z.new_zeros(len(part), len(entries))
+        for a, b in zip(part.unbind(1), entries.unbind(1), strict=True):
+            difference = a[:, None] - b
+            distance.addcmul_(difference, difference)
+        numbers.append(distance.argmin(1))
+    return torch.cat(numbers)
+
+
 class Quantizer(nn.Module):
     """The codebook: replaces each latent vector by its nearest entry."""
 
@@ -206,10 +257,8 @@ class Quantizer(nn.Module):
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(B, z, h, w) -> nearest entries (B, z, h, w) and their numbers (B, h, w)."""
-        with torch.autocast(z.device.type, enabled=False):
-            flat = z.detach().float().permute(0, 2, 3, 1).flatten(0, 2).split(4096)
-            number = torch.cat([torch.cdist(f, self.embedding.weight).argmin(1) for f in flat])
-        number = number.view(z.shape[0], *z.shape[2:])
+        flat = z.float().permute(0, 2, 3, 1).flatten(0, 2)
+        number = nearest(flat, self.embedding.weight).view(z.shape[0], *z.shape[2:])
         return self.embedding(number).permute(0, 3, 1, 2), number
 
     def used(self, number: Tensor) -> Tensor:
@@ -226,9 +275,9 @@ class VQVAE(nn.Module):
         self.quantize = Quantizer(entries, z)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(z, z, 1), nn.Conv2d(z, z, 1)
 
-    def encode(self, image: Tensor) -> Tensor:
+    def encode(self, image: Tensor, again: bool = False) -> Tensor:
         """Latents (B, z, H/4, W/4) before the codebook, of images (B, 3, H, W) in [0, 1]."""
-        return self.quant_conv(self.encoder(image * 2 - 1))
+        return self.quant_conv(self.encoder(image * 2 - 1, again))
 
     def decode(self, z: Tensor) -> Tensor:
         """Rec_hr: images (B, 3, H, W) of latents (B, z, H/4, W/4); not clamped to [0, 1]."""
@@ -244,7 +293,8 @@ class VQVAE(nn.Module):
         chosen = torch.randint(len(flat), (len(weight),), generator=generator, device=z.device)
         weight.copy_(torch.where(unused[:, None], flat[chosen], weight))
         if dist.is_initialized():  # the same entries in all processes
-            dist.broadcast(weight, 0)
+            with together():
+                dist.broadcast(weight, 0)
 
 
 # ---- degradation extractor and modulation block -------------------------------------------------
@@ -316,6 +366,8 @@ class ModulationBlock(nn.Module):
 
 # ---- the networks of stage 1 --------------------------------------------------------------------
 
+VALUES = 2**28  # of the first layer of E_cont, which limit the images that it reads at a time
+
 
 class Extractors(nn.Module):
     """The networks of stage 1: E_cont, E_deg, Rec_lr, and a head that reads effects of theta."""
@@ -332,24 +384,35 @@ class Extractors(nn.Module):
         if ours:
             self.head = additions.effects_head(cfg.deg_dim)
 
-    def content(self, image: Tensor) -> Tensor:
+    def content(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """F_cont = E_cont(X): (B, z, H/4, W/4) of images (B, 3, H, W) of HR size, in [0, 1].
 
-        Large images are read in tiles; the backward pass computes each tile again to save memory.
+        Large images are read in tiles, and the backward pass computes most of each tile again. With
+        a generator it does so for one random tile of each image, and multiplies its gradient by the
+        number of tiles: an estimate that is exact in the mean. F_cont itself is always exact.
         """
         # Not in the paper: F_cont is what the encoder gives, before the codebook.
         grid = (image.shape[2] // 4, image.shape[3] // 4)
         if max(grid) <= TILE:
-            return self.vqvae.encode(image)
-
-        def encode(tile: Tensor) -> Tensor:
-            return checkpoint(
-                self.vqvae.encode, tile, use_reentrant=False, preserve_rng_state=False
-            )
-
+            values = image[0, 0].numel() * self.vqvae.encoder.conv_in.out_channels
+            parts = image.split(max(1, VALUES // values))
+            return torch.cat([self.vqvae.encode(part) for part in parts])
+        learns = torch.is_grad_enabled() and any(
+            p.requires_grad for p in self.vqvae.encoder.parameters()
+        )
+        encode = functools.partial(self.vqvae.encode, again=learns)
+        # Not in the paper: one tile. A.5 fine-tunes the first block of E_cont, so the backward pass
+        # goes through all of E_cont; through all tiles it takes half of the time of stage 2.
+        seeds: list[int | None] = [None] * len(image)
+        if generator is not None:
+            draws = [make_generator(generator.initial_seed(), b) for b in range(len(image))]
+            seeds = [draw.initial_seed() for draw in draws]
         # 9 tiles of 256 x 256 LR pixels take a third of the work of attention over all pixels.
-        rows = [in_tiles(encode, grid, x, tile=2 * TILE // 3, overlap=16) for x in image.split(1)]
-        return torch.cat(rows)
+        made = [
+            in_tiles(encode, grid, x, tile=2 * TILE // 3, overlap=16, gradient_of=seed)
+            for x, seed in zip(image.split(1), seeds, strict=True)
+        ]
+        return torch.cat(made)
 
     def reconstruct(self, degradation: Tensor, hr: Tensor, content: Tensor) -> Tensor:
         """Rec_lr(F_deg, F_cont): the LR image (B, 3, H/4, W/4), not clamped. Eq. (5)."""

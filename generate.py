@@ -45,7 +45,15 @@ from common.images import (
     to_uint8,
 )
 from common.pairs import PairFolder, without_time
-from common.runtime import Runtime, in_parallel, make_generator, print_once, wait_for_all
+from common.runtime import (
+    Runtime,
+    autocast,
+    autocast_dtype,
+    in_parallel,
+    make_generator,
+    print_once,
+    wait_for_all,
+)
 from common.tiles import TILE, in_tiles
 from diffusion import DecoupledDDPM
 
@@ -83,7 +91,7 @@ def degradation_of(net: DecoupledDDPM, lr_ref: Tensor) -> Tensor:
     """
     device = next(net.parameters()).device
     if lr_ref.ndim == 1:
-        return lr_ref[None].to(device)
+        return lr_ref[None].to(device, non_blocking=True)
     top, left = (max(0, n - 512) // 16 * 8 for n in lr_ref.shape[1:])
     middle = lr_ref[None, :, top : top + 512, left : left + 512].to(device)
     if not middle.is_floating_point():  # as photos are read
@@ -166,7 +174,7 @@ def generate(
         x, c, degradation, content = (
             v.repeat_interleave(K, 0) for v in (x, c, degradation, content)
         )
-        t_start, draws = [t for t in t_start for _ in range(K)], generators(seeds, K)
+        t_start, draws = [t for t in t_start for _ in range(K)], generators(hr.device, seeds, K)
         lr = diffusion.sample(eps, x, c, t_start, sampler.num_steps, draws, sampler.eta)
         lr = with_remainder_and_grain(net, lr[..., :h, :w], degradation, sampler, seeds)
 
@@ -180,15 +188,15 @@ def generate(
 
 def chosen(lr: Tensor, scores: dict[str, Tensor]) -> Tensor:
     """The candidates (B, 3, h, w) that the filter keeps, from the two results of generate()."""
-    return lr[torch.arange(len(lr)), scores["kept"].to(lr.device)]
+    return lr[torch.arange(len(lr), device=lr.device), scores["kept"].to(lr.device)]
 
 
 # ---- helpers of generate() ----------------------------------------------------------------------
 
 
 def precision(device: torch.device) -> torch.autocast:
-    """bf16 on a GPU. On a CPU float32: sums in bf16 depend on the number of threads."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """16 bits on a GPU. On a CPU float32: sums in bf16 depend on the number of threads."""
+    return autocast(device, autocast_dtype(device, training=False))
 
 
 def one_by_one(
@@ -217,9 +225,11 @@ def padded(hr: Tensor, net: DecoupledDDPM) -> Tensor:
     return F.pad(hr, (0, -W % multiple, 0, -H % multiple), mode="replicate")
 
 
-def generators(seeds: Sequence[int], K: int, *purpose: int) -> list[torch.Generator]:
-    """A generator for each candidate of each image."""
-    return [make_generator(seed, k, *purpose) for seed in seeds for k in range(K)]
+def generators(
+    device: torch.device, seeds: Sequence[int], K: int, *purpose: int
+) -> list[torch.Generator]:
+    """A generator of the device for each candidate of each image; a GPU draws other noise."""
+    return [make_generator(seed, k, *purpose, device=device) for seed in seeds for k in range(K)]
 
 
 def with_remainder_and_grain(
@@ -228,9 +238,9 @@ def with_remainder_and_grain(
     """Not in the paper: noise and JPEG on generated LR (B K, 3, h, w), as the sampler says."""
     K, nets = sampler.candidates, net.extractors
     if sampler.remainder > 0:
-        lr = additions.add_remainder(lr, sampler.remainder, generators(seeds, K, 2))
+        lr = additions.add_remainder(lr, sampler.remainder, generators(lr.device, seeds, K, 2))
     if sampler.grain:
-        wanted, draws = nets.effects(degradation), generators(seeds, K, 1)
+        wanted, draws = nets.effects(degradation), generators(lr.device, seeds, K, 1)
         read = lambda x: nets.effects(nets.e_deg(x))  # noqa: E731
         lr = additions.add_grain(lr, wanted, read, net.calibration, draws)
     return lr

@@ -1,21 +1,33 @@
 """The command line: a dataclass becomes flags, wrong ones one sentence."""
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
 import io
+import os
 import re
+import signal
 import sys
 import time
+import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from common import UserError, require
 from common.folder import close_all
-from common.runtime import Runtime, process_rank, runtime
+from common.runtime import (
+    STOPPING,
+    OtherStopped,
+    Runtime,
+    local_rank,
+    process_count,
+    process_rank,
+    runtime,
+)
 
 C = TypeVar("C")
 
@@ -93,6 +105,45 @@ def check_ranges(cfg: Any, ranges: Mapping[str, tuple[float, float]], name: str 
             require(low <= number <= high, f"{flag}: must be in {low:g}..{high:g}.")
 
 
+MEMORY = (
+    "Start the command again with a larger --accumulate N, which divides each batch into N "
+    "micro-batches: it goes on from the last checkpoint."
+)
+
+
+def ending(error: BaseException, config: type) -> tuple[int, str]:
+    """The exit code of a command that an error ends, and what it prints."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return 2, f"error: {error} {MEMORY if hasattr(config, 'accumulate') else ''}".strip()
+    if isinstance(error, UserError | OSError):  # OSError: a full disk
+        return 2, f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, ""
+    if isinstance(error, SystemExit):
+        return (1, error.code) if isinstance(error.code, str) else (error.code or 0, "")
+    return 1, "".join(traceback.format_exception(error)).strip()
+
+
+def leave(error: BaseException, code: int, text: str) -> NoReturn:
+    """End this one of several processes at once; torchrun then ends the others.
+
+    They may be waiting for it, and so would everything that Python does at its end. Where all have
+    the same error, the first prints it and the others are ended before.
+    """
+    for sent in STOPPING:
+        signal.signal(sent, signal.SIG_DFL)
+    if isinstance(error, OtherStopped):
+        time.sleep(5)
+    elif process_rank() > 0:
+        time.sleep(2 + local_rank() / 4)
+    if text:
+        print(text, file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed by whoever was reading
+            stream.flush()
+    os._exit(code)
+
+
 def launch(main: Callable[[Any, Runtime], object], config: type, presets: dict, doc: str) -> None:
     """Run a stage from the command line; a UserError becomes one sentence and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
@@ -103,12 +154,14 @@ def launch(main: Callable[[Any, Runtime], object], config: type, presets: dict, 
         require(0 <= cfg.seed < 2**63, f"--seed {cfg.seed}: must be in 0..2^63 - 1.")
         with runtime(cfg.device, cfg.seed) as rt:
             main(cfg, rt)
-    except (UserError, OSError, torch.OutOfMemoryError) as error:  # OSError: a full disk
-        if process_rank() > 0:
-            time.sleep(2)  # torchrun stops this process when the first has printed the same error
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except BaseException as error:
+        code, text = ending(error, config)
+        if process_count() > 1:
+            leave(error, code, text)
+        if code == 1 or isinstance(error, SystemExit):
+            raise
+        if text:
+            print(text, file=sys.stderr)
+        sys.exit(code)
     finally:
         close_all()

@@ -197,8 +197,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     if folder := open_folder_of(path):
         folder.claim([path])
     path.parent.mkdir(parents=True, exist_ok=True)
-    name = zlib.crc32(os.fsencode(path.name))
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{name:08x}.tmp")
+    # Processes of two nodes may have the same number.
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{os.urandom(4).hex()}.tmp")
     temporary.touch()
     mode = temporary.stat().st_mode  # as umask says; safetensors hides its files from other users
     try:

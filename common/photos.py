@@ -16,7 +16,14 @@ from common import UserError, require
 from common.files import replacing
 from common.folder import TEMPORARY, open_folder_of
 from common.images import load_pixels, lost_sentence, to_uint8
-from common.runtime import Runtime, in_parallel, make_generator, process_rank, wait_for_all
+from common.runtime import (
+    Runtime,
+    in_parallel,
+    local_rank,
+    make_generator,
+    of_all,
+    process_rank,
+)
 
 Item = Path | tuple[Path, ...]  # a photo, or several files of which `read` makes one array
 
@@ -69,10 +76,14 @@ def decode(items: Sequence[Item], target: Path, read: Callable[..., np.ndarray])
         print(f"skipped {len(bad)} of {len(items)} photos: unreadable (the first: {first})")
     if main and (sentence := lost_sentence()):
         print(sentence)
-    for old in target.parent.iterdir():  # of photos that have changed since, or of a killed run
-        ours = rf"realdgen-[0-9a-f]{{8}}\.(pixels|npy)|{re.escape(TEMPORARY)}.*\.tmp"
-        if re.fullmatch(ours, old.name) and old.stem != target.stem:
-            old.unlink()
+
+
+def remove_old(folder: Path, stems: set[str]) -> None:
+    """Remove decoded photos but those of these names, and what killed runs have left."""
+    ours = rf"realdgen-[0-9a-f]{{8}}\.(pixels|npy)|{re.escape(TEMPORARY)}.*\.tmp"
+    for old in folder.iterdir():
+        if re.fullmatch(ours, old.name) and old.stem not in stems:
+            old.unlink(missing_ok=True)  # several nodes may share the folder
 
 
 class Photos:
@@ -101,10 +112,13 @@ class Photos:
         if photos:
             files = [f for x in photos for f in (x if isinstance(x, tuple) else (x,))]
             facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-            pixels = folder / f"realdgen-{zlib.crc32(json.dumps(facts).encode()):08x}.pixels"
-            if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not pixels.is_file():
+            key = zlib.crc32(json.dumps(facts).encode())
+            pixels = folder / f"realdgen-{key:08x}.pixels"
+            if local_rank() == 0 and not pixels.is_file():
                 decode(photos, pixels, read)
-            wait_for_all(rt)
+            keys = of_all(key, rt)  # when all have decoded
+            if local_rank() == 0:
+                remove_old(folder, {f"realdgen-{key:08x}" for key in keys})
             table = np.load(pixels.with_suffix(".npy"))
             table[:, 0] = len(self.maps)
             self.maps.append(np.memmap(pixels, np.uint8, "r"))

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from common import UserError, require
-from common.checkpoint import before, check_weights, load_checkpoint, save_state
+from common.checkpoint import before, check_weights, fingerprint, load_checkpoint, save_state
 from common.folder import out_folder
-from common.runtime import Runtime, largest_of_all, make_generator
+from common.runtime import Runtime, make_generator, noted_signals, of_all, together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +42,9 @@ class TrainingConfig:
     )  # fmt: skip
 
 
-# Signals that stop a run: Ctrl-C, kill or torchrun, a closed terminal.
-STOPPING = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
+# Memory of a step over that of the one that is measured: degradations draw an intermediate image of
+# up to 1.7 times the pixels, and which images get it differs between steps.
+MARGIN = 1.7
 TRAINING_RANGES = {"accumulate": (0, 2**16), "log_every": (1, 2**31), "save_every": (1, 2**31),
                    "cooldown": (0, 1), "ema_decay": (0, 1)}  # fmt: skip
 
@@ -88,9 +88,10 @@ def average_gradients(parameters: list[nn.Parameter], votes: int, rt: Runtime) -
     if rt.world_size == 1:
         return torch.tensor(float(votes))
     gradients = [p.grad for p in parameters if p.grad is not None]
-    vote = torch.full((1,), float(votes)).to(rt.device, non_blocking=True)
+    vote = torch.full((1,), float(votes), device=rt.device)
     flat = _flatten_dense_tensors([*gradients, vote])
-    dist.all_reduce(flat)
+    with together():
+        dist.all_reduce(flat)
     averages = _unflatten_dense_tensors(flat[:-1] / rt.world_size, gradients)
     torch._foreach_copy_(gradients, averages)
     return flat[-1]
@@ -154,8 +155,9 @@ class Run:
         self.first: Tensor | None = None  # loss of the first step
         self.high: Tensor | int = 0  # for how many steps in a row the loss has been far above it
         self.stop: list[int] = []  # signals that ask to stop
+        self.saving = False
         self.vote: tuple[Tensor, torch.cuda.Event] | None = None  # of all processes, the last one
-        self.trained = [p for group in groups for p in group["params"]]
+        self.trained = [p for group in groups if group["lr"] > 0 for p in group["params"]]
         learns = any(group["lr"] > 0 for group in groups) or steps == 0
         require(learns, "all learning rates are 0: there is nothing to train.")
         net.to(rt.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -172,6 +174,10 @@ class Run:
             if rt.is_main and self.folder.name_of(path) not in self.folder.ours:
                 self.folder.claim(files_of_run(path), adopt=True)  # it is a run like this
         self.folder.check(files_of_run(path))
+        for number in (self.step, int(fingerprint(net), 16)) if rt.world_size > 1 else ():
+            differ = f"{path}: the processes do not go on from the same step and weights"
+            way_out = f"copy {path.parent}, and the weights that it starts from, to all machines"
+            require(len(set(of_all(number, rt))) == 1, f"{differ}: {way_out}.")
         pairs = [(self.ema[key], value) for key, value in net.state_dict().items()]
         self.averaged = [pair for pair in pairs if pair[0].is_floating_point()]
 
@@ -239,16 +245,12 @@ class Run:
 
         counts = [c.batch_size // self.micro_batches for c in crops]
         streams = [c.batches(numbers(), n, rt.device) for c, n in zip(crops, counts, strict=True)]
-        handlers = {sent: signal.getsignal(sent) for sent in STOPPING}
-        for sent in STOPPING:
-            signal.signal(sent, lambda number, frame: self.stop.append(number))
-        try:
+        with noted_signals(self.stop, rt, self.progress):
             for number, *images in zip(numbers(), *streams, strict=True):
                 self.images += sum(counts) * rt.world_size
                 yield *images, make_generator(cfg.seed, number, device=rt.device)
-        finally:
-            for sent, handler in handlers.items():
-                signal.signal(sent, handler)
+        if self.stop:  # in the last step
+            raise SystemExit(self.goes_on())
         self.net.load_state_dict(self.ema)
         self.net.eval().requires_grad_(False)
 
@@ -271,8 +273,8 @@ class Run:
         adam = 8 * sum(p.numel() for p in self.trained)
         torch.cuda.empty_cache()
         room = 0.9 * torch.cuda.mem_get_info(device)[0] - adam
-        number = micro_batches_that_fit(batch, least, cost, room)
-        self.micro_batches = int(largest_of_all(number, self.rt))
+        number = micro_batches_that_fit(batch, least, MARGIN * cost, room)
+        self.micro_batches = max(of_all(number, self.rt))
         if self.rt.is_main and self.micro_batches > 1:
             print(f"memory is short: a batch is divided into {self.micro_batches} micro-batches")
 
@@ -309,7 +311,15 @@ class Run:
         if not self.clock:  # the first step does not count as speed: networks are compiled in it
             self.clock, self.images = time.time(), 0
         if stopping:
-            raise SystemExit(f"stopped at step {self.step}; the same command goes on from there")
+            raise SystemExit(self.goes_on())
+
+    def goes_on(self) -> str:
+        """What a run says that was asked to stop."""
+        return f"stopped at step {self.step}; the same command goes on from there"
+
+    def progress(self) -> tuple[float, ...]:
+        """Numbers that change while the run is not waiting for other processes."""
+        return self.step, self.images, time.monotonic() if self.saving else 0.0
 
     def asked(self, votes: Tensor) -> bool:
         """Whether a process was asked to stop, by the sum of all votes ().
@@ -356,4 +366,6 @@ class Run:
         state = {"step": self.step, "steps": self.steps, "net": self.net.state_dict(),
                  "ema": self.ema, "opt": self.opt.state_dict(), "config": self.config}  # fmt: skip
         self.folder.claim([self.before])
+        self.saving = True
         save_state(self.path, state, keep=self.before)
+        self.saving = False

@@ -5,6 +5,10 @@ import datetime
 import functools
 import importlib
 import os
+import signal
+import socket
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,15 +20,35 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common import UserError
+from common import UserError, require
 
 A = TypeVar("A")
 B = TypeVar("B")
+
+# Signals that stop a command: Ctrl-C, kill or torchrun, a closed terminal.
+STOPPING = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
+
+
+PATIENCE = 12.0  # torchrun kills after 30 s
+
+
+class OtherStopped(UserError):
+    """Another process has stopped with an error, which it prints."""
 
 
 def process_rank() -> int:
     """Rank of this process, as torchrun sets it; 0 without torchrun."""
     return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    """Rank of this process among those of its machine; 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def process_count() -> int:
+    """Number of processes, as torchrun sets it; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 @functools.cache
@@ -49,55 +73,174 @@ class Runtime:
 
     def autocast(self, bf16: bool) -> torch.autocast:
         """Context of bf16, if wanted and if the device has instructions for it; else of float32."""
-        fast = self.device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16 and fast)
+        return autocast(self.device, autocast_dtype(self.device) if bf16 else torch.float32)
+
+
+def autocast_dtype(device: torch.device, training: bool = True) -> torch.dtype:
+    """The fastest type for convolutions and attention in which a network trains or generates.
+
+    A GPU before Ampere has no bf16: there attention would store all its scores. It has float16,
+    whose small range is enough to generate; gradients would need a scaler, so it trains in float32.
+    A CPU generates in float32, because sums in bf16 depend on the number of threads.
+    """
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return torch.bfloat16
+        return torch.float32 if training else torch.float16
+    fast = training and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Context in which matrix products and convolutions are of this type."""
+    enabled = dtype != torch.float32
+    return torch.autocast(device.type, dtype if enabled else torch.bfloat16, enabled=enabled)
+
+
+def choose_device(device: str) -> torch.device:
+    """The device of this process, by --device; UserError if there is none for it.
+
+    Each process has a GPU of its own: that of its number on the machine, or the only one it sees.
+    """
+    if device == "mps" or (device == "auto" and torch.backends.mps.is_available()):
+        print_once("training and generation take float64, which MPS does not have: using the CPU")
+        device = "cpu"
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and torch.cuda.is_available():
+        count, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if count > 1:
+            needed = max(processes, local_rank() + 1)
+            require(needed <= count, too_many(needed, count))
+            device = f"cuda:{local_rank()}"
+        else:  # of the machine, or by CUDA_VISIBLE_DEVICES; join_processes() tells apart
+            device = "cuda:0"
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: this machine has no such device ({error}).") from None
+    return chosen
+
+
+def too_many(processes: int, count: int) -> str:
+    """The sentence for more processes than GPUs."""
+    gpus = f"{count} GPU" + "s" * (count > 1)
+    return f"{processes} processes, but {gpus}: start one for each GPU (--nproc_per_node)."
+
+
+def join_processes(device: torch.device, rank: int, world_size: int) -> None:
+    """Join the other processes; UserError if two of them have the same GPU."""
+    # FlopCounterMode imports this module. Its default arguments would hold a group made before,
+    # whose threads then outlive destroy_process_group: the process would abort at its end.
+    importlib.import_module("torch.distributed.nn")
+    store, _, _ = next(dist.rendezvous("env://"))
+    if device.type == "cuda":
+        gpu = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+        store.set(f"gpu {rank}", gpu)
+        gpus = [store.get(f"gpu {i}").decode() for i in range(world_size)]
+        require(len(set(gpus)) == world_size, too_many(world_size, len(set(gpus))))
+    long = datetime.timedelta(days=1)  # the main process may run long alone
+    store.set_timeout(long)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=long, store=store, rank=rank, world_size=world_size)
 
 
 @contextlib.contextmanager
 def runtime(device: str = "auto", seed: int = 0) -> Iterator[Runtime]:
-    """Choose the device, seed the global generator, join the processes that torchrun started."""
-    world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("LOCAL_RANK", "0")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: this machine has no such device ({error}).") from None
+    """Choose the device, seed the global generator, join the processes that torchrun started.
+
+    After an error the group is left as it is, because the others may be waiting in it: the process
+    has to end (common.cli.launch).
+    """
+    chosen, world_size = choose_device(device), process_count()
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world_size > 1:
-        # FlopCounterMode imports this module. Its default arguments would hold a group made before,
-        # whose threads then outlive destroy_process_group: the process would abort at its end.
-        importlib.import_module("torch.distributed.nn")
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        # The main process may run long alone.
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+        join_processes(chosen, process_rank(), world_size)
     torch.manual_seed(seed)
+    yield Runtime(chosen, process_rank(), world_size)
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Context of a message to all processes: OtherStopped where another process has ended."""
     try:
-        yield Runtime(chosen, process_rank(), world_size)
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise OtherStopped(f"another process has stopped ({reason}).") from None
 
 
 def wait_for_all(rt: Runtime) -> None:
     """Wait until all processes have come to this line."""
     if rt.world_size > 1:
-        try:
+        with together():
             dist.barrier()
-        except RuntimeError:
-            raise UserError("another process has stopped.") from None
 
 
-def largest_of_all(value: float, rt: Runtime) -> float:
-    """The largest value among all processes."""
-    if rt.world_size > 1:
-        values = torch.tensor([float(value)], device=rt.device)
-        dist.all_reduce(values, dist.ReduceOp.MAX)
-        return values.item()
-    return value
+def of_all(number: int, rt: Runtime) -> list[int]:
+    """The numbers of all processes, by rank; it waits for all."""
+    if rt.world_size == 1:
+        return [number]
+    with together():
+        numbers = torch.zeros(rt.world_size, dtype=torch.int64)
+        numbers[rt.rank] = number
+        numbers = numbers.to(rt.device)
+        dist.all_reduce(numbers)
+        return numbers.tolist()
+
+
+@contextlib.contextmanager
+def no_endless_wait(progress: Callable[[], object]) -> Iterator[None]:
+    """End this process `PATIENCE` seconds after a signal if it has made no progress since.
+
+    It may be waiting for another one that is gone; on a GPU nothing else ends that.
+    """
+    woken, waker = socket.socketpair()
+    waker.setblocking(False)
+    inside = True
+
+    def watch() -> None:  # the main thread runs no handler while it waits for the GPU
+        with woken:
+            signalled = woken.recv(1)  # empty where the block has ended
+        earlier: object = None
+        while signalled and inside and earlier != (earlier := progress()):
+            time.sleep(PATIENCE)
+        if signalled and inside:
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    before = signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        inside = False
+        signal.set_wakeup_fd(before)
+        waker.close()
+
+
+@contextlib.contextmanager
+def noted_signals(noted: list[int], rt: Runtime, progress: Callable[[], object]) -> Iterator[None]:
+    """Append the signals that ask to stop to a list, in place of what they do otherwise.
+
+    progress() changes as long as this process is not waiting for others.
+    """
+    handlers = {sent: signal.getsignal(sent) for sent in STOPPING}
+    for sent in STOPPING:
+        signal.signal(sent, lambda number, frame: noted.append(number))
+    waits = rt.world_size > 1 and rt.device.type == "cuda"
+    try:
+        with no_endless_wait(progress) if waits else contextlib.nullcontext():
+            yield
+    finally:
+        for sent, handler in handlers.items():
+            signal.signal(sent, handler)
 
 
 def in_parallel(work: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:

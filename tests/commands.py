@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from common.cli import launch
 from common.folder import RECORD
@@ -25,6 +26,12 @@ def run(script: str, *args: object, cwd: Path) -> subprocess.CompletedProcess:
     """`python script args` in this process; for `python -m a.b` the script is a.b."""
     stage = importlib.import_module(script.removesuffix(".py"))
     out, err, code = io.StringIO(), io.StringIO(), 0
+
+    def end(code: int) -> None:  # in place of os._exit, which would end this process
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        raise SystemExit(code)
+
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(out),
@@ -32,6 +39,7 @@ def run(script: str, *args: object, cwd: Path) -> subprocess.CompletedProcess:
     ):
         patch.chdir(cwd)
         patch.setattr(sys, "argv", [script, *map(str, args)])
+        patch.setattr(os, "_exit", end)
         try:
             main = stage.main if hasattr(stage, "main") else stage.train
             launch(main, stage.Config, getattr(stage, "PRESETS", {}), "")

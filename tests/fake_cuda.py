@@ -18,14 +18,20 @@ from torch.utils._pytree import tree_leaves
 
 import degrade
 import extractors
+import generate
 
 
 class Launches(TorchDispatchMode):
-    """Counts operations that write a tensor on a GPU: kernels and copies to it, but no views."""
+    """Counts operations that write a tensor on a GPU: kernels and copies to it, but no views.
+
+    `waits` counts copies from or to it for which the program waits. Other ways to wait, such as
+    item() or a mask as an index, raise an error, because a fake tensor has no values.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.names: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -34,6 +40,10 @@ class Launches(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if on_gpu and not func.is_view and name not in ("empty", "_unsafe_view"):
             self.names[name] += 1
+        kinds = {x.device.type for x in (*args, *outputs) if isinstance(x, Tensor)}
+        copied = name in ("_to_copy", "copy_") and kinds == {"cpu", "cuda"}
+        if copied and not (kwargs or {}).get("non_blocking"):
+            self.waits[f"{args[0].device.type} {tuple(args[0].shape)}"] += 1
         return result
 
     def total(self) -> int:
@@ -70,10 +80,12 @@ def counted_memory() -> Iterator[Memory]:
     """Counts what a training step takes, without computing it: D is left out, which is small.
 
     Tensors are fake ones of a CPU, because autograd asks for the device of others; attention is
-    taken as the fast kernels of a GPU do it, which keep no matrix of all pairs of pixels.
+    taken as on a GPU, whose fast kernels keep no matrix of all pairs of pixels.
     """
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.shape[-1] > extractors.WIDEST_HEAD:
+            return extractors.attention_by_products(q, k, v)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
 
     def reduced(hr: Tensor, theta: object, generator: object = None) -> Tensor:
@@ -149,7 +161,7 @@ def setitem(x: Tensor, key: object, value: object) -> None:
 def copy_(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if x.device.type != "cuda":
         return real_copy_(x, source, non_blocking)
-    return x.mul_(0).add_(source.to(x.device))
+    return x.mul_(0).add_(source.to(x.device, non_blocking=non_blocking))
 
 
 def contiguous(x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -185,6 +197,9 @@ def fake_cuda() -> Iterator[Launches]:
     """Tensors made inside are fake, and may be of cuda:0; generators stay on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(degrade, "generator_on", lambda device, source: source)
+        on_cpu = generate.make_generator
+        patch.setattr(generate, "make_generator", lambda *key, device="cpu": on_cpu(*key))
+        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         # In C++ these ask for a device of that kind, even if the tensor is fake.
         stand_ins = {
             "__getitem__": getitem,

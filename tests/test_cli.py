@@ -1,13 +1,17 @@
 """common/cli.py: flags and presets, stored configurations, ranges; exit code 2."""
 
+import contextlib
+import os
+import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from common import UserError
+from common import UserError, cli
 from common.cli import check_ranges, from_dict, launch, parse_args
 from common.images import save_image
 from common.runtime import Runtime
@@ -29,6 +33,13 @@ class Flags:
     skip: bool = False
     seed: int = 0
     device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Training(Flags):
+    """A Config of a stage that trains."""
+
+    accumulate: int = 0
 
 
 PRESETS = {"paper": {}, "small": {"steps": 7, "sizes": (5,), "bf16": False}}
@@ -102,3 +113,41 @@ def test_a_number_out_of_its_range_names_the_flag_and_the_file():
     for flag, limits in ranges.items():
         with pytest.raises(UserError, match=f"^x.pt: --{flag}: must be in 1"):
             check_ranges(cfg, {flag.split()[0]: limits}, "x.pt: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "printed"),
+    [
+        (UserError("a mistake"), 2, "error: a mistake"),
+        (OSError("the disk is full"), 2, "error: the disk is full"),
+        (torch.OutOfMemoryError("CUDA out of memory."), 2, "larger --accumulate N"),
+        (KeyboardInterrupt(), 130, ""),
+        (SystemExit("stopped at step 3"), 1, "stopped at step 3"),
+        (SystemExit(2), 2, ""),
+        (ZeroDivisionError("of ours"), 1, "ZeroDivisionError: of ours"),
+    ],
+)
+def test_how_a_command_ends_is_the_same_in_one_process_and_in_several(
+    monkeypatch, capsys, error, code, printed
+):
+    """One process raises, of several each ends at once, with the same code and sentence."""
+
+    def main(cfg: Flags, rt: Runtime) -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["stage.py"])
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    for processes in ("1", "2"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "_exit", lambda code: sys.exit(code))
+            patch.setattr(signal, "signal", lambda sent, handler: None)
+            patch.setattr(cli, "runtime", lambda *_: contextlib.nullcontext(CPU))
+            patch.setenv("WORLD_SIZE", processes)
+            with pytest.raises(BaseException) as ended:
+                launch(main, Training, {}, "")
+        text = capsys.readouterr().err
+        if processes == "1" and code == 1:
+            assert ended.value is error
+        else:
+            assert ended.value.code == code and printed in text
+        assert processes == "1" or bool(text) == bool(printed)

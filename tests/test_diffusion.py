@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import degrade
 import diffusion
@@ -396,18 +397,56 @@ def test_no_operation_of_the_loss_and_the_picture_leaves_the_gpu(preset, tmp_pat
     assert sheets[0].device.type == "cpu"
 
 
-def test_a_step_of_the_paper_fits_into_24_gib(monkeypatch):
-    """Counted; the batch of a process, at the paper's crop of 256."""
+def paper() -> tuple[diffusion.DecoupledDDPM, list[nn.Parameter]]:
+    """The paper's networks and what stage 2 trains of them."""
     stage_1, cfg = extractors.Config(), Config()
+    net = diffusion.DecoupledDDPM(extractors.Extractors(stage_1), stage_1, cfg)
+    trained = [*net.modulation.parameters(), *net.unet.parameters()]
+    return net, trained + diffusion.finetuned(net.extractors)
+
+
+def test_a_step_of_the_paper_fits_into_20_gib(monkeypatch):
+    """Counted; the batch of a process, at the paper's crop of 256."""
+    cfg = Config()
     with counted_memory():
-        net = diffusion.DecoupledDDPM(extractors.Extractors(stage_1), stage_1, cfg)
-        content = net.content
-        # E_cont reads one image after the other (test_extractors.py), so one is enough.
-        monkeypatch.setattr(net, "content", lambda x: content(x[:1]).repeat(len(x), 1, 1, 1))
+        net, trained = paper()
+        encode = net.extractors.vqvae.encode
+
+        def only_with_gradient(x: Tensor, again: bool = False) -> Tensor:  # others leave nothing
+            if torch.is_grad_enabled():
+                return encode(x, again)
+            return x.new_zeros(len(x), 3, x.shape[2] // 4, x.shape[3] // 4)
+
+        monkeypatch.setattr(net.extractors.vqvae, "encode", only_with_gradient)
         lr, draw = torch.zeros(cfg.batch_size, 3, cfg.crop, cfg.crop), torch.Generator()
-        trained = [*net.modulation.parameters(), *net.unet.parameters()]
-        trained += diffusion.finetuned(net.extractors)
         used = training_memory(
             net, trained, lambda: diffusion.decoupled_loss(net, lr, None, cfg, draw)
         )
-        assert 8 < used < 24
+        assert 8 < used < 20
+
+
+def test_an_image_of_the_paper_takes_less_than_14_tflop(monkeypatch):
+    """Counted, with attention by products of matrices."""
+    with counted_memory(), FlopCounterMode(display=False) as counter:
+        by_products = extractors.attention_by_products
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", by_products)
+        net, trained = paper()
+        net.requires_grad_(False)
+        for p in trained:
+            p.requires_grad_(True)
+        lr = torch.zeros(1, 3, 256, 256)
+        diffusion.decoupled_loss(net, lr, None, Config(), torch.Generator())["loss"].backward()
+        assert 10e12 < counter.get_total_flops() < 14e12
+
+
+def test_a_learning_rate_of_0_freezes_and_saves_the_work(cfg, monkeypatch):
+    """No gradient goes through E_cont, which takes most of the work here."""
+    monkeypatch.setattr(diffusion, "sampled_swap_grid", lambda *_: {})
+    counts, before = [], load_checkpoint(cfg.checkpoint)["net"]
+    cfg = replace(cfg, as_printed=True, hr=(), widths=(8,), attention=(), steps=2)
+    for rate in (1e-6, 0.0):
+        with FlopCounterMode(display=False) as counter:
+            after = train(cfg, finetune_learning_rate=rate, out=f"{cfg.out}{rate}")["net"]
+        counts.append(counter.get_total_flops())
+    assert counts[1] < 0.6 * counts[0]
+    assert all(torch.equal(v, after[f"extractors.{k}"]) for k, v in before.items())

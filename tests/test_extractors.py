@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from scipy.fft import dctn
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import additions
 import degrade
@@ -86,6 +87,35 @@ def test_attention_matches_a_softmax_written_out(heads):
     torch.testing.assert_close(net(x), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_attention_by_products_is_the_same_attention(dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(extractors, "SCORES", 1000)  # 6 queries at a time
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 1, 80, 512).to(dtype)
+    found = extractors.attention_by_products(q, k, v)
+    expected = nn.functional.scaled_dot_product_attention(q, k, v)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("preset", "fast"), [("paper", False), ("small", True)])
+def test_on_a_gpu_the_wide_head_of_the_paper_is_computed_by_products(preset, fast, monkeypatch):
+    calls = []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        calls.append(q.shape[-1])
+        return v * 1
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", kernel)
+    with fake_cuda() as launches, torch.no_grad():
+        with torch.device("cuda:0"):
+            net = Extractors(Config(**extractors.PRESETS[preset]))
+            hr = torch.zeros(1, 3, 1024, 1024)
+        assert net.content(hr).shape[2:] == (256, 256)
+    assert calls == ([64] * 9 if fast else [])  # of 9 tiles
+    assert launches.names["bmm"] == (0 if fast else 18)
+
+
 def test_group_norm_is_torch_s_in_float32_and_keeps_bf16():
     norm, x = extractors.GroupNorm(24), torch.randn(2, 24, 5, 7, generator=make_generator(0))
     nn.init.normal_(norm.weight)
@@ -99,8 +129,10 @@ def test_large_content_is_read_in_tiles_with_the_same_gradient(monkeypatch):
     """Also where the backward pass computes each tile again."""
     monkeypatch.setattr(extractors, "TILE", 33)
     net, hr, seen = built(), drawn_batch(2, 152, 136), []
-    encode, first = net.vqvae.encode, net.vqvae.encoder.conv_in.weight
-    monkeypatch.setattr(net.vqvae, "encode", lambda x: seen.append(x.shape) or encode(x))
+    down, first = net.vqvae.encoder.down.forward, net.vqvae.encoder.conv_in.weight
+    monkeypatch.setattr(
+        net.vqvae.encoder.down, "forward", lambda x: seen.append(x.shape) or down(x)
+    )
     content = net.content(hr)
     assert content.shape == (2, 3, 38, 34)
     assert all(shape[0] == 1 and max(shape[2:]) <= 88 for shape in seen)
@@ -112,6 +144,120 @@ def test_large_content_is_read_in_tiles_with_the_same_gradient(monkeypatch):
     monkeypatch.setattr(extractors, "checkpoint", lambda function, x, **_: function(x))
     expected = torch.autograd.grad(net.content(hr).square().sum(), first)[0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def gradient_of_content(net: Extractors, hr: Tensor, *seed: int) -> Tensor:
+    """Of a sum over F_cont, for the first convolution; a seed makes it an estimate."""
+    content = net.content(hr, *map(make_generator, seed)).square()
+    return torch.autograd.grad(content.sum(), net.vqvae.encoder.conv_in.weight)[0]
+
+
+def test_the_gradient_through_one_random_tile_is_exact_in_the_mean(monkeypatch):
+    monkeypatch.setattr(extractors, "TILE", 33)
+    net, hr, seeds = built(), drawn_batch(1, 152, 136), range(60)
+    exact = gradient_of_content(net, hr)
+    estimates = [gradient_of_content(net, hr, seed) for seed in seeds]
+    of_tiles = {x.sum().item(): x for x in estimates}
+    assert 9 <= len(of_tiles) < 60  # the draws fall on all tiles
+    size = exact.abs().max().item()
+    mean = torch.stack([*of_tiles.values()]).mean(0)
+    torch.testing.assert_close(mean, exact, rtol=1e-4, atol=1e-5 * size)
+    error = (torch.stack(estimates).mean(0) - exact).norm() / exact.norm()
+    single = torch.stack([(x - exact).norm() / exact.norm() for x in of_tiles.values()]).mean()
+    assert error < single / 2  # and about equally often on each
+
+
+def test_one_random_tile_changes_no_value_and_each_image_draws_its_own(monkeypatch):
+    monkeypatch.setattr(extractors, "TILE", 33)
+    net, hr, trained = built(), drawn_batch(4, 152, 136), []
+    encode = net.vqvae.encode
+
+    def spy(tile: Tensor, again: bool = False) -> Tensor:
+        trained.append(torch.is_grad_enabled())
+        return encode(tile, again)
+
+    expected = net.content(hr)
+    monkeypatch.setattr(net.vqvae, "encode", spy)
+    assert torch.equal(net.content(hr, make_generator(0)), expected)
+    rows = torch.tensor(trained).view(4, -1)  # images, tiles
+    assert rows.sum(1).tolist() == [1] * 4 and len(rows.unique(dim=0)) > 1
+    trained.clear()
+    assert torch.equal(
+        net.content(hr[..., :128, :128], make_generator(0)), encode(hr[..., :128, :128])
+    )
+    assert trained == [True]  # an image of one tile has its whole gradient
+
+
+def test_the_tile_has_a_gradient_under_autocast_too(monkeypatch):
+    """Autocast must not reuse weights that it has converted for a tile without gradient."""
+    monkeypatch.setattr(extractors, "TILE", 33)
+    net, hr = built(), drawn_batch(1, 152, 136)
+    for seed in range(4):
+        exact = gradient_of_content(net, hr, seed)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = gradient_of_content(net, hr, seed)
+        assert (found - exact).norm() < 0.2 * exact.norm()
+
+
+def test_a_frozen_encoder_builds_no_graph_and_computes_nothing_again(monkeypatch):
+    monkeypatch.setattr(extractors, "TILE", 33)
+    monkeypatch.setattr(extractors, "checkpoint", None)
+    net = built().requires_grad_(False)
+    net.e_deg.requires_grad_(True)
+    for generator in (None, make_generator(0)):
+        assert not net.content(drawn_batch(1, 152, 136), generator).requires_grad
+
+
+def test_a_batch_is_read_a_few_images_at_a_time_with_the_same_content(monkeypatch):
+    net, hr, seen = built(), drawn_batch(5, 32, 48), []
+    encode = net.vqvae.encode
+    expected = torch.cat([encode(x) for x in hr.split(2)])
+    monkeypatch.setattr(net.vqvae, "encode", lambda x: seen.append(len(x)) or encode(x))
+    monkeypatch.setattr(extractors, "VALUES", 2 * 8 * 32 * 48 + 5)
+    assert torch.equal(net.content(hr), expected) and seen == [2, 2, 1]
+    monkeypatch.setattr(extractors, "VALUES", 7)  # less than an image has
+    assert net.content(hr).shape == expected.shape and seen[3:] == [1] * 5
+
+
+def rounded(x: Tensor) -> Tensor:
+    """The 10 bits of a mantissa that TF32 keeps."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def distances_by_product(a: Tensor, b: Tensor) -> Tensor:
+    """What cdist computes of more than 25 rows: |a|^2 - 2 a b + |b|^2 as one product."""
+    ones_a, ones_b = torch.ones_like(a[:, :1]), torch.ones_like(b[:, :1])
+    left = torch.cat([-2 * a, a.square().sum(1, keepdim=True), ones_a], dim=1)
+    right = torch.cat([b, ones_b, b.square().sum(1, keepdim=True)], dim=1)
+    return (rounded(left) @ rounded(right).T).clamp(min=0).sqrt()
+
+
+class TF32(TorchDispatchMode):
+    """Rounds the factors of all matrix products, as a GPU does where TF32 is allowed."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("_euclidean_dist", "_cdist_forward"):
+            return distances_by_product(*args[:2])
+        if name in ("mm", "bmm", "addmm", "baddbmm"):
+            args = [rounded(x.contiguous()) if isinstance(x, Tensor) else x for x in args]
+        return func(*args, **(kwargs or {}))
+
+
+def test_tf32_gives_no_latent_a_wrong_entry():
+    """As many entries as the paper's; the distances of cdist give many latents another one."""
+    torch.manual_seed(0)
+    quantizer, z = extractors.Quantizer(8192, 3), 1 + 0.3 * torch.randn(1, 3, 40, 60)
+    nn.init.normal_(quantizer.embedding.weight, mean=1, std=0.3)
+    flat, table = z.permute(0, 2, 3, 1).flatten(0, 2), quantizer.embedding.weight.detach()
+    exact = torch.cdist(
+        flat.double(), table.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    ).argmin(1)
+    with TF32():
+        number = quantizer(z)[1].flatten()
+        by_cdist = torch.cdist(flat, table).argmin(1)
+    assert (by_cdist != exact).float().mean() > 0.3
+    assert (number != exact).sum() == 0
 
 
 def test_quantizer_returns_the_nearest_code():

@@ -77,6 +77,20 @@ def test_a_batch_that_does_not_fit_is_divided_into_micro_batches(trained):
     assert total > 90 or "memory is short" in printed
 
 
+def test_the_preset_paper_trains_compiled(trained):
+    """Its networks are compiled by default; small ones, which take less time to compile."""
+    small = "--preset paper --batch-size 8 --steps 2 --log-every 1"
+    stage_1 = "--vq-channels 32 --deg-blocks 2 --vq-crop 64 --crop 64 --out compiled/extractors"
+    stage_2 = "--widths 32 64 --attention 1 --crop 32 --out compiled/diffusion"
+    checkpoint = "--checkpoint compiled/extractors/last.pt"
+    for command in (f"extractors {small} {stage_1}", f"diffusion {small} {stage_2} {checkpoint}"):
+        began = time.time()
+        assert "torch.compile does not work" not in run(command, trained)
+        print(f"\n{command.split()[0]}: compiled in {time.time() - began:.0f} s")
+        path = trained / f"compiled/{command.split()[0]}/last.pt"
+        assert torch.load(path, weights_only=True)["step"] == 2
+
+
 @pytest.mark.parametrize(
     "flags", ["", "--start realesrgan --t-start 20 --num-steps 4 --candidates 2"]
 )

@@ -20,6 +20,7 @@ from common import UserError
 from common.images import save_image
 from common.photos import Crops, Photos
 from common.run import (
+    MARGIN,
     Run,
     TrainingConfig,
     check_micro_batches,
@@ -253,6 +254,21 @@ def test_a_stopped_run_loses_at_most_the_steps_since_the_last_checkpoint(folder,
     assert same(toy_run(folder, 9).state_dict(), toy_run(folder, 9, name="x.pt").state_dict())
 
 
+def test_a_signal_behind_the_last_step_is_not_lost(folder):
+    """The run is whole, and the command ends before it does anything else."""
+    net = toy_net()
+    photos = Photos(sorted((folder / "photos").iterdir()), folder / "decoded", CPU)
+    groups = [{"params": list(net.parameters()), "lr": 1e-3}]
+    run = Run(Toy(), CPU, net, groups, folder / "last.pt", 2)
+    with pytest.raises(SystemExit, match="stopped at step 2"):
+        for x, draw in run.batches(Crops(photos, 16, 4, 0)):
+            run.update(toy_loss(net, x, draw))
+            if run.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+    assert read(folder / "last.pt")["step"] == 2
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 STOPPED = """
 import pathlib, sys, time, torch
 import test_run
@@ -267,7 +283,9 @@ with runtime("cpu") as rt:
 """
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_torchrun_is_stopped_and_the_step_is_saved(folder, sent):
     """The signal reaches torchrun, which passes it on; all processes stop at the same step."""
     (folder / "stopped.py").write_text(STOPPED)
@@ -357,13 +375,16 @@ def test_a_batch_goes_in_as_few_micro_batches_as_fit_into_memory(batch, least, c
     assert number == (min(fitting) if fitting else max(allowed))
 
 
-def test_a_trial_that_no_step_follows_chooses_the_micro_batches(folder, monkeypatch):
-    """As on a GPU with room for three images."""
+@pytest.mark.parametrize(("images", "number"), [(3, 4), (2 / MARGIN, 8)])
+def test_a_trial_that_no_step_follows_chooses_the_micro_batches(
+    folder, monkeypatch, images, number
+):
+    """As on a GPU with room for three images, or for two that are as cheap as that of the trial."""
     net = toy_net()
     memory_of_adam = 8 * sum(p.numel() for p in net.parameters())
     memory = {"max_memory_allocated": 100, "memory_allocated": 0, "empty_cache": None,
               "reset_peak_memory_stats": None,
-              "mem_get_info": ((memory_of_adam + 301) / 0.9, 0)}  # fmt: skip
+              "mem_get_info": ((memory_of_adam + MARGIN * 100 * images + 1) / 0.9, 0)}  # fmt: skip
     for name, value in memory.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     photos = Photos(sorted((folder / "photos").iterdir()), folder / "decoded", CPU)
@@ -373,7 +394,7 @@ def test_a_trial_that_no_step_follows_chooses_the_micro_batches(folder, monkeypa
     for x, draw in run.trial([Crops(photos, 16, 8, 0)], 1):
         assert run.step == -1
         run.update(toy_loss(net, x, draw))
-    assert run.micro_batches == 4 and run.step == 0 and same(before, dict(net.state_dict()))
+    assert run.micro_batches == number and run.step == 0 and same(before, dict(net.state_dict()))
     assert all(p.grad is None for p in net.parameters())
 
 

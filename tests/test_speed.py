@@ -3,11 +3,13 @@
 import sys
 
 import pytest
+import torch
 
 import degrade
 import diffusion
 import extractors
 from common.cli import launch
+from common.runtime import Runtime
 from tools import speed
 
 
@@ -48,3 +50,42 @@ def test_a_wrong_flag_is_one_sentence(monkeypatch, capsys, argv):
     with pytest.raises(SystemExit) as stopped:
         measure(monkeypatch, *argv)
     assert stopped.value.code == 2 and f"error: {argv[0]} {argv[1]}" in capsys.readouterr().err
+
+
+def test_what_gets_gradients_is_what_the_stages_train(monkeypatch, tmp_path):
+    """The names of the parameters in the groups that the stages give to Run."""
+    groups_of: list[set[str]] = []
+
+    class Groups:
+        """Takes the place of Run."""
+
+        def __init__(self, cfg, rt, net, groups, *_, **__) -> None:
+            kept = {id(p) for group in groups for p in group["params"]}
+            groups_of.append({name for name, p in net.named_parameters() if id(p) in kept})
+
+        def batches(self, *crops, least=1):
+            return iter(())
+
+    rt = Runtime(torch.device("cpu"))
+    monkeypatch.chdir(tmp_path)
+    for stage, crops in ((extractors, {"vq_crop": 32, "crop": 32}), (diffusion, {"crop": 16})):
+        small = stage.PRESETS["small"] | crops | {"batch_size": 8}
+        monkeypatch.setattr(stage, "Run", Groups)
+        monkeypatch.setitem(stage.PRESETS, "small", small)
+        stage.train(stage.Config(**small), rt)
+    steps, real = [], speed.step
+
+    def spy(net, *args):
+        steps.append((net, real(net, *args)))
+        return steps[-1][1]
+
+    monkeypatch.setattr(speed, "step", spy)
+    names = speed.training(speed.Config(batch_size=8), rt)
+    for expected, name, (net, work) in zip(groups_of, names, steps, strict=True):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.optim.AdamW, "step", lambda self: None)
+            patch.setattr(torch.optim.AdamW, "zero_grad", lambda self, set_to_none: None)
+            work()
+        gradients = {name for name, p in net.named_parameters() if p.grad is not None}
+        assert gradients == expected, name
+        net.zero_grad()

@@ -5,13 +5,13 @@ Pillow's JPEG round trip of 256 x 256 pixels, on a GPU the operations per second
 those of a product of bf16 matrices.
 
     python -m tools.speed
-    python -m tools.speed --batch-size 256 --size paper --works stage
+    python -m tools.speed --batch-size 8 --size paper --works stage
 """
 
 import io
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -96,6 +96,46 @@ def degrading(cfg: Config, rt: Runtime) -> Works:
     }
 
 
+def trained(
+    nets: extractors.Extractors, net: diffusion.DecoupledDDPM
+) -> dict[str, list[nn.Parameter]]:
+    """What each phase of stage 1 trains of its networks, and stage 2 of its own."""
+    vqvae = nets.vqvae
+    rest = [p for name, p in nets.named_parameters() if not name.startswith("vqvae.")]
+    return {
+        "stage 1 VQ-VAE": [*vqvae.parameters()],
+        "stage 1 E_cont": [*vqvae.encoder.parameters(), *vqvae.quant_conv.parameters()],
+        "stage 1 E_deg": rest,
+        "stage 2": [
+            *net.modulation.parameters(),
+            *net.unet.parameters(),
+            *diffusion.finetuned(net.extractors),
+        ],
+    }
+
+
+def step(
+    net: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    loss: Callable[[], dict[str, Tensor]],
+    rt: Runtime,
+) -> Callable[[], object]:
+    """A training step of these parameters of a network; all others are frozen."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+
+    def work() -> None:
+        net.requires_grad_(False)
+        for p in parameters:
+            p.requires_grad_(True)
+        with rt.autocast(bf16=True):
+            value = loss()["loss"]
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return work
+
+
 def training(cfg: Config, rt: Runtime) -> Works:
     """One training step of each phase: loss, gradient, AdamW."""
     stage_1 = extractors.Config(**extractors.PRESETS[cfg.size])
@@ -118,23 +158,15 @@ def training(cfg: Config, rt: Runtime) -> Works:
     if not stage_2.as_printed:
         lr, synthetic = lr[: B // 2], hr[B // 2 :]
 
-    def step(net: nn.Module, loss: Callable[[], dict[str, Tensor]]) -> Callable[[], object]:
-        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, fused=True)
-
-        def work() -> None:
-            with rt.autocast(bf16=True):
-                loss()["loss"].backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        return work
-
-    e_cont, loss = extractors.content_loss, diffusion.decoupled_loss
+    losses: dict[str, Callable[[], dict[str, Tensor]]] = {
+        "stage 1 VQ-VAE": lambda: extractors.vqvae_loss(nets, large),
+        "stage 1 E_cont": lambda: extractors.content_loss(nets, large, stage_1, draw),
+        "stage 1 E_deg": lambda: e_deg(nets, *photos, stage_1, draw),
+        "stage 2": lambda: diffusion.decoupled_loss(net, lr, synthetic, stage_2, draw),
+    }
     return {
-        "stage 1 VQ-VAE": step(nets.vqvae, lambda: extractors.vqvae_loss(nets, large)),
-        "stage 1 E_cont": step(nets.vqvae, lambda: e_cont(nets, large, stage_1, draw)),
-        "stage 1 E_deg": step(nets, lambda: e_deg(nets, *photos, stage_1, draw)),
-        "stage 2": step(net, lambda: loss(net, lr, synthetic, stage_2, draw)),
+        name: step(net if name == "stage 2" else nets, parameters, losses[name], rt)
+        for name, parameters in trained(nets, net).items()
     }
 
 
