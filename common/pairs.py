@@ -187,8 +187,10 @@ class PairFolder:
         if changed and "preview.png" in self.folder.ours:  # it may show pairs that change
             (self.out / "preview.png").unlink(missing_ok=True)
         write_text(table, text)
-        for own in self.out.glob("pairs.*.jsonl") if table == self.table else ():
-            own.unlink()
+        recorded = self.folder.recorded() if table == self.table else set()
+        for own in self.out.glob("pairs.*.jsonl"):
+            if self.folder.name_of(own) in recorded:  # not a copy that somebody made meanwhile
+                own.unlink()
 
     def add(self, rows: Iterable[dict]) -> None:
         """Append the rows of pairs whose images are written."""

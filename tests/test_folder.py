@@ -12,6 +12,7 @@ import torch
 from common import UserError
 from common.files import photo_names, replacing, write_text
 from common.folder import HEADER, RECORD, close_all, out_folder
+from common.pairs import PairFolder
 from common.runtime import Runtime
 from tests.commands import assert_refused, run, start
 from tests.drawn import photo, write, write_pairs
@@ -55,6 +56,19 @@ def test_a_file_that_is_gone_is_ours_no_more(tmp_path):
     (tmp_path / "out/x.txt").write_text("mine")
     with pytest.raises(UserError, match="x.txt"):
         write_text(out_folder(tmp_path / "out", CPU).path / "x.txt", "two")
+
+
+def test_a_copy_of_the_table_made_during_a_run_stays(tmp_path):
+    out = tmp_path / "out"
+    pairs = PairFolder(out, ["x"], "field", (), CPU)
+    for side in ("hr", "lr"):
+        write_text(out / side / "x.png", side)
+    pairs.add([{"hr": "hr/x.png", "lr": "lr/x.png", "field": 1}])
+    shutil.copy(out / "pairs.0.jsonl", out / "pairs.copy.jsonl")
+    assert len(pairs.finish()) == 1
+    pairs.close()
+    assert (out / "pairs.jsonl").read_bytes() == (out / "pairs.copy.jsonl").read_bytes()
+    assert not (out / "pairs.0.jsonl").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"my notes\n", HEADER[:20], None])
