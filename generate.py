@@ -9,11 +9,12 @@ denoised from a noised start image (Algorithm 2), and the filter keeps the best 
     python generate.py --hr data/hr --lr-ref data/lr --out out/pairs --candidates 4
 """
 
+import bisect
+import itertools
 import math
 import os
-import threading
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from tqdm import tqdm
 import additions
 import degrade
 import diffusion
-from common import UserError, require
+from common import require
 from common.checkpoint import find_checkpoint, fingerprint, load_checkpoint
 from common.cli import check_ranges, launch
 from common.files import find_photos, image_size, keys_of, outside, photo_names, write_text
@@ -49,8 +50,10 @@ from common.runtime import (
     Runtime,
     autocast,
     autocast_dtype,
+    in_batches,
     in_parallel,
     make_generator,
+    of_all,
     print_once,
     wait_for_all,
 )
@@ -83,21 +86,25 @@ PAIRINGS = ("photo", "folder")
 CANDIDATES = 4  # K where the filter is to have a choice
 
 
-def degradation_of(net: DecoupledDDPM, lr_ref: Tensor) -> Tensor:
-    """F_deg (1, D) of a reference (3, h, w) of any size and also of 8 bits, or F_deg (D,) itself.
+def middle_of(photo: Tensor) -> Tensor:
+    """The middle 512 x 512 of a photo (..., h, w), from a corner of JPEG's blocks of 8 x 8 on."""
+    top, left = (max(0, n - 512) // 16 * 8 for n in photo.shape[-2:])
+    return photo[..., top : top + 512, left : left + 512]
 
-    Only the middle of a large photo is read, because F_deg is an average over the image. The middle
-    begins at a corner of JPEG's blocks of 8 x 8.
+
+def degradation_of(net: DecoupledDDPM, lr_ref: Tensor) -> Tensor:
+    """F_deg (B, D) of references (B, 3, h, w) or one (3, h, w), also of 8 bits; or of F_deg (D,).
+
+    Only the middle of a large photo is read, because F_deg is an average over the image.
     """
     device = next(net.parameters()).device
     if lr_ref.ndim == 1:
         return lr_ref[None].to(device, non_blocking=True)
-    top, left = (max(0, n - 512) // 16 * 8 for n in lr_ref.shape[1:])
-    middle = lr_ref[None, :, top : top + 512, left : left + 512].to(device)
-    if not middle.is_floating_point():  # as photos are read
-        middle = middle.float() / 255
+    lr = middle_of(lr_ref if lr_ref.ndim == 4 else lr_ref[None]).to(device, non_blocking=True)
+    if not lr.is_floating_point():  # as photos are read
+        lr = lr.float() / 255
     with precision(device):
-        return net.extractors.e_deg(middle).float()
+        return net.extractors.e_deg(lr).float()
 
 
 def start_images(
@@ -266,47 +273,67 @@ def load_generator(checkpoint: str, device: torch.device, grain: bool = False) -
 
 
 class References:
-    """Reference photos and their F_deg, which is computed when it is first needed."""
+    """Reference photos. code() computes the F_deg of those that are needed, each once."""
 
     def __init__(self, files: list[Path], given: Sequence[str], net: DecoupledDDPM, average: int):
         self.files, self.net, self.average = files, net, average
         self.keys = keys_of(files, given)
-        self.degradations: dict[int, Tensor | None] = {}  # None: not usable
+        self.degradations: dict[int, Tensor] = {}  # (D,) each
         self.gray: dict[int, bool] = {}
-        self.known: set[int] = set()  # usable, as earlier pairs show
-        self.lock = threading.Lock()
+        self.usable = np.ones(len(files), bool)  # until code() finds otherwise
+        self.seen: set[int] = set()  # by code()
         names = photo_names(files, given)
         self.hashes = np.array([zlib.crc32(os.fsencode(name)) for name in names], np.uint64)
         self.folders: dict[Path, list[int]] = {}  # a folder usually holds the photos of one camera
         for r, file in enumerate(files):
             self.folders.setdefault(file.parent, []).append(r)
 
+    def read(self, r: int) -> tuple[Tensor, int, bool] | None:
+        """The middle of reference r, r, and whether it is gray; None if it can't be used."""
+        try:
+            photo = load_pixels(self.files[r])
+            if min(photo.shape[1:]) < 16:
+                raise ValueError(f"{self.files[r]}: a reference needs 16 x 16 pixels")
+            return middle_of(photo).clone(), r, is_gray(photo)
+        except ValueError as error:
+            tqdm.write(f"skipped: {error}")
+            return None
+
     @torch.no_grad()
-    def degradation(self, r: int) -> Tensor | None:
-        """F_deg (D,) of reference r; None if it can't be used. The reason is printed once."""
-        with self.lock:
-            if r not in self.degradations:
-                self.degradations[r] = None
-                try:
-                    lr_ref = load_pixels(self.files[r])
-                    if min(lr_ref.shape[1:]) < 16:
-                        raise ValueError(f"{self.files[r]}: a reference needs 16 x 16 pixels")
-                    self.degradations[r] = degradation_of(self.net, lr_ref)[0].cpu()
-                    self.gray[r] = is_gray(lr_ref)
-                except ValueError as error:
-                    tqdm.write(f"skipped: {error}")
-            return self.degradations[r]
+    def code_batch(self, photos: list[tuple[Tensor, int, bool]]) -> tuple[Tensor, dict[int, bool]]:
+        """F_deg (B, D), on the device, of what read() returned; which of them are gray."""
+        lr_ref = torch.stack([photo for photo, *_ in photos])
+        return degradation_of(self.net, lr_ref), {r: gray for _, r, gray in photos}
+
+    def code(self, needed: Callable[[], set[int]], rt: Runtime) -> None:
+        """Compute the F_deg of what needed() names in all processes, a share of it in each.
+
+        It is asked again, because other references are drawn where one can't be used.
+        """
+        while new := sorted(set().union(*of_all(needed() - self.seen, rt))):
+            self.seen.update(new)
+            mine = tqdm(new[rt.rank :: rt.world_size], "references", disable=not rt.is_main)
+            coded = list(in_batches(self.read, self.code_batch, mine, rt.device))
+            batches = [(codes.cpu(), gray) for codes, gray in coded]  # now a GPU is waited for
+            for codes, gray in itertools.chain(*of_all(batches, rt)):
+                self.degradations |= zip(gray, codes, strict=True)
+                self.gray |= gray
+            self.usable[new] = [r in self.degradations for r in new]
+
+    def needed(self, seeds: Iterable[int]) -> set[int]:
+        """The references whose F_deg the pairs with these seeds take."""
+        return {i for seed in seeds for i in self.averaged(self.draw(seed))}
 
     def averaged(self, r: int) -> list[int]:
         """Reference r and the next ones in its folder, the first after the last."""
         folder = self.folders[self.files[r].parent]
-        first = folder.index(r)
-        return (folder[first:] + folder[:first])[: self.average]
+        first = bisect.bisect_left(folder, r)
+        return [folder[(first + i) % len(folder)] for i in range(min(self.average, len(folder)))]
 
     def mean_degradation(self, r: int) -> tuple[Tensor, bool]:
         """The mean F_deg (D,) of those that can be used of averaged(r); whether all are gray."""
-        usable = [i for i in self.averaged(r) if self.degradation(i) is not None]
-        mean = torch.stack([d for i in usable if (d := self.degradation(i)) is not None]).mean(0)
+        usable = [i for i in self.averaged(r) if self.usable[i]]
+        mean = torch.stack([self.degradations[i] for i in usable]).mean(0)
         return mean, all(self.gray[i] for i in usable)
 
     def draw(self, seed: int) -> int:
@@ -315,12 +342,10 @@ class References:
         Rendezvous hashing: each reference gets a number made of the seed and its name, and the
         largest wins. So a new reference changes few of the draws.
         """
+        require(bool(self.usable.any()), "no usable image found in --lr-ref: see the files above.")
         mixed = (self.hashes ^ np.uint64(seed % 2**64)) * np.uint64(0x9E3779B97F4A7C15)
         mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-        for r in np.argsort(mixed ^ (mixed >> np.uint64(32)))[::-1].tolist():
-            if r in self.known or self.degradation(r) is not None:
-                return r
-        raise UserError("no usable image found in --lr-ref; see the files named above.")
+        return int(np.where(self.usable, mixed ^ (mixed >> np.uint64(32)), np.uint64(0)).argmax())
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -392,17 +417,6 @@ def pairs_to_make(cfg: Config, files: Sequence[Path]) -> list[Job]:
     return jobs
 
 
-def of_equal_size(jobs: Iterable[Job], pixels: int) -> Iterator[list[Job]]:
-    """Group jobs of equal image size until they have so many HR pixels, or too many jobs wait."""
-    waiting: dict[torch.Size, list[Job]] = {}
-    for job in jobs:
-        batch = waiting.setdefault(job.hr.shape, [])
-        batch.append(job)
-        if len(batch) * job.hr[0].numel() >= pixels or sum(map(len, waiting.values())) > 256:
-            yield waiting.pop(job.hr.shape)
-    yield from waiting.values()
-
-
 def save_preview(path: Path, out: Path, rows: Sequence[dict]) -> None:
     """Write a picture of a few pairs: the middle of HR | LR reference | generated LR | bicubic."""
     pictures = []
@@ -454,38 +468,37 @@ class Maker:
         """What reference r is, as it stands in the table."""
         return self.folder.facts("lr", self.references.keys[r], self.references.files[r])
 
-    def missing(self, jobs: Sequence[Job], threads: int) -> list[Job]:
+    def missing(self, jobs: Sequence[Job]) -> list[Job]:
         """The jobs that are not done. The table on the disk loses the others' rows first."""
-        used = {
-            f[0]: f for row in self.folder.before.values() for f in row.get("references", [])[:1]
-        }
-        for r, key in enumerate(self.references.keys):
-            if key in used and without_time(self.facts_of(r)) == without_time(used[key]):
-                self.references.known.add(r)
+        before, draw = self.folder.before, self.references.draw
+        used = {f[0]: f for row in before.values() for f in row.get("references", [])[:1]}
+        listed = [(r, used[key]) for r, key in enumerate(self.references.keys) if key in used]
+        known = {r for r, f in listed if without_time(self.facts_of(r)) == without_time(f)}
+        earlier = [job for job in jobs if job.name in before]
+        self.references.code(lambda: {draw(job.reference_seed) for job in earlier} - known, self.rt)
 
         def verdict(job: Job) -> tuple[dict, str]:
             row = self.row_of(job)[1]
             return row, self.folder.reason(row)
 
-        earlier = [job for job in jobs if job.name in self.folder.before]
-        self.folder.start(in_parallel(verdict, earlier, threads))
+        self.folder.start(in_parallel(verdict, earlier, 8))
         return [job for job in jobs if job.name not in self.folder.kept]
 
-    def load(self, job: Job) -> Job | None:
-        """The job with its HR image, row and F_deg; None if its photo is unusable."""
+    def load(self, job: Job) -> tuple[Tensor, Job] | None:
+        """The HR image, and the job with its row and F_deg; None if the photo is unusable."""
         try:
             hr = to_uint8(crop_to_multiple(load_pixels(job.file), SCALE, job.file))
             r, row = self.row_of(job)
         except (ValueError, OSError) as error:
-            if isinstance(error, UserError):
-                raise
             tqdm.write(f"skipped: {error}")
             return None
         degradation, gray = self.references.mean_degradation(r)
-        return replace(job, hr=hr, row=row, degradation=degradation, gray=gray and is_gray(hr))
+        gray = gray and is_gray(hr)
+        return hr, replace(job, hr=hr, row=row, degradation=degradation, gray=gray)
 
-    def make(self, jobs: list[Job]) -> list[Job]:
+    def make(self, loaded: list[tuple[Tensor, Job]]) -> list[Job]:
         """The jobs with the LR images (3, h, w) that the filter keeps."""
+        jobs = [job for _, job in loaded]
         hr = torch.stack([job.hr for job in jobs]).to(self.rt.device).float() / 255
         degradations, seeds = [job.degradation for job in jobs], [job.seed for job in jobs]
         scored = min(self.cfg.max_error) < math.inf
@@ -519,26 +532,14 @@ class Maker:
 
     def run(self) -> None:
         """Make this process's share of the missing pairs, while threads read and write files."""
-        on_cpu, threads = self.rt.device.type == "cpu", torch.get_num_threads()
-        readers = 2 if on_cpu else 8
-        jobs = self.missing(self.jobs[self.rt.rank :: self.rt.world_size], readers)
-
-        def note(rows: list[dict]) -> None:
-            self.folder.add(rows)
-            progress.update(len(rows))
-
+        jobs = self.missing(self.jobs[self.rt.rank :: self.rt.world_size])
+        seeds = [job.reference_seed for job in jobs]
+        self.references.code(lambda: self.references.needed(seeds), self.rt)
         with tqdm(total=len(jobs), unit="pair", disable=not self.rt.is_main) as progress:
-            loaded = filter(None, in_parallel(self.load, jobs, readers))
-            together = of_equal_size(loaded, 1 if on_cpu else 32 * 512**2)
-            try:
-                made: Iterable[list[Job]] = map(self.make, together)
-                if on_cpu:  # one image per core: then no result depends on the number of cores
-                    torch.set_num_threads(1)
-                    made = in_parallel(self.make, together, threads)
-                for rows in in_parallel(self.save, made, 2 if on_cpu else 16):
-                    note(rows)
-            finally:
-                torch.set_num_threads(threads)
+            made = in_batches(self.load, self.make, jobs, self.rt.device)
+            for rows in in_parallel(self.save, made, 2 if self.rt.device.type == "cpu" else 16):
+                self.folder.add(rows)
+                progress.update(len(rows))
 
 
 def main(cfg: Config, rt: Runtime) -> None:

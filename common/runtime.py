@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import functools
 import importlib
+import itertools
 import os
 import signal
 import socket
@@ -184,16 +185,13 @@ def wait_for_all(rt: Runtime) -> None:
             dist.barrier()
 
 
-def of_all(number: int, rt: Runtime) -> list[int]:
-    """The numbers of all processes, by rank; it waits for all."""
-    if rt.world_size == 1:
-        return [number]
-    with together():
-        numbers = torch.zeros(rt.world_size, dtype=torch.int64)
-        numbers[rt.rank] = number
-        numbers = numbers.to(rt.device)
-        dist.all_reduce(numbers)
-        return numbers.tolist()
+def of_all(value: A, rt: Runtime) -> list[A]:
+    """The values of all processes, by rank; it waits for all."""
+    values = [value] * rt.world_size
+    if rt.world_size > 1:
+        with together():
+            dist.all_gather_object(values, value)
+    return values
 
 
 @contextlib.contextmanager
@@ -260,6 +258,61 @@ def in_parallel(work: Callable[[A], B], items: Iterable[A], threads: int) -> Ite
         finally:
             for future in waiting:
                 future.cancel()
+
+
+Loaded = TypeVar("Loaded", bound=tuple)  # begins with an image (3, H, W)
+BATCH = 32 * 512**2  # pixels, on a GPU
+
+
+def of_equal_size(images: Iterable[Loaded], pixels: int) -> Iterator[list[Loaded]]:
+    """Group images of equal size until they have so many pixels, or too many images wait."""
+    waiting: dict[tuple[torch.Size, torch.dtype], list[Loaded]] = {}
+    for loaded in images:
+        image = loaded[0]
+        batch = waiting.setdefault((image.shape, image.dtype), [])
+        batch.append(loaded)
+        if len(batch) * image[0].numel() >= pixels or sum(map(len, waiting.values())) > 256:
+            yield waiting.pop((image.shape, image.dtype))
+    yield from waiting.values()
+
+
+def halved(work: Callable[[list[A]], B], batch: list[A]) -> list[B]:
+    """[work(batch)]; if that takes too much memory of the GPU, the results of its parts.
+
+    UserError if there is too little for a single image.
+    """
+    try:
+        return [work(batch)]
+    except torch.OutOfMemoryError as error:
+        short = f"the memory of the GPU is too small for one image ({str(error).split('.')[0]})"
+        way_out = "stop other programs on it, give smaller images, or --device cpu"
+        require(len(batch) > 1, f"{short}: {way_out}.")
+    torch.cuda.empty_cache()  # not before: the error holds the tensors of work()
+    half = len(batch) // 2
+    return [*halved(work, batch[:half]), *halved(work, batch[half:])]
+
+
+def in_batches(
+    load: Callable[[A], Loaded | None],
+    work: Callable[[list[Loaded]], B],
+    items: Iterable[A],
+    device: torch.device,
+) -> Iterator[B]:
+    """Yield work() of batches of images of equal size, which load() reads in threads.
+
+    On a CPU each image is a batch and gets one core: then no result depends on their number.
+    """
+    on_cpu, threads = device.type == "cpu", torch.get_num_threads()
+    loaded = (image for image in in_parallel(load, items, 2 if on_cpu else 8) if image is not None)
+    batches = of_equal_size(loaded, 1 if on_cpu else BATCH)
+    try:
+        if on_cpu:
+            torch.set_num_threads(1)
+            yield from in_parallel(work, batches, threads)
+        else:
+            yield from itertools.chain.from_iterable(halved(work, batch) for batch in batches)
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ---- randomness -------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import extractors
 import generate
 from additions import Calibration
 from bench import sr
-from common.runtime import make_generator
+from common.runtime import Runtime, make_generator
 from generate import Sampler
 from tests.fake_cuda import Memory, fake_cuda
 
@@ -50,6 +50,7 @@ def mean_degradation(net: diffusion.DecoupledDDPM, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(generate, "is_gray", lambda photo: False)
     files = [Path(f"camera/{i}.png") for i in range(3)]
     references = generate.References(files, ["camera"], net, average=3)
+    references.code(lambda: {0, 1, 2}, Runtime(torch.device("cuda:0")))
     return references.mean_degradation(0)[0]
 
 

@@ -7,9 +7,10 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -26,10 +27,10 @@ import degrade
 import diffusion
 import extractors
 import generate
-from common import UserError, tiles
+from common import UserError, runtime, tiles
 from common.checkpoint import load_checkpoint
 from common.images import load_image, resized, save_image, to_uint8
-from common.runtime import make_generator
+from common.runtime import Runtime, make_generator
 from common.tiles import in_tiles
 from generate import Sampler
 from tests.commands import FORKSERVER, assert_refused, files_of, run, run_two, start
@@ -363,7 +364,6 @@ def test_the_filter_weighs_both_errors_equally(net, monkeypatch):
 def drawn(names: list[str]) -> list[str]:
     """The references of 4,000 photos; none of these files is read."""
     references = generate.References(list(map(Path, names)), ["data/lr"], None, 1)
-    references.degradations = dict.fromkeys(range(len(names)), torch.zeros(1))
     seeds = [make_generator(0, f"photo {i}").initial_seed() for i in range(4000)]
     return [names[references.draw(seed)] for seed in seeds]
 
@@ -386,18 +386,101 @@ def test_f_deg_of_a_folder_is_averaged_from_the_reference_on(net, tmp_path):
     files[3].write_text("not an image")
 
     def mean(r: int, average: int) -> Tensor:
-        return generate.References(files, [str(tmp_path)], net, average).mean_degradation(r)[0]
+        references = generate.References(files, [str(tmp_path)], net, average)
+        references.code(lambda: set(references.averaged(r)), Runtime(torch.device("cpu")))
+        return references.mean_degradation(r)[0]
 
     first, second, third, _, alone = (
         generate.degradation_of(net, load_image(file))[0] if i != 3 else None
         for i, file in enumerate(files)
     )
-    assert generate.References(files, [], net, 1).degradation(3) is None
     assert torch.allclose(mean(1, 1), second)
     assert torch.allclose(mean(1, 2), (second + third) / 2)
     assert torch.allclose(mean(1, 3), mean(1, 2))  # the fourth can't be read
     assert torch.allclose(mean(1, 99), (first + second + third) / 3)
     assert torch.equal(mean(4, 99), alone)
+
+
+class Coded:
+    """Files of 40 photos of a camera, the last one damaged; which of them were read and coded."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.files = [folder / f"{i:02d}.png" for i in range(40)]
+        self.read: list[Path] = []
+        self.batches: list[int] = []
+        self.monkeypatch = monkeypatch
+        for i, file in enumerate(self.files):
+            save_image(file, uniform(3, 16, 16, seed=i))
+        self.files[-1].write_text("not an image")
+        load, degradation_of = generate.load_pixels, generate.degradation_of
+        monkeypatch.setattr(generate, "load_pixels", lambda f: self.read.append(f) or load(f))
+        monkeypatch.setattr(
+            generate, "degradation_of",
+            lambda net, lr: self.batches.append(len(lr)) or degradation_of(net, lr),
+        )  # fmt: skip
+
+    def references(self, net: object, rt: Runtime, needed: range) -> generate.References:
+        references = generate.References(self.files, ["camera"], net, average=8)
+        references.code(lambda: set(needed), rt)
+        references.code(lambda: set(needed) - {39}, rt)  # nothing new
+        return references
+
+
+def test_processes_share_the_references_that_are_needed(net, tmp_path, monkeypatch):
+    alone = Coded(tmp_path, monkeypatch).references(net, Runtime(torch.device("cpu")), range(40))
+    coded = Coded(tmp_path, monkeypatch)
+    values, barrier = [None, None], threading.Barrier(2, timeout=60)
+
+    def of_all(value: object, rt: Runtime) -> list:
+        values[rt.rank] = value
+        barrier.wait()
+        both = list(values)
+        barrier.wait()
+        return both
+
+    monkeypatch.setattr(generate, "of_all", of_all)
+    needed = [range(30), range(20, 40)]
+    with ThreadPoolExecutor(2) as pool:
+        runtimes = [Runtime(torch.device("cpu"), rank, 2) for rank in range(2)]
+        both = list(pool.map(coded.references, [net] * 2, runtimes, needed))
+    assert sorted(coded.read) == coded.files  # each once
+    for references in both:
+        assert references.degradations.keys() == set(range(39))
+        assert not references.usable[39] and references.usable[:39].all()
+        for r in range(39):
+            assert torch.equal(references.degradations[r], alone.degradations[r])
+
+
+def test_each_core_codes_another_reference(net, tmp_path, monkeypatch):
+    coded, barrier = Coded(tmp_path, monkeypatch), threading.Barrier(2, timeout=60)
+    inner = generate.degradation_of
+
+    def together(net: object, lr: Tensor) -> Tensor:
+        barrier.wait()
+        return inner(net, lr)
+
+    monkeypatch.setattr(generate, "degradation_of", together)
+    torch.set_num_threads(2)
+    try:
+        coded.references(net, Runtime(torch.device("cpu")), range(20))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert coded.batches == [1] * 20
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_a_gpu_codes_references_in_batches_and_is_waited_for_once_for_each(tmp_path, monkeypatch):
+    coded = Coded(tmp_path, monkeypatch)
+    monkeypatch.setattr(runtime, "BATCH", 16 * 16**2)
+    with fake_cuda() as launches, torch.no_grad():
+        with torch.device("cuda:0"):
+            net = diffusion.DecoupledDDPM(extractors.Extractors(STAGE_1), STAGE_1, STAGE_2)
+        rt = Runtime(torch.device("cuda:0"))
+        references = coded.references(net, rt, range(39))
+    assert coded.batches == [16, 16, 7]
+    assert launches.waits == {"cuda (16, 16)": 2, "cuda (7, 16)": 1}
+    assert references.degradations.keys() == set(range(39))
 
 
 # ---- the plan of a run ------------------------------------------------------------------------
@@ -412,14 +495,6 @@ def test_the_seed_of_a_pair_depends_on_its_name_alone():
 
     seeds, more = planned("abc"), planned("zabcde")
     assert seeds.items() <= more.items() and len(set(more.values())) == len(more) == 6
-
-
-def test_images_of_equal_size_go_together():
-    sizes = [8, 16, 24] * 16
-    jobs = [generate.Job("", Path("x"), "", 0, 0, hr=torch.zeros(3, 8, size)) for size in sizes]
-    made = list(generate.of_equal_size(jobs, 4 * 8 * 16))
-    assert all(len({job.hr.shape for job in batch}) == 1 for batch in made)
-    assert Counter(map(len, made)) == {8: 2, 4: 4, 3: 5, 1: 1}  # no job is lost
 
 
 # ---- the command line -------------------------------------------------------------------------
@@ -607,6 +682,27 @@ def test_missing_weights_name_the_command_that_makes_them(inputs, monkeypatch):
     done = run(*"generate.py --hr hr --lr-ref refs --out out".split(), cwd=inputs)
     assert_refused(done, "python diffusion.py")
     assert not (inputs / "out").exists()
+
+
+def test_too_little_memory_of_a_gpu_changes_no_pair(inputs, checkpoint, monkeypatch):
+    args = command(checkpoint, *more_photos(inputs, 5))
+    assert_made(run(*args, cwd=inputs), 9)
+    original, batches = generate.generate, []
+
+    def in_small_memory(net: object, hr: Tensor, *more: object) -> tuple:
+        if len(hr) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        batches.append(len(hr))
+        return original(net, hr, *more)
+
+    def as_on_a_gpu(load: Callable, work: Callable, items: list, device: object) -> Iterator:
+        return runtime.in_batches(load, work, items, torch.device("cuda:0"))
+
+    monkeypatch.setattr(generate, "generate", in_small_memory)
+    monkeypatch.setattr(generate, "in_batches", as_on_a_gpu)
+    assert_made(run(*args, "--out", "small", cwd=inputs), 9)
+    assert 2 in batches
+    assert files_of(inputs / "small") == files_of(inputs / "out")
 
 
 def test_poor_pairs_are_dropped_counted_and_not_made_again(inputs, finished, checkpoint):

@@ -1,13 +1,21 @@
-"""common/runtime.py: types of numbers, generators."""
+"""common/runtime.py: types of numbers, generators, batches."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from common import runtime
-from common.runtime import Runtime, autocast_dtype, make_generator
+from common import UserError, runtime
+from common.runtime import (
+    Runtime,
+    autocast_dtype,
+    halved,
+    in_batches,
+    make_generator,
+    of_equal_size,
+)
 
 REPO = Path(__file__).resolve().parents[1]
 CPU = Runtime(torch.device("cpu"))
@@ -51,3 +59,40 @@ def test_a_cpu_generates_in_float32(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
         assert autocast_dtype(CPU.device) == trains
         assert autocast_dtype(CPU.device, training=False) == torch.float32
+
+
+# ---- batches ------------------------------------------------------------------------------------
+
+
+def test_images_of_equal_size_and_type_go_together():
+    images = [(torch.zeros(3, 8, size), i) for i, size in enumerate([8, 16, 24] * 16)]
+    images.append((torch.zeros(3, 8, 8).byte(), 48))
+    batches = list(of_equal_size(images, 4 * 8 * 16))
+    assert all(len({(image.shape, image.dtype) for image, _ in batch}) == 1 for batch in batches)
+    assert Counter(map(len, batches)) == {8: 2, 4: 4, 3: 5, 1: 2}
+    assert sorted(i for batch in batches for _, i in batch) == list(range(49))  # none is lost
+
+
+class SmallMemory:
+    """Adds 1 to numbers, at most `most` at a time."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.batches = most, []
+
+    def __call__(self, batch: list) -> list:
+        if len(batch) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. And so on.")
+        self.batches.append(len(batch))
+        return [value + 1 for _, value in batch]
+
+
+def test_a_batch_that_is_too_large_for_a_gpu_is_halved():
+    work, load = SmallMemory(3), lambda i: (torch.zeros(3, 8, 8), i) if i != 2 else None
+    made = in_batches(load, work, range(11), torch.device("cuda:0"))
+    assert [value for values in made for value in values] == [1, 2, *range(4, 12)]
+    assert work.batches == [2, 3, 2, 3]
+
+
+def test_too_little_memory_for_one_image_is_one_sentence():
+    with pytest.raises(UserError, match=r"one image \(CUDA out of memory\): .*--device cpu"):
+        halved(SmallMemory(0), [(None, 1), (None, 2)])
