@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 import additions
 import degrade
+import diffusion
 import generate
-from bench.inputs import Inputs, Measure
+from bench.inputs import AS_PRINTED, Inputs, Measure
 from bench.pairs import table_text
 from common.images import to_uint8
 from common.runtime import make_generator
@@ -177,18 +178,19 @@ def follow(
 
 def table_factors(name: str, inputs: Inputs) -> Measure:
     """D(X, theta) itself, then RealDGen from each T with K = 1; T = 0 has no diffusion."""
-    cfg, net, hr = inputs.cfg, inputs.net, inputs.photos.to(inputs.device)
-    inputs.check_steps(*cfg.t_starts)
+    cfg, hr = inputs.cfg, inputs.photos.to(inputs.device)
+    inputs.check_steps(*inputs.t_starts)
 
-    def generating_from(t_start: int) -> LRMaker:
-        start = cfg.start if t_start else "reconstruct"
+    def generating(net: diffusion.DecoupledDDPM, sampler: generate.Sampler) -> LRMaker:
         # D makes these references, so they have no unexplained detail. Both settings are for that.
-        bare = replace(inputs.sampler, soften=generate.NOT_SOFTENED, remainder=0.0)
-        plain = replace(bare, start=start, candidates=1)
-        sampler = replace(plain, t_start=t_start)
+        bare = replace(sampler, soften=generate.NOT_SOFTENED, remainder=0.0, candidates=1)
         return lambda hr, lr_ref, theta, seeds: generate.chosen(
-            *generate.generate(net, hr, lr_ref, sampler, seeds)
+            *generate.generate(net, hr, lr_ref, bare, seeds)
         )
+
+    def starting(t_start: int) -> generate.Sampler:
+        start = inputs.sampler.start if t_start else "reconstruct"
+        return replace(inputs.sampler, start=start, t_start=t_start)
 
     def measure() -> tuple[dict[str, Any], str]:
         banks = [reductions(x) for x in hr]
@@ -196,11 +198,13 @@ def table_factors(name: str, inputs: Inputs) -> Measure:
         kinds: dict[str, LRMaker] = {
             "truth": lambda hr, lr_ref, theta, seeds: degrade.degrade(hr, theta)
         }
-        kinds |= {f"T={t}": generating_from(t) for t in cfg.t_starts}
+        kinds |= {f"T={t}": generating(inputs.net, starting(t)) for t in inputs.t_starts}
+        if AS_PRINTED in inputs.other_weights:
+            kinds["as printed"] = generating(inputs.other_weights[AS_PRINTED], inputs.printed)
         rows = []
         for factor in FACTORS:
             for kind, make_lr in kinds.items():
-                noisy = kind != "truth" and (cfg.grain or kind != "T=0")
+                noisy = kind != "truth" and (inputs.sampler.grain or kind != "T=0")
                 repeats = range(REPEATS if noisy else 1)
                 runs = [follow(hr, banks, make_lr, factor, cfg.seed, noise) for noise in repeats]
                 values = {key: [v for run in runs for v in run[key]] for key in runs[0]}
@@ -232,5 +236,6 @@ the value measured in LR. It is computed for each content and noise; the table h
 lowest. The next two columns are means of the measured values; of jpeg that is blockiness, 1 for
 none. Fine detail is the median |Laplacian|, relative to D(X, theta). The row truth is D(X, theta)
 itself. T=0 is Rec_lr without diffusion, with grain unless --no-grain is given. All rows are without
---remainder and --soften.
+--remainder and --soften. The row as printed has weights of {AS_PRINTED}, and the sampler of
+--preset paper; without this file there is no such row.
 """
