@@ -1,7 +1,7 @@
 """The paper's protocol: all tables in both presets, releases of data sets, other weights."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import commands
 import numpy as np
@@ -14,9 +14,12 @@ from PIL import Image
 import benchmark
 import diffusion
 import extractors
-from bench import control, downstream, factors, generated, leakage, sr
+import generate
+from bench import control, downstream, factors, generated, leakage, pairs, sr
 from bench.inputs import AS_PRINTED, SYNDIFF, Config, Inputs, resolved
-from common.runtime import Runtime
+from common import UserError
+from common.files import find_photos
+from common.runtime import Runtime, print_once
 
 CPU = Runtime(torch.device("cpu"))
 STAGE_1 = extractors.Config(
@@ -104,6 +107,75 @@ def psnr(x, y):
     return -10 * np.log10(((np.asarray(x, float) - np.asarray(y, float)) ** 2).mean() / 255**2)
 
 
+@pytest.mark.parametrize(
+    "names, kept, left_out",
+    [
+        (  # RealSR as released; HR and other scales once became references in silence
+            ["Canon/Train/4/Canon_1_LR4", "Canon/Train/4/Canon_1_HR", "Canon/Train/2/Canon_1_LR2",
+             "Canon/Train/2/Canon_1_HR", "Nikon/Test/4/Nikon_2_LR4", "Nikon/Test/4/Nikon_2_HR"],
+            ["Canon/Train/4/Canon_1_LR4", "Nikon/Test/4/Nikon_2_LR4"], 4,
+        ),
+        (  # DRealSR
+            ["Train_x4/train_LR/P1_x1", "Train_x4/train_HR/P1_x4", "Train_x3/train_LR/P1_x1",
+             "Train_x3/train_HR/P1_x3", "Test_x4/test_LR/P2_x1", "Test_x4/test_HR/P2_x4"],
+            ["Train_x4/train_LR/P1_x1", "Test_x4/test_LR/P2_x1"], 4,
+        ),
+        (["GT/a/1", "LQ/a/1"], ["LQ/a/1"], 1),
+        (["1_LR2", "1_LR3", "1_LR4", "1_HR"], ["1_LR4"], 3),
+        (["2/a", "4/a", "hr/a", "shrub_lr/a"], ["2/a", "4/a", "hr/a", "shrub_lr/a"], 0),  # cameras
+        (["2/a_LR", "2/a_HR", "3/a"], ["2/a_LR", "3/a"], 1),
+    ],
+)  # fmt: skip
+def test_lr_photos_of_a_release_are_lr_of_scale_4_alone(tmp_path, capsys, names, kept, left_out):
+    for name in names:
+        write(tmp_path / f"{name}.png", photo(0, 16))
+    found = find_photos([str(tmp_path)], "lr", "--lr-ref")
+    assert {f.relative_to(tmp_path).with_suffix("").as_posix() for f in found} == {*kept}
+    line = f"--lr-ref {tmp_path}: left out {left_out} images that are HR or of another scale than 4"
+    assert (line in capsys.readouterr().out) == (left_out > 0)
+    assert len(find_photos([str(tmp_path)], "hr", "--hr")) == len(names)
+
+
+def test_test_of_a_release_is_tested_whole_and_train_gives_references(tmp_path, monkeypatch):
+    """Of DRealSR, too, with the folder of another name; crops have halves."""
+    for part, numbers in (("Train", "012"), ("Test", "34")):
+        for i in numbers:
+            hr, lr = (f"{part}_x4/{part.lower()}_{kind}/P{i}_x" for kind in ("HR", "LR"))
+            write_pair(tmp_path / "released", int(i), f"{hr}4.png", f"{lr}1.png")
+            crop = f"P{i}_x1.png"
+            write_pair(tmp_path / "DRealSR", int(i), f"test_HR/{crop}", f"test_LR/{crop}")
+    folders = tuple(str(tmp_path / name) for name in ("released", "DRealSR"))
+    inputs = Inputs(resolved(Config(pairs=folders), CPU), CPU)
+    split = {"released": (["P0", "P1", "P2"], ["P3", "P4"])}
+    split["DRealSR"] = ["P0_x1", "P2_x1", "P4_x1"], ["P1_x1", "P3_x1"]
+    for name, (train, tests) in split.items():
+        assert [pair.name for pair in inputs.train[name]] == train
+        assert [pair.name for pair in inputs.tests[name]] == tests
+    assert [inputs.sets[name][0].release for name in split] == ["DRealSR", ""]
+    assert inputs.split_text().splitlines() == [
+        "released: references are of Train (3), tested are all of Test (2).",
+        "DRealSR: references are of every other scene (3), tested are the others (2).",
+    ]
+    downstream.write_references(inputs.train, tmp_path / "out")
+    written = sorted((tmp_path / "out/references/released/P").iterdir())
+    files = [tmp_path / f"released/Train_x4/train_LR/P{i}_x1.png" for i in range(3)]
+    assert [f.read_bytes() for f in written] == [f.read_bytes() for f in files]
+
+
+def test_of_realvsr_200_random_frames_are_taken_and_a_video_is_in_one_half(tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "FRAMES", 9)
+    for video in range(4):
+        for frame in range(6):
+            name = f"00{video}/0000{frame}.png"
+            for kind in ("GT", "LQ"):
+                write(tmp_path / f"{kind}_test/{name}", photo(video, 128, 128))
+    found, skipped = pairs.find_pairs(tmp_path)
+    assert len(found) == 9 and skipped == 0 and found == pairs.find_pairs(tmp_path)[0]
+    assert len({pair.name[-1] for pair in found}) > 3, "not the first frames alone"
+    train, tests = ({pair.scene for pair in half} for half in pairs.halves(found))
+    assert train | tests == {f"00{video}" for video in range(4)} and not train & tests
+
+
 @pytest.mark.parametrize("preset", benchmark.PRESETS)
 def test_every_table_runs(workplace, small, preset, monkeypatch):
     """Each table passes its checks alone; then all are made by one command."""
@@ -156,3 +228,52 @@ def test_every_table_runs(workplace, small, preset, monkeypatch):
     assert "RealDGen (paper), on Test of RealSR: PSNR 26.16" in text["2"]
     assert ("[28.135]" not in text["1"]) and ("[25.997]" in text["1"]) == (preset == "paper")
     assert not any("In brackets" in text[name] for name in "3457")
+
+
+def test_weights_as_printed_are_sampled_as_printed_unless_a_flag_says_else(
+    workplace, tmp_path, monkeypatch
+):
+    """A plain generate.py once ended in an error about --no-grain."""
+    monkeypatch.setitem(generate.PRESETS, "paper", generate.PRESETS["paper"] | {"num_steps": 3})
+    sentence = f"{AS_PRINTED}: trained as printed, so the sampler is that of --preset paper"
+    weights = f"--device cpu --checkpoint {AS_PRINTED} --hr data/hr --lr-ref data/lr --out"
+
+    def settings(*flags):
+        out = tmp_path / f"out{len(flags)}"
+        done = commands.run("generate.py", *weights.split(), out, *flags, cwd=workplace)
+        assert done.returncode == 0, done.stderr
+        row = json.loads((out / "pairs.jsonl").read_text().splitlines()[0])
+        row["soften"] = tuple(row["soften"])
+        return {f.name: row[f.name] for f in fields(generate.Sampler)}, sentence in done.stdout
+
+    print_once.cache_clear()
+    assert settings() == (asdict(generate.Sampler(**generate.PRESETS["paper"])), True)
+    print_once.cache_clear()
+    given, said = settings("--no-grain", "--seed", "1")
+    assert not said and given["start"] == "reconstruct" and given["num_steps"] == 1
+    print_once.cache_clear()
+    given, said = settings("--preset", "paper", "--t-start", "9")
+    assert not said and given["t_start"] == 9 and given["start"] == "realesrgan"
+    bad = commands.run("generate.py", *weights.split(), tmp_path, "--t-start", 9, cwd=workplace)
+    commands.assert_refused(bad, f"{AS_PRINTED}: E_deg as printed", "--preset paper, or --no-grain")
+    # The benchmark takes such weights alike; weights of another kind keep the sampler.
+    monkeypatch.chdir(workplace)
+    common = {"pairs": ("set",), "hr": ("data/hr",), "device": "cpu"}
+    inputs = Inputs(resolved(Config(checkpoint=str(AS_PRINTED), **common), CPU), CPU)
+    assert inputs.sampler == generate.Sampler(**generate.PRESETS["paper"])
+    assert Inputs(resolved(Config(**common), CPU), CPU).sampler == generate.Sampler()
+
+
+def test_rows_of_table_4_differ_in_nothing_but_the_ablation(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    downstream.check_ablations()
+    path = downstream.ABLATIONS["without E_deg"][0]
+    kept = path.read_bytes()
+    for changes, words in (
+        ({"widths": (8, 8)}, "trained with different widths"),
+        ({"as_printed": False}, "not as printed: train it with --preset as-printed"),
+    ):
+        write_weights(path, **({"as_printed": True, "without": ("degradation",)} | changes))
+        with pytest.raises(UserError, match=words):
+            downstream.check_ablations()
+    path.write_bytes(kept)
