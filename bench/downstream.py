@@ -305,10 +305,9 @@ def check_training(inputs: Inputs, networks: Sequence[str], count: int, table: s
         require(network in cfg.sr, wrong)
     if inputs.rt.is_main:
         steps = ", ".join(f"{name} {steps_of(name, cfg)} steps" for name in networks)
-        print(f"{table}: {count} trainings of each network ({steps}), unless an earlier run has "
+        print(f"{table}: trainings of each network: {count} ({steps}), unless an earlier run has "
               "done them. Each says after its first steps how long it takes.")  # fmt: skip
-        notes = {meaningless(name, cfg) for name in networks} - {""}
-        print(*notes, sep="", end="\n" if notes else "")
+        print("".join(meaningless(name, cfg) for name in networks), end="")
 
 
 def check_ablations() -> None:
@@ -456,6 +455,8 @@ def text_of_downstream(result: dict[str, Any], inputs: Inputs) -> str:
     notes += "In brackets: the paper.\n" if any("[" in c for line in lines for c in line) else ""
     if table == "4":
         notes += f"All rows: weights as printed, from D(HR), T up to {PAPER['t_start']}, K = 1.\n"
+    if table == "5":  # Deviation: see the text
+        notes += "In the paper the tested LR images are the references, too.\n"
     if "syndiff" not in cfg.data and table in ("1", "5"):
         notes += left_out_text("SynDiff")
     return f"""## Table {table}: SR networks by their training data, tested on real LR

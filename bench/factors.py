@@ -76,9 +76,12 @@ NOISE = ((1 / 6, -1 / 3, 1 / 6), (-1 / 3, 2 / 3, -1 / 3), (1 / 6, -1 / 3, 1 / 6)
 WIDTHS = torch.linspace(0, 2, 21)  # of the Gaussians in a bank, LR pixels
 
 
-def reductions(hr: Tensor) -> Tensor:
-    """The bank of an HR image (3, H, W): blurred by each of WIDTHS, reduced: (21, 3, H/4, W/4)."""
-    return degrade.degrade(hr.repeat(len(WIDTHS), 1, 1, 1), only("blur", WIDTHS))
+def reductions(hr: Tensor, widths: Tensor = WIDTHS) -> Tensor:
+    """The bank of an HR image (3, H, W): blurred by each width, reduced: (21, 3, H/4, W/4).
+
+    One after the other, since a whole photo may have 20 million pixels.
+    """
+    return torch.cat([degrade.degrade(hr[None], only("blur", width[None])) for width in widths])
 
 
 def blur_of(lr: Tensor, bank: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 import degrade
 import diffusion
 import generate
-from bench.factors import reductions
+from bench.factors import WIDTHS, reductions
 from bench.inputs import AS_PRINTED, SYNDIFF, Inputs, Measure
 from bench.metrics import METRICS, SET_METRICS, psnr
 from bench.pairs import (
@@ -111,12 +111,11 @@ def other_methods(inputs: Inputs, *names: str) -> dict[str, Synthesis]:
 
 def left_out_text(*names: str) -> str:
     """A sentence for each of these methods (or of OTHER_WEIGHTS) whose weights are missing."""
-    missing = {
-        name: (path, make) for name, (path, make) in OTHER_WEIGHTS.items()
+    return "".join(
+        f"{name} is left out: {path} is missing (make it by `{make}`).\n"
+        for name, (path, make) in OTHER_WEIGHTS.items()
         if name in (names or OTHER_WEIGHTS) and not path.is_file()
-    }  # fmt: skip
-    return "".join(f"{name} is left out: {path} is missing (make it by `{make}`).\n"
-                   for name, (path, make) in missing.items())  # fmt: skip
+    )
 
 
 def all_methods(inputs: Inputs) -> dict[str, Synthesis]:
@@ -150,14 +149,16 @@ def best_blurs(pairs: Sequence[Pair]) -> tuple[dict[int, Tensor], dict[int, Tens
     Both are LR (3, h, w) by index of the pair. They show what blur alone can do. No method has to
     reach them, because no method sees the real LR.
     """
-    banks, values = {}, {}
+    of_pair, values = {}, []
     for pair in pairs:
-        bank = to_uint8(reductions(load_hr(pair)))  # (21, 3, h, w)
+        bank = to_uint8(reductions(load_hr(pair))) / 255  # (21, 3, h, w)
         lr = load_lr(pair.lr, pair.full).expand(len(bank), -1, -1, -1)
-        banks[pair.index], values[pair.index] = bank, psnr(bank / 255, lr).clamp(max=100)
-    best = int(torch.stack([*values.values()]).mean(0).argmax())
-    of_set = {i: bank[best] / 255 for i, bank in banks.items()}
-    return of_set, {i: bank[values[i].argmax()] / 255 for i, bank in banks.items()}
+        values.append(psnr(bank, lr).clamp(max=100))
+        of_pair[pair.index] = bank[values[-1].argmax()].clone()
+    best = int(torch.stack(values).mean(0).argmax())
+    width = WIDTHS[best : best + 1]
+    of_set = {p.index: to_uint8(reductions(load_hr(p), width))[0] / 255 for p in pairs}
+    return of_set, of_pair
 
 
 def stored(lr: dict[int, Tensor]) -> Method:

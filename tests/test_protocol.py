@@ -1,6 +1,7 @@
 """The paper's protocol: all tables in both presets, releases of data sets, other weights."""
 
 import json
+import re
 from dataclasses import asdict, fields, replace
 
 import commands
@@ -277,3 +278,25 @@ def test_rows_of_table_4_differ_in_nothing_but_the_ablation(workplace, monkeypat
         with pytest.raises(UserError, match=words):
             downstream.check_ablations()
     path.write_bytes(kept)
+
+
+def test_a_training_says_how_long_it_takes_and_a_short_one_that_it_means_nothing(
+    workplace, small, capsys, monkeypatch
+):
+    assert sr.duration({3: 10.0, 4: 11.0, 5: 14.0}, 65) == "about 2 min for the other 60 steps"
+    assert sr.duration({1: 0.0, 2: 2.0}, 5402) == "about 3 h for the other 5400 steps"
+    flags = f"{FLAGS} --sr swinir --data realesrgan --out swinir --sr-steps 20"
+    done = commands.run("benchmark.py", *flags.split(), cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    plan = "table 1: trainings of each network: 1 (swinir 20 steps)"
+    offer = "the figures of swinir mean nothing. On a CPU give --sr fsrcnn --sr-steps 2000"
+    printed = done.stdout
+    assert (
+        printed.index(plan) < printed.index(offer) < printed.index("sr/swinir-realesrgan-0-20 1/20")
+    )
+    estimate = re.search(r"swinir-realesrgan-0-20: about .* s for the other 14 steps", printed)
+    assert estimate and estimate.start() < printed.index("sr/swinir-realesrgan-0-20 7/20")
+    table = (workplace / "swinir/table1.md").read_text()
+    assert "| swinir | Real-ESRGAN (only 20 steps: means nothing) |" in table and offer in table
+    enough = Config(sr=("swinir",), sr_preset="small", sr_steps=downstream.LEAST_STEPS)
+    assert downstream.meaningless("swinir", enough) == ""
