@@ -40,7 +40,7 @@ from bench.pairs import (
     resized_by_pillow,
     table_text,
 )
-from common import require
+from common import UserError, require
 from common.checkpoint import find_checkpoint, fingerprint, load_checkpoint
 from common.files import copy_file
 from common.images import save_image
@@ -332,7 +332,10 @@ def table_downstream(table: str, inputs: Inputs) -> Measure:
     networks = list(dict.fromkeys(row.network for row in rows))
     check_training(inputs, networks, cfg.seeds * len(rows) // len(networks), f"table {table}")
     if any(row.perceptual for row in rows):
-        perceptual_net("LPIPS", "vgg", inputs.device)
+        try:
+            perceptual_net("LPIPS", "vgg", inputs.device)
+        except UserError as error:
+            raise UserError(f"{error} Or train with L1 alone: --perceptual-weight 0.") from None
     made_by = {SYNDIFF: OTHER_WEIGHTS["SynDiff"][1]} if "syndiff" in {r.data for r in rows} else {}
     if table == "4":
         made_by[AS_PRINTED] = OTHER_WEIGHTS["RealDGen as printed"][1]  # stage 1, too

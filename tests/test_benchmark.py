@@ -208,6 +208,7 @@ def ablations(folder):
         (None, "--pairs set --table 3 --t-starts 200 501", "T = 501: the weights"),
         (None, "--pairs set --checkpoint no.pt", "no.pt: no such file"),
         (None, "--perceptual-weight -1", "--perceptual-weight -1"),
+        (None, "--preset paper --table 1", "Or train with L1 alone: --perceptual-weight 0"),
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_is_written(tmp_path, spoil, flags, sentence):
