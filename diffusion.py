@@ -400,6 +400,8 @@ class Config(TrainingConfig):
     recipes: tuple[str, ...] = ("realesrgan",)  # of D, for synthetic pairs
     without: tuple[str, ...] = ()  # ablation: degradation, content or both are not given
     steps: int = 240_000  # 100 epochs of 152,000 crops in batches of 64
+    # A.3 says 8 on 8 GPUs, Section 3.1 says 16 on 16, and neither says whether for one GPU or for
+    # all. Here it is A.3's, for one.
     batch_size: int = 8  # per process, 8 of which give the paper's 64; 0: 256 on a GPU, else 16
     crop: int = 256  # LR crop, pixels
     learning_rate: float = 1e-4  # of M and the U-Net

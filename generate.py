@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -83,7 +83,8 @@ class Sampler:
 NOT_SOFTENED = (1.0,) * 5
 STARTS = ("reconstruct", "realesrgan", "light")
 PAIRINGS = ("photo", "folder")
-CANDIDATES = 4  # K where the filter is to have a choice
+CANDIDATES = 4  # K where the filter is to have a choice. Not in the paper: how many.
+S = TypeVar("S", bound=Sampler)
 
 
 def middle_of(photo: Tensor) -> Tensor:
@@ -130,6 +131,7 @@ def errors(
     ||E_cont(up(lr)) - E_cont(hr)|| (root mean square), ||E_deg(lr) - E_deg(ref)||: (B,) each. A.6.
     """
     lr_content = net.extractors.content(resized(lr, *(4 * n for n in lr.shape[2:])))
+    # Not in the paper: which distances. RMS makes that of F_cont independent of the image's size.
     content_error = (lr_content - content).float().square().mean((1, 2, 3)).sqrt()
     return content_error, (net.extractors.e_deg(lr) - degradation).float().norm(dim=1)
 
@@ -260,13 +262,33 @@ def load_generator(checkpoint: str, device: torch.device, grain: bool = False) -
     """
     path = find_checkpoint(checkpoint, "diffusion", "python diffusion.py")
     net = diffusion.load(load_checkpoint(path), str(path))
-    headless = f"{path}: weights of --as-printed can't read noise and JPEG: give --no-grain."
-    require(not (grain and net.extractors.as_printed), headless)
-    if grain and net.calibration == additions.Calibration():
-        no = "not calibrated, so nothing is softened, and noise and JPEG are added even if faint"
-        print_once(f"{path}: {no}: python -m tools.calibrate --checkpoint {path}")
+    if grain:
+        check_grain(net, str(path))
     net.eval().requires_grad_(False)
     return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def check_grain(net: DecoupledDDPM, name: str) -> None:
+    """UserError if the weights have no head to read noise and JPEG; a sentence if uncalibrated."""
+    headless = f"{name}: E_deg as printed can't read noise and JPEG"
+    require(not net.extractors.as_printed, f"{headless}: give --preset paper, or --no-grain.")
+    if net.calibration == additions.Calibration():
+        no = "not calibrated, so nothing is softened, and noise and JPEG are added even if faint"
+        print_once(f"{name}: {no}: python -m tools.calibrate --checkpoint {name}")
+
+
+def with_sampler_of(net: DecoupledDDPM, cfg: S, name: str) -> S:
+    """The settings, with the paper's sampler if the weights are as printed and no flag changes one.
+
+    UserError if these weights can't do what the settings want; name: of the weights.
+    """
+    default = all(getattr(cfg, f.name) == f.default for f in fields(Sampler))
+    if net.as_printed and default:
+        print_once(f"{name}: trained as printed, so the sampler is that of --preset paper")
+        return replace(cfg, **PRESETS["paper"])
+    if cfg.grain:
+        check_grain(net, name)
+    return cfg
 
 
 # ---- references ---------------------------------------------------------------------------------
@@ -437,7 +459,8 @@ class Maker:
         files = outside(find_photos(cfg.hr, "hr", "--hr"), self.out, "--hr")
         lr_ref = outside(find_photos(cfg.lr_ref, "lr", "--lr-ref"), self.out, "--lr-ref")
         weights = find_checkpoint(cfg.checkpoint, "diffusion", "python diffusion.py")
-        net = self.net = load_generator(cfg.checkpoint, rt.device, cfg.grain)
+        net = self.net = load_generator(cfg.checkpoint, rt.device)
+        cfg = self.cfg = with_sampler_of(net, cfg, str(weights))
         too_long = f"--t-start {cfg.t_start}: the weights know {net.t_max} steps."
         require(cfg.t_start <= net.t_max, too_long)
         if rt.is_main:

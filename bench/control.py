@@ -18,14 +18,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.downstream import check_training, folder_of, spread_text, steps_of, tested, train_network
-from bench.generated import all_methods, best_blurs, mean_degradations
+from bench.downstream import (
+    check_training,
+    folder_of,
+    meaningless,
+    spread_text,
+    steps_of,
+    tested,
+    train_network,
+)
+from bench.generated import (
+    OTHER_WEIGHTS,
+    all_methods,
+    best_blurs,
+    left_out_text,
+    mean_degradations,
+)
 from bench.inputs import Inputs, Measure
 from bench.kernels import TAPS, fitted_kernel, normal_equations, reduced_by
 from bench.pairs import (
     Pair,
     camera_of,
-    halves,
     load_hr,
     load_lr,
     table_text,
@@ -83,7 +96,8 @@ def kinds_of_lr(sets: dict[str, list[Pair]], inputs: Inputs) -> dict[str, KindOf
             label = f"kernel of each {unit}*, noise {noise:g}"
             kinds[label] = functools.partial(by_kernel, of_pair=unit == "pair", noise=noise)
     for name in [name for name in methods if name != "bicubic"]:
-        kinds[name] = functools.partial(by_method, name=name)
+        # Other weights have another F_deg, of which the paper takes that of one reference.
+        kinds[name] = functools.partial(by_method, name=name, mean=name not in OTHER_WEIGHTS)
         if name == "RealDGen":
             kinds[f"{name}, one reference"] = functools.partial(by_method, name=name, mean=False)
     return kinds
@@ -110,12 +124,11 @@ def write_training_set(folder: Path, sets: dict[str, list[Pair]], make_lr: KindO
 def table_control(name: str, inputs: Inputs) -> Measure:
     """PSNR on real LR of networks that differ in nothing but the LR they were trained on."""
     cfg = inputs.cfg
-    check_training(inputs)
-    inputs.check_steps(cfg.t_start, *cfg.t_starts)
-    sets = {
-        folder: with_other_scenes(halves(pairs)[0], cfg.seed)
-        for folder, pairs in inputs.sets.items()
-    }
+    count = 8 + 2 * len(KERNEL_NOISES) + sum(t > 0 for t in inputs.t_starts)
+    count += len(inputs.other_weights)
+    check_training(inputs, cfg.sr[-1:], count * cfg.seeds, "control")
+    inputs.check_steps(inputs.sampler.t_start, *inputs.t_starts)
+    sets = {folder: with_other_scenes(pairs, cfg.seed) for folder, pairs in inputs.train.items()}
     for folder, pairs in sets.items():
         require(bool(pairs), f"--pairs {folder}: no camera has three pairs.")
     assert inputs.tests  # found and checked now
@@ -163,10 +176,10 @@ def text_of_control(result: dict[str, Any], inputs: Inputs) -> str:
     return f"""## Control: {network} trained on the same HR images with different LR, on real LR
 
 {table_text(heads, lines)}
-Trained on one half of the pairs ({trained}), tested on the other half. Steps: {steps}; seeds:
-{seeds}. The share of the gap is (x - bicubic) / (real - bicubic). RealDGen takes the mean F_deg of
-up to {inputs.sampler.average} other scenes of the same camera in the first half, or F_deg of one of
-them. T=0 has neither diffusion nor remainder. * is fitted to the real LR: a Gaussian, or a kernel
-of {TAPS} x {TAPS} HR pixels by least squares. Noise is added to LR of a kernel; its std is in
-levels of 255.
-"""
+{inputs.split_text()}Trained on the pairs that give references and have another scene ({trained}).
+Steps: {steps}; seeds: {seeds}. {meaningless(network, inputs.cfg)}The share of the gap is
+(x - bicubic) / (real - bicubic). RealDGen takes the mean F_deg of up to {inputs.sampler.average}
+other scenes of the same camera, or F_deg of one of them. T=0 has neither diffusion nor remainder.
+* is fitted to the real LR: a Gaussian, or a kernel of {TAPS} x {TAPS} HR pixels by least squares.
+Noise is added to LR of a kernel; its std is in levels of 255.
+{left_out_text()}"""

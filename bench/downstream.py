@@ -1,8 +1,8 @@
 """What are the pairs worth? SR networks trained on each method's data, tested on real LR.
 
-In: real pairs, half of which give references and half of which are tested; HR photos to make
-training pairs from. Out: Tables 1, 3, 4, 5 and 7 (Sections 3.1 to 3.4). All else is equal: network,
-steps and seeds of bench.sr. Pairs and networks of an earlier run are reused if no input changed.
+In: real pairs, of which some give references and the others are tested; HR photos to make training
+pairs from. Out: Tables 1, 3, 4, 5 and 7 (Sections 3.1 to 3.4). All else is equal: network, steps
+and seeds of bench.sr. Pairs and networks of an earlier run are reused if no input changed.
 
     python benchmark.py --sr swinir-l fsrcnn --seeds 3 --pairs data/RealSR
     python benchmark.py --table 3 5 7 --t-starts 200 500 --num-steps 10 --pairs data/RealSR
@@ -24,9 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import diffusion
 import generate
 from bench import sr
-from bench.inputs import SOURCES, SYNDIFF, Config, Inputs, Measure
+from bench.generated import MAKE_PRINTED, OTHER_WEIGHTS, left_out_text
+from bench.inputs import AS_PRINTED, SOURCES, SYNDIFF, Config, Inputs, Measure
 from bench.metrics import perceptual_net
 from bench.pairs import (
     DECIMALS,
@@ -34,14 +36,13 @@ from bench.pairs import (
     Pair,
     camera_of,
     evaluate,
-    halves,
-    load_hr,
     load_lr,
     resized_by_pillow,
     table_text,
 )
-from common import require
-from common.checkpoint import find_checkpoint, fingerprint
+from common import UserError, require
+from common.checkpoint import find_checkpoint, fingerprint, load_checkpoint
+from common.files import copy_file
 from common.images import save_image
 from common.runtime import wait_for_all
 
@@ -50,10 +51,16 @@ from common.runtime import wait_for_all
 LABELS = ("bicubic", "BSRGAN", "Real-ESRGAN", "SynDiff", "RealDGen", "real pairs (oracle)")
 LABEL = dict(zip(SOURCES, LABELS, strict=True))
 DRAWN_IN_TRAINING = ("bicubic", "bsrgan", "realesrgan")  # recipes of degrade.py
-ABLATIONS = {  # Table 4: weights of diffusion.py --without
-    "degradation": Path("runs/no_degradation/last.pt"),
-    "content": Path("runs/no_content/last.pt"),
+# Table 4: weights, and the flag of diffusion.py that makes them, beside those of AS_PRINTED.
+ABLATIONS = {
+    "without E_deg": (Path("runs/no_degradation/last.pt"), "--without degradation"),
+    "without E_cont": (Path("runs/no_content/last.pt"), "--without content"),
+    "frozen extractors (A.5)": (Path("runs/frozen/last.pt"), "--finetune-learning-rate 0"),
+    "RealDGen": (AS_PRINTED, ""),
 }
+PAPER_T = (200, 300, 400, 500)  # Table 3
+EVALUATIONS = 10  # at least so many from such a T, where not every step is evaluated
+LEAST_STEPS = 1000  # a network that starts from nothing and has fewer shows nothing of its data
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,14 @@ class Row:
     without: str = ""  # name of a set whose references are left out
 
 
+PAPER = generate.PRESETS["paper"]
+
+
+def evaluations(t_start: int, cfg: Config) -> int:
+    """Network evaluations from a T of the paper: of each step if --num-steps is the paper's."""
+    return t_start if cfg.num_steps >= PAPER["num_steps"] else max(cfg.num_steps, EVALUATIONS)
+
+
 def rows_of(table: str, cfg: Config, sets: Sequence[str]) -> list[Row]:
     """The rows of a table."""
     network = cfg.sr[-1]  # one is enough for an ablation
@@ -79,17 +94,20 @@ def rows_of(table: str, cfg: Config, sets: Sequence[str]) -> list[Row]:
             for data in cfg.data
         ]
     if table == "3":
-        return [Row(f"T={t}", network, "realdgen", {"t_start": t}) for t in cfg.t_starts]
-    if table == "4":
-        # The output of Rec_lr, and grain, would give an ablation what it must do without.
-        noised = {"t_start": max(cfg.t_start, 300), "num_steps": max(cfg.num_steps, 10)}
-        plain = {"start": "realesrgan", "grain": False, "remainder": 0.0} | noised
-        plain |= {"soften": generate.NOT_SOFTENED}
-        rows = [
-            Row(f"without {name}", network, "realdgen", plain | {"checkpoint": str(path)})
-            for name, path in zip(("E_deg", "E_cont"), ABLATIONS.values(), strict=True)
+        T = cfg.t_starts or PAPER_T
+        return [
+            Row(f"T={t}", network, "realdgen", {"t_start": t, "num_steps": evaluations(t, cfg)})
+            for t in T
         ]
-        return [*rows, Row("RealDGen", network, "realdgen", plain)]
+    if table == "4":
+        # All rows start at D(HR), and all weights are as printed: the output of Rec_lr, grain and
+        # the filter would give an ablation what it must do without.
+        T = PAPER["t_start"]
+        plain = PAPER | {"candidates": 1, "num_steps": evaluations(T, cfg)}
+        return [
+            Row(label, network, "realdgen", plain | {"checkpoint": str(path)})
+            for label, (path, _) in ABLATIONS.items()
+        ]
     if table == "5":
         rows = [Row(LABEL[data], network, data) for data in cfg.data if data != "paired"]
         names = sets if len(sets) > 1 else []
@@ -107,20 +125,26 @@ def rows_of(table: str, cfg: Config, sets: Sequence[str]) -> list[Row]:
 # ---- training pairs -----------------------------------------------------------------------------
 
 
-def write_references(sets: dict[str, list[Pair]], out: Path) -> None:
-    """Write the half of the pairs that is not tested: references/SET/CAMERA/, paired/{hr,lr}/."""
-    for name, pairs in sets.items():
-        for pair in halves(pairs)[0]:
-            file = f"{pair.name.replace('/', '_')}.png"
-            lr = load_lr(pair.lr, pair.full)
+def write_references(train: dict[str, list[Pair]], out: Path) -> None:
+    """Write the pairs that are not tested: references/SET/CAMERA/, paired/{hr,lr}/.
+
+    They are hard links; LR of the size of HR is reduced.
+    """
+    for name, pairs in train.items():
+        for pair in pairs:
+            stem = pair.name.replace("/", "_")
             targets = {
-                out / "references" / name / (camera_of(pair.name) or "camera") / file: lr,
-                out / "paired" / "hr" / f"{name}_{file}": load_hr(pair),
-                out / "paired" / "lr" / f"{name}_{file}": lr,
+                out / "paired/hr" / f"{name}_{stem}": pair.hr,
+                out / "paired/lr" / f"{name}_{stem}": pair.lr,
+                out / "references" / name / (camera_of(pair.name) or "camera") / stem: pair.lr,
             }
-            for path, image in targets.items():
-                if not path.is_file():
-                    save_image(path, image)
+            for target, file in targets.items():
+                reduced = pair.full and file == pair.lr
+                path = target.with_name(target.name + (".png" if reduced else file.suffix))
+                if reduced and not path.is_file():
+                    save_image(path, load_lr(file, full=True))
+                elif not path.is_file():
+                    copy_file(file, path)
 
 
 def folder_of(inputs: Inputs) -> Path:
@@ -130,12 +154,12 @@ def folder_of(inputs: Inputs) -> Path:
     """
     cfg = inputs.cfg
     weights = (cfg.checkpoint or find_checkpoint("", "diffusion", ""), SYNDIFF,
-               *ABLATIONS.values(), *cfg.sr_start_from)  # fmt: skip
+               *(path for path, _ in ABLATIONS.values()), *cfg.sr_start_from)  # fmt: skip
     facts = asdict(inputs.sampler) | {
         "sets": {
             name: [(pair.name, fingerprint(pair.hr), fingerprint(pair.lr))
                    for pair in pairs]
-            for name, pairs in inputs.sets.items()
+            for name, pairs in inputs.train.items()
         },
         "hr": [fingerprint(file) for file in inputs.hr_files],
         "weights": [fingerprint(path) for path in weights if Path(path).is_file()],
@@ -203,6 +227,16 @@ def steps_of(network: str, cfg: Config) -> int:
     return cfg.sr_steps or steps
 
 
+def meaningless(network: str, cfg: Config) -> str:
+    """A sentence about a network that is trained too little; else empty."""
+    steps = steps_of(network, cfg)
+    begun = {sr.read_network(path)["config"]["sr"] for path in cfg.sr_start_from}
+    if steps >= LEAST_STEPS or network in begun:
+        return ""
+    return (f"With {steps} steps the figures of {network} mean nothing. On a CPU give --sr fsrcnn "
+            "--sr-steps 2000, on a GPU --sr-preset paper.\n")  # fmt: skip
+
+
 def train_network(
     network: str, source: dict[str, Any], name: str, seed: int, out: Path, inputs: Inputs,
     perceptual: bool = False,
@@ -216,6 +250,7 @@ def train_network(
     begun = {sr.read_network(path)["config"]["sr"]: path for path in cfg.sr_start_from}
     settings = sr.PRESETS[cfg.sr_preset] | {
         "sr": network, "steps": steps, "save_every": max(500, steps // 10), "seed": seed,
+        "log_every": min(100, max(1, steps // 20)),
         "out": str(out / "sr"), "name": f"{network}-{name}-{seed}-{steps}", "device": cfg.device,
         "perceptual_weight": cfg.perceptual_weight if perceptual else 0.0,
         "start_from": begun.get(network, ""),
@@ -260,36 +295,63 @@ def train_and_test(row: Row, out: Path, inputs: Inputs) -> dict[str, Any]:
     return result
 
 
-def check_training(inputs: Inputs) -> None:
-    """UserError for a wrong flag about the training of networks."""
+def check_training(inputs: Inputs, networks: Sequence[str], count: int, table: str) -> None:
+    """Say what will be trained; UserError for a wrong flag. count: of trainings of each network."""
     cfg = inputs.cfg
     for path in cfg.sr_start_from:
         require(Path(path).is_file(), f"--sr-start-from {path}: no such file.")
         network = sr.read_network(path)["config"]["sr"]
         wrong = f"--sr-start-from {path}: a {network}, which --sr does not name."
         require(network in cfg.sr, wrong)
-    if cfg.perceptual_weight > 0:
-        perceptual_net("LPIPS", "vgg", inputs.device)
+    if inputs.rt.is_main:
+        steps = ", ".join(f"{name} {steps_of(name, cfg)} steps" for name in networks)
+        print(f"{table}: trainings of each network: {count} ({steps}), unless an earlier run has "
+              "done them. Each says after its first steps how long it takes.")  # fmt: skip
+        print("".join(meaningless(name, cfg) for name in networks), end="")
+
+
+def check_ablations() -> None:
+    """UserError unless the weights of Table 4 are as printed and differ in nothing but that."""
+    states = {path: load_checkpoint(path) for path, _ in ABLATIONS.values()}
+    for path, state in states.items():
+        net = diffusion.load(state, str(path))
+        wrong = f"table 4: {path} is not as printed: train it with --preset as-printed."
+        require(net.as_printed and net.extractors.as_printed, wrong)
+    free = {*diffusion.Config.MAY_CHANGE, "without", "finetune_learning_rate"} - {"steps"}
+    full = states[AS_PRINTED]["config"]
+    for path, state in states.items():
+        keys = sorted(k for k in full if k not in free and state["config"].get(k) != full[k])
+        wrong = f"table 4: {path} and {AS_PRINTED} were trained with different {', '.join(keys)}."
+        require(not keys, f"{wrong[:-1]}: train both alike.")
 
 
 def table_downstream(table: str, inputs: Inputs) -> Measure:
     """Table 1, 3, 4, 5 or 7; its first row is bicubic enlargement, without a network."""
-    check_training(inputs)
     cfg = inputs.cfg
     rows = rows_of(table, cfg, [*inputs.sets])
-    needed = {SYNDIFF: "content degradation"} if any(r.data == "syndiff" for r in rows) else {}
-    needed |= {path: condition for condition, path in ABLATIONS.items()} if table == "4" else {}
-    for path, condition in needed.items():
-        make = f"python diffusion.py --without {condition} --out {path.parent}"
+    networks = list(dict.fromkeys(row.network for row in rows))
+    check_training(inputs, networks, cfg.seeds * len(rows) // len(networks), f"table {table}")
+    if any(row.perceptual for row in rows):
+        try:
+            perceptual_net("LPIPS", "vgg", inputs.device)
+        except UserError as error:
+            raise UserError(f"{error} Or train with L1 alone: --perceptual-weight 0.") from None
+    made_by = {SYNDIFF: OTHER_WEIGHTS["SynDiff"][1]} if "syndiff" in {r.data for r in rows} else {}
+    if table == "4":
+        made_by[AS_PRINTED] = OTHER_WEIGHTS["RealDGen as printed"][1]  # stage 1, too
+        made_by |= {path: f"{MAKE_PRINTED} {flag} --out {path.parent}"
+                    for path, flag in ABLATIONS.values() if flag}  # fmt: skip
+    for path, make in made_by.items():
         require(path.is_file(), f"table {table}: {path} is missing: make it by `{make}`.")
-        generate.load_generator(str(path), torch.device("cpu"))
-    inputs.check_steps(*(row.settings.get("t_start", cfg.t_start) for row in rows))
+    if table == "4":
+        check_ablations()
+    inputs.check_steps(*(row.settings.get("t_start", inputs.sampler.t_start) for row in rows))
     assert inputs.tests and inputs.hr_files is not None and inputs.metrics  # found and checked now
 
     def measure() -> tuple[dict[str, Any], str]:
         out = folder_of(inputs)
         if inputs.rt.is_main:
-            write_references(inputs.sets, out)
+            write_references(inputs.train, out)
         wait_for_all(inputs.rt)
         bicubic = Row("bicubic enlargement", "none", "")
         results = [asdict(bicubic) | {"runs": [tested(None, inputs, inputs.metrics)]}]
@@ -304,8 +366,8 @@ def table_downstream(table: str, inputs: Inputs) -> Measure:
 # ---- the tables as text -------------------------------------------------------------------------
 
 COLUMNS = ("PSNR Y", "SSIM Y", "LPIPS", "DISTS", "FID")
-# Table 1 of the paper, all crops. With L1: RealSR PSNR, SSIM, DRealSR PSNR, SSIM. With a perceptual
-# loss: RealSR LPIPS, FID, DRealSR LPIPS, FID.
+# Tables 1 and 5 of the paper. Table 1 has with L1: RealSR PSNR, SSIM, DRealSR PSNR, SSIM; with a
+# perceptual loss: RealSR LPIPS, FID, DRealSR LPIPS, FID. Table 5 has RealVSR PSNR, SSIM.
 PAPER_1 = """
 swinir realesrgan 24.395 .7760 26.944 .8308 .3037 69.965 .3219 39.175
 swinir bsrgan 25.852 .7808 27.985 .8308 .2945 79.833 .3023 38.541
@@ -326,14 +388,26 @@ swinir-l realdgen 26.025 .7810 28.869 .8328 .2795 75.779 .2862 42.542
 """
 
 
-def paper_value(network: str, data: str, perceptual: bool, name: str, metric: str) -> str:
-    """The paper's value for a cell of Table 1, in brackets; empty if it has none."""
-    columns = ("LPIPS", "FID") if perceptual else ("PSNR Y", "SSIM Y")
-    for line in PAPER_1.split("\n"):
-        if line.startswith(f"{network} {data} ") and metric in columns:
-            place = 4 * perceptual + 2 * (name == "DRealSR") + columns.index(metric)
-            if name in ("RealSR", "DRealSR"):
-                return f" [{line.split()[2 + place]}]"
+PAPER_5 = """
+swinir-l realesrgan 22.7402 .6939
+swinir-l bsrgan 22.6564 .6779
+swinir-l syndiff 22.4607 .6704
+swinir-l realdgen 22.9616 .6994
+"""
+PRINTED = {"1": (PAPER_1, ("RealSR", "DRealSR")), "5": (PAPER_5, ("RealVSR",))}
+
+
+def paper_value(table: str, row: dict[str, Any], release: str, metric: str) -> str:
+    """The paper's value for a cell of a table, in brackets; empty if it has none."""
+    text, releases = PRINTED.get(table, ("", ()))
+    columns = ("LPIPS", "FID") if row["perceptual"] else ("PSNR Y", "SSIM Y")
+    if release not in releases or metric not in columns or row["without"]:
+        return ""
+    place = 4 * row["perceptual"] + 2 * releases.index(release) + columns.index(metric)
+    for line in text.split("\n"):
+        network, data, *values = line.split() or ("", "")
+        if (network, data) == (row["network"], row["data"]) and place < len(values):
+            return f" [{values[place]}]"
     return ""
 
 
@@ -360,13 +434,15 @@ def text_of_downstream(result: dict[str, Any], inputs: Inputs) -> str:
     lines, costs = [], []
     for row in result["rows"]:
         label = row["label"] + (", perceptual" if row["perceptual"] else "")
+        mark = ""
+        if row["network"] != "none" and meaningless(row["network"], cfg):
+            mark = f" (only {steps_of(row['network'], cfg)} steps: means nothing)"
         cells = []
         for name, metric in columns:
             means = [run[name]["mean"] for run in row["runs"]]
             cell = spread_text([mean[metric] for mean in means if metric in mean], metric)
-            place = (row["network"], row["data"], row["perceptual"], name, metric)
-            cells.append(cell + (paper_value(*place) if table == "1" else ""))
-        lines.append([row["network"], label, *cells])
+            cells.append(cell + paper_value(table, row, inputs.tests[name][0].release, metric))
+        lines.append([row["network"], label + mark, *cells])
         if row["network"] != "none":
             generation = [row["generation"]] if row["generation"] else []
             cells = [cost_text(row["training"], key) for key in ("parameters", "seconds", "memory")]
@@ -374,16 +450,23 @@ def text_of_downstream(result: dict[str, Any], inputs: Inputs) -> str:
             costs.append([row["network"], label, *cells])
     heads = ["network", "trained on", *(f"{name} {metric}" for name, metric in columns)]
     cost_heads = [*heads[:2], "parameters", "training", "memory", "generation", "memory"]
-    counts = ", ".join(f"{name} {n}" for name, n in result["tested"].items())
-    steps = ", ".join(f"{network} {steps_of(network, cfg)}" for network in cfg.sr)
-    begun = "".join(f"Trained further from {path}.\n" for path in cfg.sr_start_from)
-    paper = "In brackets: the paper, on all pairs.\n" if table == "1" else ""
+    networks = dict.fromkeys(row["network"] for row in result["rows"][1:])
+    steps = ", ".join(f"{network} {steps_of(network, cfg)}" for network in networks)
+    notes = "".join(f"Trained further from {path}.\n" for path in cfg.sr_start_from)
+    notes += "".join(meaningless(network, cfg) for network in networks) + inputs.split_text()
+    notes += "LR of the references trained the oracle, too.\n" if table == "1" else ""
+    notes += "In brackets: the paper.\n" if any("[" in c for line in lines for c in line) else ""
+    if table == "4":
+        notes += f"All rows: weights as printed, from D(HR), T up to {PAPER['t_start']}, K = 1.\n"
+    if table == "5":  # Deviation: see the text
+        notes += "In the paper the tested LR images are the references, too.\n"
+    if "syndiff" not in cfg.data and table in ("1", "5"):
+        notes += left_out_text("SynDiff")
     return f"""## Table {table}: SR networks by their training data, tested on real LR
 
 {table_text(heads, lines, words=2)}
-Preset {cfg.sr_preset}; steps: {steps}; seeds: {cfg.seeds}. {begun}Tested on every other pair of
-each camera ({counts}). The other pairs trained the oracle, and their LR gave RealDGen's references.
-{paper}
+Preset {cfg.sr_preset}; steps: {steps}; seeds: {cfg.seeds}.
+{notes}
 {table_text(cost_heads, costs, words=2)}
 Costs are means over the seeds. Memory: {MEMORY[inputs.device.type]}.
 Pairs and networks that are reused from an earlier run cost next to nothing here.

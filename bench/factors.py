@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 import additions
 import degrade
+import diffusion
 import generate
-from bench.inputs import Inputs, Measure
+from bench.inputs import AS_PRINTED, Inputs, Measure
 from bench.pairs import table_text
 from common.images import to_uint8
 from common.runtime import make_generator
@@ -75,9 +76,12 @@ NOISE = ((1 / 6, -1 / 3, 1 / 6), (-1 / 3, 2 / 3, -1 / 3), (1 / 6, -1 / 3, 1 / 6)
 WIDTHS = torch.linspace(0, 2, 21)  # of the Gaussians in a bank, LR pixels
 
 
-def reductions(hr: Tensor) -> Tensor:
-    """The bank of an HR image (3, H, W): blurred by each of WIDTHS, reduced: (21, 3, H/4, W/4)."""
-    return degrade.degrade(hr.repeat(len(WIDTHS), 1, 1, 1), only("blur", WIDTHS))
+def reductions(hr: Tensor, widths: Tensor = WIDTHS) -> Tensor:
+    """The bank of an HR image (3, H, W): blurred by each width, reduced: (21, 3, H/4, W/4).
+
+    One after the other, since a whole photo may have 20 million pixels.
+    """
+    return torch.cat([degrade.degrade(hr[None], only("blur", width[None])) for width in widths])
 
 
 def blur_of(lr: Tensor, bank: Tensor) -> Tensor:
@@ -177,18 +181,19 @@ def follow(
 
 def table_factors(name: str, inputs: Inputs) -> Measure:
     """D(X, theta) itself, then RealDGen from each T with K = 1; T = 0 has no diffusion."""
-    cfg, net, hr = inputs.cfg, inputs.net, inputs.photos.to(inputs.device)
-    inputs.check_steps(*cfg.t_starts)
+    cfg, hr = inputs.cfg, inputs.photos.to(inputs.device)
+    inputs.check_steps(*inputs.t_starts)
 
-    def generating_from(t_start: int) -> LRMaker:
-        start = cfg.start if t_start else "reconstruct"
+    def generating(net: diffusion.DecoupledDDPM, sampler: generate.Sampler) -> LRMaker:
         # D makes these references, so they have no unexplained detail. Both settings are for that.
-        bare = replace(inputs.sampler, soften=generate.NOT_SOFTENED, remainder=0.0)
-        plain = replace(bare, start=start, candidates=1)
-        sampler = replace(plain, t_start=t_start)
+        bare = replace(sampler, soften=generate.NOT_SOFTENED, remainder=0.0, candidates=1)
         return lambda hr, lr_ref, theta, seeds: generate.chosen(
-            *generate.generate(net, hr, lr_ref, sampler, seeds)
+            *generate.generate(net, hr, lr_ref, bare, seeds)
         )
+
+    def starting(t_start: int) -> generate.Sampler:
+        start = inputs.sampler.start if t_start else "reconstruct"
+        return replace(inputs.sampler, start=start, t_start=t_start)
 
     def measure() -> tuple[dict[str, Any], str]:
         banks = [reductions(x) for x in hr]
@@ -196,11 +201,13 @@ def table_factors(name: str, inputs: Inputs) -> Measure:
         kinds: dict[str, LRMaker] = {
             "truth": lambda hr, lr_ref, theta, seeds: degrade.degrade(hr, theta)
         }
-        kinds |= {f"T={t}": generating_from(t) for t in cfg.t_starts}
+        kinds |= {f"T={t}": generating(inputs.net, starting(t)) for t in inputs.t_starts}
+        if AS_PRINTED in inputs.other_weights:
+            kinds["as printed"] = generating(inputs.other_weights[AS_PRINTED], inputs.printed)
         rows = []
         for factor in FACTORS:
             for kind, make_lr in kinds.items():
-                noisy = kind != "truth" and (cfg.grain or kind != "T=0")
+                noisy = kind != "truth" and (inputs.sampler.grain or kind != "T=0")
                 repeats = range(REPEATS if noisy else 1)
                 runs = [follow(hr, banks, make_lr, factor, cfg.seed, noise) for noise in repeats]
                 values = {key: [v for run in runs for v in run[key]] for key in runs[0]}
@@ -232,5 +239,6 @@ the value measured in LR. It is computed for each content and noise; the table h
 lowest. The next two columns are means of the measured values; of jpeg that is blockiness, 1 for
 none. Fine detail is the median |Laplacian|, relative to D(X, theta). The row truth is D(X, theta)
 itself. T=0 is Rec_lr without diffusion, with grain unless --no-grain is given. All rows are without
---remainder and --soften.
+--remainder and --soften. The row as printed has weights of {AS_PRINTED}, and the sampler of
+--preset paper; without this file there is no such row.
 """

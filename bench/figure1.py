@@ -22,9 +22,9 @@ from tqdm import tqdm
 import degrade
 import generate
 from bench import factors
-from bench.downstream import check_training, cost_text, enlarging, train_network
-from bench.generated import syntheses
-from bench.inputs import Inputs, Measure
+from bench.downstream import check_training, cost_text, enlarging, meaningless, train_network
+from bench.generated import left_out_text, other_methods, syntheses
+from bench.inputs import Config, Inputs, Measure
 from bench.pairs import (
     Pair,
     camera_of,
@@ -42,6 +42,7 @@ from common.images import save_image, to_uint8
 from common.runtime import wait_for_all
 
 Place = tuple[float, float]  # blur (LR pixels) and noise (levels of 255)
+NETWORK = "fsrcnn"  # as in the paper
 BLURS, NOISES = (0.3, 0.7, 1.1), (0.0, 6.0, 12.0)
 GRID: list[Place] = [(blur, noise) for noise in NOISES for blur in BLURS]
 
@@ -118,7 +119,7 @@ def train_on_grid(photos: Tensor, root: Path, inputs: Inputs) -> dict[str, Any]:
     costs, values = [], []
     for folder in folders:
         source = {"pairs": str(root / "train" / folder)}
-        net, cost = train_network(inputs.cfg.sr[-1], source, folder, seed, root, inputs)
+        net, cost = train_network(NETWORK, source, folder, seed, root, inputs)
         costs.append(cost)
         values += [psnr_of_tests(net)] if rt.is_main else []
     if not rt.is_main:
@@ -147,7 +148,7 @@ def embed(inputs: Inputs) -> tuple[list[str], Tensor]:
     for name, pairs in inputs.sets.items():
         pairs = with_other_scenes(pairs, seed)
         pairs = pairs[:: -(-len(pairs) // inputs.cfg.images)]  # evenly spread
-        methods = syntheses(inputs.net, inputs.sampler)
+        methods = syntheses(inputs.net, inputs.sampler) | other_methods(inputs, "SynDiff")
         labelled = len({camera_of(pair.name) for pair in pairs}) <= MOST_CAMERAS
         for pair in tqdm(pairs, desc=f"F_deg of {name}", unit="image", leave=False):
             camera = camera_of(pair.name) if labelled else ""
@@ -262,8 +263,8 @@ def save_figure(path: Path, result: dict[str, Any]) -> None:
 def table_figure1(name: str, inputs: Inputs) -> Measure:
     """The numbers of both panels, and figure1.png."""
     cfg = inputs.cfg
-    check_training(inputs)
-    inputs.check_steps(cfg.t_start)
+    check_training(inputs, [NETWORK], len(GRID), "figure1")
+    inputs.check_steps(inputs.sampler.t_start)
     photos = inputs.photos
     for folder, pairs in inputs.sets.items():
         enough = bool(with_other_scenes(pairs, cfg.seed))
@@ -281,12 +282,12 @@ def table_figure1(name: str, inputs: Inputs) -> Measure:
         result |= {"labels": labels, "points": points.tolist(), "shares": shares}
         result |= {"nearness": nearness(labels, degradations)}
         save_figure(out / "figure1.png", result)
-        return result, text_of_figure1(result)
+        return result, text_of_figure1(result, cfg)
 
     return measure
 
 
-def text_of_figure1(result: dict[str, Any]) -> str:
+def text_of_figure1(result: dict[str, Any], cfg: Config) -> str:
     """The numbers of Figure 1, and how to read them."""
     lines = []
     for test in result["tests"]:
@@ -310,10 +311,10 @@ Those of real sets are medians, measured by comparison with the HR images. Rank 
 Spearman's, of the distance between training set and test, and the dB that the training set loses to
 the test's best one. For the distance, blur and noise are divided by the grid's extent. It is
 {result["rank"]:.3f} over all tests of the grid. n is the number of images tested. A network has
-{parameters} parameters; its training takes {seconds} and {memory}.
+{parameters} parameters; its training takes {seconds} and {memory}. {meaningless(NETWORK, cfg)}
 
 {table_text(["LR of", "distance of F_deg to the nearest real one"], near)}
 Distances are medians, in units of the same distance between real images. They show what E_deg sees,
 and prove nothing: the filter of RealDGen compares F_deg, too, and E_deg was trained on recipes of
 D. The plane shows {sum(result["shares"]):.0%} of the variance.
-"""
+{left_out_text("SynDiff")}"""

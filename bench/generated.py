@@ -19,8 +19,8 @@ from torch import Tensor
 import degrade
 import diffusion
 import generate
-from bench.factors import reductions
-from bench.inputs import Inputs, Measure
+from bench.factors import WIDTHS, reductions
+from bench.inputs import AS_PRINTED, SYNDIFF, Inputs, Measure
 from bench.metrics import METRICS, SET_METRICS, psnr
 from bench.pairs import (
     Method,
@@ -84,13 +84,47 @@ def syntheses(net: diffusion.DecoupledDDPM, sampler: generate.Sampler) -> dict[s
     }
 
 
-def all_methods(inputs: Inputs) -> dict[str, Synthesis]:
-    """All methods, and RealDGen from the other T."""
-    return syntheses(inputs.net, inputs.sampler) | {
-        f"RealDGen T={t}": realdgen(inputs.net, replace(inputs.sampler, t_start=t))
-        for t in inputs.cfg.t_starts
-        if t > 0
+STAGE_1 = AS_PRINTED.parents[1] / "extractors"
+MAKE_PRINTED = f"python diffusion.py --preset as-printed --checkpoint {STAGE_1}/last.pt"
+OTHER_WEIGHTS = {
+    "SynDiff": (SYNDIFF, "python diffusion.py --without content degradation --out runs/syndiff"),
+    "RealDGen as printed": (
+        AS_PRINTED,
+        f"python extractors.py --preset as-printed --out {STAGE_1}` and `{MAKE_PRINTED} --out "
+        f"{AS_PRINTED.parent}",
+    ),
+}  # with the commands that make them
+
+
+def other_methods(inputs: Inputs, *names: str) -> dict[str, Synthesis]:
+    """The methods of OTHER_WEIGHTS (or these of them) whose weights exist."""
+    samplers = {
+        "SynDiff": generate.Sampler(**generate.PRESETS["syndiff"]),
+        "RealDGen as printed": inputs.printed,
     }
+    return {
+        name: realdgen(inputs.other_weights[path], samplers[name])
+        for name, (path, _) in OTHER_WEIGHTS.items()
+        if name in (names or samplers) and path in inputs.other_weights
+    }
+
+
+def left_out_text(*names: str) -> str:
+    """A sentence for each of these methods (or of OTHER_WEIGHTS) whose weights are missing."""
+    return "".join(
+        f"{name} is left out: {path} is missing (make it by `{make}`).\n"
+        for name, (path, make) in OTHER_WEIGHTS.items()
+        if name in (names or OTHER_WEIGHTS) and not path.is_file()
+    )
+
+
+def all_methods(inputs: Inputs) -> dict[str, Synthesis]:
+    """All methods, with those of other weights, and RealDGen from the other T."""
+    return syntheses(inputs.net, inputs.sampler) | other_methods(inputs) | {
+        f"RealDGen T={t}": realdgen(inputs.net, replace(inputs.sampler, t_start=t))
+        for t in inputs.t_starts
+        if t > 0
+    }  # fmt: skip
 
 
 def on_pairs(method: Synthesis, seed: int, degradations: dict[int, Tensor] | None = None) -> Method:
@@ -115,14 +149,16 @@ def best_blurs(pairs: Sequence[Pair]) -> tuple[dict[int, Tensor], dict[int, Tens
     Both are LR (3, h, w) by index of the pair. They show what blur alone can do. No method has to
     reach them, because no method sees the real LR.
     """
-    banks, values = {}, {}
+    of_pair, values = {}, []
     for pair in pairs:
-        bank = to_uint8(reductions(load_hr(pair)))  # (21, 3, h, w)
+        bank = to_uint8(reductions(load_hr(pair))) / 255  # (21, 3, h, w)
         lr = load_lr(pair.lr, pair.full).expand(len(bank), -1, -1, -1)
-        banks[pair.index], values[pair.index] = bank, psnr(bank / 255, lr).clamp(max=100)
-    best = int(torch.stack([*values.values()]).mean(0).argmax())
-    of_set = {i: bank[best] / 255 for i, bank in banks.items()}
-    return of_set, {i: bank[values[i].argmax()] / 255 for i, bank in banks.items()}
+        values.append(psnr(bank, lr).clamp(max=100))
+        of_pair[pair.index] = bank[values[-1].argmax()].clone()
+    best = int(torch.stack(values).mean(0).argmax())
+    width = WIDTHS[best : best + 1]
+    of_set = {p.index: to_uint8(reductions(load_hr(p), width))[0] / 255 for p in pairs}
+    return of_set, of_pair
 
 
 def stored(lr: dict[int, Tensor]) -> Method:
@@ -152,7 +188,7 @@ def mean_degradations(
 
 # ---- Table 2 ------------------------------------------------------------------------------------
 
-# The paper's RealDGen on all crops of a benchmark.
+# The paper's RealDGen, by the release whose Test it was measured on.
 PAPER_2 = {
     "RealSR": "PSNR 26.16, SSIM 0.794, LPIPS 0.223, DISTS 0.187, FID 107.24, CLIP-Score 0.824",
     "DRealSR": "PSNR 28.66, SSIM 0.836, LPIPS 0.150, DISTS 0.157, FID 30.01, CLIP-Score 0.858",
@@ -174,16 +210,20 @@ def rows_of_table_2(pairs: list[Pair], inputs: Inputs) -> Rows:
         ("Real-ESRGAN", on_pairs(synthetic("realesrgan"), seed), pairs),
         ("BSRGAN", on_pairs(synthetic("bsrgan"), seed), pairs),
     ]
-    for name, method in (("RealDGen T=0", rec_lr), ("RealDGen", full)):
+    more = other_methods(inputs)
+    if syndiff := more.pop("SynDiff", None):
+        rows += [("SynDiff", on_pairs(syndiff, seed), pairs)]
+    for name, method in {"RealDGen T=0": rec_lr, "RealDGen": full, **more}.items():
         rows += [(f"{name}, own LR", on_pairs(method, seed), pairs)]
         if other:
             rows += [(f"{name}, other scene", on_pairs(method, seed), other)]
+        if other and name not in more:  # whose F_deg is of other weights
             rows += [(f"{name}, all other scenes", on_pairs(method, seed, means), other)]
     return rows
 
 
 def rows_of_table_6(pairs: list[Pair], inputs: Inputs) -> Rows:
-    """RealDGen with and without the filter, with references of other scenes."""
+    """RealDGen with and without the filter, with references of other scenes; SynDiff."""
     K = max(inputs.cfg.candidates, generate.CANDIDATES)
     other = with_other_scenes(pairs, inputs.cfg.seed)
     rows: Rows = []
@@ -191,7 +231,8 @@ def rows_of_table_6(pairs: list[Pair], inputs: Inputs) -> Rows:
         sampler = replace(inputs.sampler, candidates=candidates)
         method = realdgen(inputs.net, sampler)
         rows += [(name, on_pairs(method, inputs.cfg.seed), other)]
-    return rows
+    syndiff = other_methods(inputs, "SynDiff").items()
+    return rows + [(name, on_pairs(method, inputs.cfg.seed), other) for name, method in syndiff]
 
 
 FULL = 300  # steps of the paper's chain
@@ -207,7 +248,7 @@ def rows_of_sampling(pairs: list[Pair], inputs: Inputs) -> Rows:
         "T=0": replace(plain, t_start=0),
         "T=0 without grain": replace(plain, t_start=0, grain=False),
     }
-    for T in [t for t in cfg.t_starts if t > 0]:
+    for T in [t for t in inputs.t_starts if t > 0]:
         for n in (1, 2, 5, 10):
             samplers[f"T={T}, ddim, {n}"] = replace(plain, t_start=T, num_steps=n)
     for start in generate.STARTS[:2]:
@@ -230,7 +271,8 @@ def table_generated(name: str, inputs: Inputs) -> Measure:
     """Table 2, Table 6 or sampling, for each set of pairs."""
     cfg = inputs.cfg
     rows_of = {"2": rows_of_table_2, "6": rows_of_table_6, "sampling": rows_of_sampling}[name]
-    inputs.check_steps(cfg.t_start, *((*cfg.t_starts, FULL) if name == "sampling" else ()))
+    sampled = (*inputs.t_starts, FULL) if name == "sampling" else ()
+    inputs.check_steps(inputs.sampler.t_start, *sampled)
     metrics = [m for m in inputs.metrics if name != "sampling" or m in METRICS]
     for folder, pairs in inputs.sets.items():
         enough = name == "2" or len(with_other_scenes(pairs, cfg.seed)) > 1
@@ -245,8 +287,8 @@ def table_generated(name: str, inputs: Inputs) -> Measure:
             ]
             text += f"## {folder}: {TITLES[name]}\n\n" + method_table(values[folder], name)
             if name == "2":
-                text += notes_of_table_2(folder, pairs, inputs.skipped[folder])
-            text += "\n"
+                text += notes_of_table_2(pairs, inputs.found[folder][1]) + left_out_text()
+            text += ("\n" + left_out_text("SynDiff") if name == "6" else "") + "\n"
         return values, text
 
     return measure
@@ -264,7 +306,7 @@ def method_table(rows: Sequence[dict[str, Any]], name: str) -> str:
     return table_text(["method", *columns, "n", "images/s"], lines)
 
 
-def notes_of_table_2(folder: str, pairs: list[Pair], skipped: int) -> str:
+def notes_of_table_2(pairs: list[Pair], skipped: int) -> str:
     """How to read Table 2."""
     cameras = Counter(camera_of(pair.name) or "unnamed" for pair in pairs)
     alone = sum(n == 1 for n in cameras.values())
@@ -278,6 +320,6 @@ def notes_of_table_2(folder: str, pairs: list[Pair], skipped: int) -> str:
         f"Pairs without another scene, missing in the rows of other scenes: {alone}.",
         f"Pairs that can't be read, missing in all rows: {skipped}.",
     ]
-    if folder in PAPER_2:
-        lines += ["", f"RealDGen (paper), on the whole {folder} benchmark: {PAPER_2[folder]}."]
+    if paper := PAPER_2.get(pairs[0].release):
+        lines += ["", f"RealDGen (paper), on Test of {pairs[0].release}: {paper}.", ""]
     return "\n".join(lines) + "\n"

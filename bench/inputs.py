@@ -26,6 +26,7 @@ from common.images import crop_to_multiple, load_image, save_image
 from common.runtime import Runtime, make_generator
 
 SYNDIFF = Path("runs/syndiff/last.pt")  # made by diffusion.py --without content degradation
+AS_PRINTED = Path("runs/as-printed/diffusion/last.pt")  # both stages with --preset as-printed
 SAMPLE = DATA / "sample/hr"
 # What SR networks are trained on.
 SOURCES = ("bicubic", "bsrgan", "realesrgan", "syndiff", "realdgen", "paired")
@@ -48,7 +49,7 @@ class Config(generate.Sampler):
     lr: tuple[str, ...] = ()  # extractors: real LR, a sub-folder for each device (default: data/lr)
     images: int = 64  # the most that factors, extractors, figure1, mtf, leakage and sampling take
     crop: int = 96  # side of the LR crops of factors, extractors, figure1, leakage; pixels
-    t_starts: tuple[int, ...] = (0, 200)  # T in the rows of 3, control, mtf, factors and sampling
+    t_starts: tuple[int, ...] = ()  # T of control, mtf, factors, sampling (default: 0 200) and of 3
     checkpoint: str = ""  # generator (default: runs/diffusion, else data/pretrained)
     out: str = "out/benchmark"  # folder of results.json and of a .md for each table
     batch_size: int = 8  # images that are generated at once; no draw depends on it
@@ -81,9 +82,10 @@ def resolved(cfg: Config, rt: Runtime) -> Config:
             require(name in choices, f"{flag} {name}: choose among {', '.join(choices)}.")
     table = cfg.table or (("1",) if cfg.sr else ("2", "1"))
     networks = cfg.sr or ("fsrcnn",)
-    averaging = {*"13457", "control"}
-    wrong = f"--average {cfg.average}: it acts only on tables 1, 3, 4, 5, 7 and control."
-    require(cfg.average == generate.Sampler.average or set(table) <= averaging, wrong)
+    # The other tables take one reference, as the paper does everywhere.
+    wrong = f"--average {cfg.average}: acts on the tables 1, 3, 5, 7 and control alone: name one."
+    usable = cfg.average in (1, generate.Sampler.average) or {*"1357", "control"} & {*table}
+    require(bool(usable), wrong)
     return replace(cfg, table=table, pairs=pairs, sr=networks, sr_preset=preset, data=data)
 
 
@@ -102,7 +104,7 @@ class Inputs:
 
     def __init__(self, cfg: Config, rt: Runtime) -> None:
         self.cfg, self.rt, self.device = cfg, rt, rt.device
-        self.sampler = sampler_of(cfg)
+        self.t_starts = cfg.t_starts or (0, 200)
 
     @cached_property
     def folders(self) -> list[Path]:
@@ -123,35 +125,71 @@ class Inputs:
         return [folder]
 
     @cached_property
-    def skipped(self) -> dict[str, int]:
-        """How many pairs of each set can't be read."""
-        return {}
+    def found(self) -> dict[str, tuple[list[Pair], int]]:
+        """The readable pairs of each folder, by its name, without Train; how many can't be read."""
+        names = [folder.resolve().name for folder in self.folders]
+        for name in names:
+            require(names.count(name) == 1, f"--pairs: two folders have the name {name}.")
+        return dict(zip(names, map(find_pairs, self.folders), strict=True))
 
     @cached_property
     def sets(self) -> dict[str, list[Pair]]:
-        """The readable pairs of each folder, by its name."""
-        sets: dict[str, list[Pair]] = {}
-        for folder in self.folders:
-            name = folder.resolve().name
-            require(name not in sets, f"--pairs: two folders have the name {name}.")
-            sets[name], self.skipped[name] = find_pairs(folder)
-        return sets
+        """All pairs of each set on which methods are compared."""
+        return {name: pairs for name, (pairs, _) in self.found.items()}
+
+    @cached_property
+    def train(self) -> dict[str, list[Pair]]:
+        """The pairs of each set that give references: Train of a release, else one half."""
+        parts = [find_pairs(folder, "Train")[0] for folder in self.folders]
+        named = zip(self.sets.items(), parts, strict=True)
+        return {name: part or halves(pairs)[0] for (name, pairs), part in named}
 
     @cached_property
     def tests(self) -> dict[str, list[Pair]]:
-        """The half of each set to test on; the other half gives references."""
-        tests = {name: halves(pairs)[1] for name, pairs in self.sets.items()}
-        for name, pairs in tests.items():
-            require(bool(pairs), f"--pairs {name}: no camera has two pairs.")
+        """The pairs of each set to test networks on: the others, Test of a release whole."""
+        tests = {}
+        for name, pairs in self.sets.items():
+            half = halves(pairs)
+            tests[name] = half[1] if self.train[name] == half[0] else pairs
+            require(bool(tests[name]), f"--pairs {name}: no camera has two pairs.")
         return tests
+
+    def split_text(self) -> str:
+        """A sentence for each set: which pairs give references, and which are tested."""
+        lines = []
+        for name, pairs in self.tests.items():
+            whole = len(pairs) == len(self.sets[name])
+            train, rest = ("Train", "all of Test") if whole else ("every other scene", "the others")
+            lines.append(f"{name}: references are of {train} ({len(self.train[name])}), "
+                         f"tested are {rest} ({len(pairs)}).\n")  # fmt: skip
+        return "".join(lines)
 
     @cached_property
     def net(self) -> diffusion.DecoupledDDPM:
         """The generator."""
-        return generate.load_generator(self.cfg.checkpoint, self.device, self.cfg.grain)
+        return generate.load_generator(self.cfg.checkpoint, self.device)
+
+    @cached_property
+    def sampler(self) -> generate.Sampler:
+        """How RealDGen makes LR: by the flags, or without any as the weights want it."""
+        name = self.cfg.checkpoint or "the weights"
+        return generate.with_sampler_of(self.net, sampler_of(self.cfg), name)
+
+    @cached_property
+    def printed(self) -> generate.Sampler:
+        """The paper's sampler for AS_PRINTED, with as many evaluations as --num-steps."""
+        paper = generate.Sampler(**generate.PRESETS["paper"])
+        return replace(paper, num_steps=self.cfg.num_steps)
+
+    @cached_property
+    def other_weights(self) -> dict[Path, diffusion.DecoupledDDPM]:
+        """The models of SYNDIFF and AS_PRINTED, where they exist."""
+        paths = [path for path in (SYNDIFF, AS_PRINTED) if path.is_file()]
+        return {path: generate.load_generator(str(path), self.device) for path in paths}
 
     def check_steps(self, *t_starts: int) -> None:
-        """UserError for a T that the generator was not trained for."""
+        """UserError for a T that the generator was not trained for; loads other weights, too."""
+        assert self.other_weights is not None  # read and checked now
         T, t_max = max(t_starts), self.net.t_max
         require(T <= t_max, f"T = {T}: the weights know {t_max} steps.")
 

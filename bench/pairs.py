@@ -1,13 +1,12 @@
 """Aligned pairs of HR and real LR images: find them, read them, compare them with generated ones.
 
 In: a folder of aligned pairs: HR/ and LR/ (or GT/ and LQ/, in any case) with the same file names,
-or NAMEx4 in LR/ for NAME in HR/, or RealSR, DRealSR or RealVSR as published (data/README.md).
+or NAMEx4 in LR/ for NAME in HR/, or RealSR, DRealSR or RealVSR as released (data/README.md).
 Out: a list of Pair; the distances of a method's images to the real ones. All tables use it.
 """
 
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,12 +33,14 @@ class Pair:
     """An HR image and the real LR image of the same scene."""
 
     index: int  # among all pairs of the folder, readable or not: random draws depend on it
-    name: str  # below LR/, without suffix; in a published set what HR and LR share
+    name: str  # below LR/, without suffix; in a release what HR and LR share
     hr: Path
     lr: Path
     size: tuple[int, int]  # of the LR image, (h, w)
     full: bool  # whether the LR file has the size of HR and must be reduced
     reference: Path  # file of the real LR whose degradation is imitated
+    scene: str  # frames of one video share it
+    release: str  # RealSR, DRealSR or RealVSR if the folder has its layout, else ""
 
 
 def camera_of(name: str) -> str:
@@ -48,15 +49,17 @@ def camera_of(name: str) -> str:
     return folder if slash else re.split(r"[\W\d_]", name, maxsplit=1)[0]
 
 
-# Patterns of the paths of HR and LR files below the folder, without suffix. The groups in brackets
-# make the name of a pair.
+# Patterns of the paths of HR and LR files below the folder, without suffix, by the name of a
+# release; {0} is the scale, {1} is Test or Train. The groups in brackets make the name of a pair.
 LAYOUTS = (
-    (r"(?i:HR|GT)/(.+)", r"(?i:LR|LQ)/(.+)x{0}"),
-    (r"(?i:HR|GT)/(.+)", r"(?i:LR|LQ)/(.+)"),
-    (r"[^/]+/Test/{0}/([^/]+)_HR", r"[^/]+/Test/{0}/([^/]+)_LR{0}"),  # RealSR
-    (r"Test_x{0}/test_HR/([^/]+)_x{0}", r"Test_x{0}/test_LR/([^/]+)_x1"),  # DRealSR
-    (r"GT_test/([^/]+)/(0+)", r"LQ_test/([^/]+)/(0+)"),  # RealVSR, the first frames
-)
+    ("RealSR", r"(?:.*/)?[^/]+/{1}/{0}/([^/]+)_HR", r"(?:.*/)?[^/]+/{1}/{0}/([^/]+)_LR{0}"),
+    ("DRealSR", r"(?:.*/)?{1}_x{0}/(?i:{1})_HR/([^/]+)_x{0}",
+     r"(?:.*/)?{1}_x{0}/(?i:{1})_LR/([^/]+)_x1"),
+    ("RealVSR", r"GT_(?i:{1})/([^/]+)/(\d+)", r"LQ_(?i:{1})/([^/]+)/(\d+)"),
+    ("", r"(?i:HR|GT|test_HR)/(.+)", r"(?i:LR|LQ|test_LR)/(.+)x{0}"),
+    ("", r"(?i:HR|GT|test_HR)/(.+)", r"(?i:LR|LQ|test_LR)/(.+)"),
+)  # fmt: skip
+FRAMES = 200  # of RealVSR, drawn at random as in the paper (Section 3.2)
 
 
 def by_name(images: list[tuple[str, Path]], pattern: str) -> dict[str, Path]:
@@ -70,26 +73,31 @@ def by_name(images: list[tuple[str, Path]], pattern: str) -> dict[str, Path]:
     return found
 
 
-def find_files(folder: Path, scale: int = SCALE) -> tuple[dict[str, tuple[Path, Path]], bool]:
-    """HR and LR file of each pair by name, and whether the set is a published one.
+def find_files(
+    folder: Path, scale: int = SCALE, part: str = "Test"
+) -> tuple[dict[str, tuple[Path, Path]], str]:
+    """HR and LR file of each pair by name, and the release whose layout this is, or "".
 
-    UserError if the files do not form pairs.
+    UserError if the files do not form pairs. part: Test or Train of a release; of the second there
+    may be none.
     """
     flag = f"--pairs {folder}"
     require(folder.is_dir(), f"{flag}: no such folder.")
     files = list_images([str(folder)], "--pairs")
     images = [(file.relative_to(folder).with_suffix("").as_posix(), file) for file in files]
-    for number, patterns in enumerate(LAYOUTS):
-        hr, lr = (by_name(images, pattern.format(scale)) for pattern in patterns)
+    for number, (release, *patterns) in enumerate(LAYOUTS):
+        hr, lr = (by_name(images, pattern.format(scale, part)) for pattern in patterns)
         unpaired = sorted(hr.keys() ^ lr.keys())
-        if unpaired and number == 0:
+        if part == "Train" and not release:
+            return {}, ""
+        if unpaired and number == len(LAYOUTS) - 2:
             continue  # some names end in x4 by chance
         if hr or lr:
             counts = f"{len(hr)} HR and {len(lr)} LR images"
             names = f"{len(unpaired)} names are of one kind only, such as {', '.join(unpaired[:2])}"
             require(not unpaired, f"{flag}: {counts}; {names}.")
-            return {name: (hr[name], file) for name, file in lr.items()}, number > 1
-    layouts = "HR/ and LR/ with the same names, or RealSR, DRealSR or RealVSR as published"
+            return {name: (hr[name], file) for name, file in lr.items()}, release
+    layouts = "HR/ and LR/ with the same names, or RealSR, DRealSR or RealVSR as released"
     raise UserError(f"{flag}: no images as {layouts} (see data/README.md).")
 
 
@@ -109,31 +117,38 @@ def stored_sizes(hr: Path, lr: Path) -> tuple[tuple[int, int], tuple[int, int]]:
     return sizes
 
 
-def find_pairs(folder: Path) -> tuple[list[Pair], int]:
+def find_pairs(folder: Path, part: str = "Test") -> tuple[list[Pair], int]:
     """The readable pairs of a folder, and how many can't be read; UserError if sizes don't fit.
 
-    Some published sets (RealVSR, RealSR before version 3) store LR images at the size of HR.
+    part: Test or Train of a release. Of Train, which may be large, only the headers are read. Some
+    releases (RealVSR, RealSR before version 3) store LR images at the size of HR.
     """
     flag = f"--pairs {folder}"
-    files, published = find_files(folder)
+    files, release = find_files(folder, part=part)
+    found = sorted(files.items())
+    if release == "RealVSR":
+        order = torch.randperm(len(found), generator=make_generator(0))[:FRAMES]
+        found = [found[i] for i in sorted(order.tolist())]
     pairs: list[Pair] = []
-    for index, (name, (hr, lr)) in enumerate(sorted(files.items())):
+    for index, (name, (hr, lr)) in enumerate(found):
         try:
-            stored_sizes(hr, lr)
-            H, W = load_image(hr).shape[1:]
-            h, w = load_image(lr).shape[1:]
+            (W, H), (w, h) = stored_sizes(hr, lr)
+            if part == "Test":
+                H, W = load_image(hr).shape[1:]
+                h, w = load_image(lr).shape[1:]
         except ValueError as error:
             print(f"skipped: {error}")
             continue
         size = (H // SCALE, W // SCALE)
-        full = published and (h, w) == (H, W)
+        full = bool(release) and (h, w) == (H, W)
         sizes = f"{name} has {W} x {H} HR and {w} x {h} LR pixels"
         wrong = f"{flag}: {sizes}, not {size[1]} x {size[0]} (scale {SCALE})."
         require(full or (h, w) == size, wrong)
         require(min(size) >= 32, f"{flag}: the LR image {name} is under 32 x 32 pixels.")
-        pairs.append(Pair(index, name, hr, lr, size, full, lr))
-    require(bool(pairs), f"{flag}: none of its pairs can be read.")
-    return pairs, len(files) - len(pairs)
+        scene = name.partition("_")[0] if release == "RealVSR" else name
+        pairs.append(Pair(index, name, hr, lr, size, full, lr, scene, release))
+    require(bool(pairs) or part == "Train", f"{flag}: none of its pairs can be read.")
+    return pairs, len(found) - len(pairs)
 
 
 # ---- their images -------------------------------------------------------------------------------
@@ -187,13 +202,12 @@ def with_other_scenes(pairs: Sequence[Pair], seed: int) -> list[Pair]:
 
 
 def halves(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """The pairs that give references, and those to test on: every other one of each camera."""
+    """The pairs that give references, and those to test on: every other scene of each camera."""
     split: tuple[list[Pair], list[Pair]] = ([], [])
-    count: Counter[str] = Counter()
+    scenes: dict[str, dict[str, int]] = {}
     for pair in pairs:
-        camera = camera_of(pair.name)
-        split[count[camera] % 2].append(pair)
-        count[camera] += 1
+        numbers = scenes.setdefault(camera_of(pair.name), {})
+        split[numbers.setdefault(pair.scene, len(numbers)) % 2].append(pair)
     return split
 
 

@@ -14,6 +14,7 @@ weights that spandrel reads. --upscale enlarges images with a trained network.
 import functools
 import math
 import re
+import time
 import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -372,6 +373,17 @@ def completed(cfg: Config) -> Config:
     return replace(cfg, recipe=recipe, name=cfg.name or "-".join(words))
 
 
+MEASURED = 6  # steps; networks are compiled in the first one
+
+
+def duration(times: dict[int, float], steps: int) -> str:
+    """About how long the other steps take, by the times at which the first ones ended."""
+    step = max(times)
+    seconds = (times[step] - times[min(times)]) / (step - min(times)) * (steps - step)
+    unit, size = next(u for u in (("h", 3600), ("min", 60), ("s", 0)) if seconds >= u[1])
+    return f"about {seconds / max(1, size):.2g} {unit} for the other {steps - step} steps"
+
+
 def train(cfg: Config, rt: Runtime) -> Path:
     """Train one network on one source of pairs; returns the file of its averaged weights."""
     cfg = completed(cfg)
@@ -400,11 +412,12 @@ def train(cfg: Config, rt: Runtime) -> Path:
         print(f"{cfg.name}: {count_parameters(net)}, {images}")
     if cfg.compile:
         compile_networks([net], rt)
-    # Deviation: a constant learning rate and averaged weights, as in all stages. BasicSR halves the
-    # learning rate four times.
+    # Deviation: a constant learning rate, averaged weights and clipped gradients, as in all stages.
+    # BasicSR halves the learning rate four times, averages too, and does not clip.
     groups = [{"params": [*net.parameters()], "lr": cfg.learning_rate, "betas": cfg.betas}]
     began = fingerprint(net) if cfg.start_from else ""  # a run resumes only from equal weights
     run = Run(cfg, rt, net, groups, path, cfg.steps, began=began)
+    times: dict[int, float] = {}  # at which each of the first steps ended
     for batch, draw in run.batches(crops):
         with rt.autocast(cfg.bf16):
             if cfg.pairs:
@@ -414,6 +427,10 @@ def train(cfg: Config, rt: Runtime) -> Path:
             torch.manual_seed(draw.initial_seed())  # transformers draw which paths they drop
             losses = sr_loss(net, hr, lr, cfg.perceptual_weight)
         run.update(losses)
+        if 0 < run.step < cfg.steps and len(times) < MEASURED:
+            times.setdefault(run.step, time.monotonic())
+            if rt.is_main and len(times) == MEASURED:
+                print(f"{cfg.name}: {duration(times, cfg.steps)}", flush=True)
     target = path.with_suffix(".safetensors")
     if rt.is_main:
         save_weights(target, net.state_dict(), config=asdict(cfg))

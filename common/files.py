@@ -95,18 +95,62 @@ def list_images(paths: Sequence[str], flag: str, packed: bool = False) -> list[P
     return list({os.path.abspath(file): file for file in reversed(files)}.values())[::-1]
 
 
+# The word that tells HR from LR in the name of a file or a folder, with the number of its scale.
+KIND = re.compile(r"(?i)(?<![a-z])(hr|gt|lr|lq)(\d?)(?![a-z\d])")
+NUMBERED = re.compile(r"(?i)^(|.*x)([2-8])$")  # a folder of one scale
+
+
+def lr_alone(files: list[Path], where: str, scale: str = "4") -> list[Path]:
+    """The LR images of this scale, where folders also hold HR images or other scales.
+
+    A file is HR if its name, or that of a folder above it, has HR (or GT) where another one beside
+    it has LR (or LQ). Only folders with both may be of another scale. It prints what is left out.
+    """
+    places = {file: {file.with_suffix(""), *file.parents} for file in files}
+    words: dict[Path, tuple[str, str]] = {}
+    beside: dict[Path, set[tuple[str, str]]] = {}  # the words at a path with * for the word
+    for part in set().union(*places.values()):
+        if found := KIND.search(part.name):
+            words[part] = found[1].lower(), found[2]
+            key = part.with_name(KIND.sub("*", part.name))
+            beside.setdefault(key, set()).add(words[part])
+
+    def is_left_out(part: Path) -> bool:
+        (word, number), others = words[part], beside[part.with_name(KIND.sub("*", part.name))]
+        if word in ("hr", "gt"):
+            return any(other in ("lr", "lq") for other, _ in others)
+        return number != scale and (word, scale) in others
+
+    out = set(filter(is_left_out, words))
+    hr = {file for file, parts in places.items() if parts & out}
+    mixed = {part for file in hr for part in file.parents}
+    other = {
+        part for part in mixed
+        if (found := NUMBERED.search(part.name)) and found[2] != scale
+        and part.with_name(found[1] + scale) in mixed
+    }  # fmt: skip
+    kept = [file for file in files if file not in hr and not other & {*file.parents}]
+    if len(kept) < len(files):
+        print_once(f"{where}: left out {len(files) - len(kept)} images that are HR or of another "
+                   f"scale than {scale}, because LR of scale {scale} is beside them")  # fmt: skip
+    return kept
+
+
 def find_photos(given: Sequence[str], kind: str, flag: str, packed: bool = False) -> list[Path]:
     """The photos that the user named, else those of data/KIND, else those of data/sample/KIND.
 
-    With `packed`, data/KIND.npy comes before data/KIND. It prints which photos it takes.
+    With `packed`, data/KIND.npy comes before data/KIND. Of the kind lr it takes LR alone from
+    folders that hold HR, too. It prints which photos it takes.
     """
     if given:
-        return list_images(given, flag, packed)
+        files = list_images(given, flag, packed)
+        return lr_alone(files, f"{flag} {' '.join(given)}") if kind == "lr" else files
     if packed and (DATA / f"{kind}.npy").is_file():
         print_once(f"using the packed crops of data/{kind}.npy, not the photos of data/{kind}")
         return [DATA / f"{kind}.npy"]
     try:
-        return list_images([str(DATA / kind)], flag)
+        files = list_images([str(DATA / kind)], flag)
+        return lr_alone(files, f"data/{kind}") if kind == "lr" else files
     except UserError as error:
         print_once(f"{error} Using the photos of data/sample/{kind} (see data/README.md).")
     return list_images([str(DATA / "sample" / kind)], flag)

@@ -63,6 +63,12 @@ def write_sharpened_pairs(folder):
     return folder
 
 
+def fake_net():
+    """What tables ask of a generator beside images, as of the shipped weights."""
+    head = SimpleNamespace(as_printed=False)
+    return SimpleNamespace(t_max=500, as_printed=False, extractors=head, calibration=None)
+
+
 def bicubic_for_realdgen(monkeypatch):
     """Pillow's bicubic reduction stands in for RealDGen. Returns the samplers that it was given."""
     generated, samplers = importlib.import_module("bench.generated"), []
@@ -72,7 +78,7 @@ def bicubic_for_realdgen(monkeypatch):
         lr = generated.bicubic(hr, lr_ref, seeds)
         return lr[:, None], {"kept": torch.zeros(len(hr)).long()}
 
-    monkeypatch.setattr("generate.load_generator", lambda *_: SimpleNamespace(t_max=500))
+    monkeypatch.setattr("generate.load_generator", lambda *_: fake_net())
     monkeypatch.setattr("generate.generate", fake_generate)
     monkeypatch.setattr("generate.degradation_of", lambda net, lr: lr.mean((1, 2))[None])
     return samplers

@@ -78,7 +78,11 @@ def test_the_table_has_spread_and_what_each_training_and_generation_cost(table_1
     psnr = [run["RealSR"]["mean"]["PSNR Y"] for run in values["rows"][2]["runs"]]
     assert psnr[0] != psnr[1]  # seeds differ
     assert f"{np.mean(psnr):.2f} ± {np.std(psnr):.2f}" in text
-    assert "Tested on every other pair" in text and "(RealSR 2)" in text
+    split = "RealSR: references are of every other scene (3), tested are the others (2)."
+    assert split in text and "In brackets" not in text, "a folder's name makes it no benchmark"
+    assert (
+        text.count("(only 3 steps: means nothing)") == 3 and "--sr fsrcnn --sr-steps 2000" in text
+    )
     for row in values["rows"][1:]:
         for cost in row["training"]:
             parameters = sum(p.numel() for p in sr.sr_network("fsrcnn").parameters())
@@ -114,29 +118,45 @@ def test_a_network_starts_from_the_weights_of_its_kind(tmp_path, monkeypatch):
 
 
 def test_the_papers_values_stand_in_their_places():
-    assert downstream.paper_value("hat", "bsrgan", False, "DRealSR", "PSNR Y") == " [28.135]"
-    assert downstream.paper_value("swinir", "realdgen", True, "RealSR", "FID") == " [69.736]"
+    def value(table, network, data, perceptual, release, metric, without=""):
+        row = asdict(downstream.Row("", network, data, {}, perceptual, without))
+        return downstream.paper_value(table, row, release, metric)
+
+    assert value("1", "hat", "bsrgan", False, "DRealSR", "PSNR Y") == " [28.135]"
+    assert value("1", "swinir", "realdgen", True, "RealSR", "FID") == " [69.736]"
+    assert value("5", "swinir-l", "realdgen", False, "RealVSR", "SSIM Y") == " [.6994]"
     for nothing in (
-        ("fsrcnn", "bsrgan", False, "RealSR", "PSNR Y"),
-        ("hat", "bsrgan", True, "RealSR", "PSNR Y"),
-        ("hat", "bsrgan", False, "mine", "PSNR Y"),
+        ("1", "fsrcnn", "bsrgan", False, "RealSR", "PSNR Y"),
+        ("1", "hat", "bsrgan", True, "RealSR", "PSNR Y"),
+        ("1", "hat", "bsrgan", False, "", "PSNR Y"),
+        ("3", "swinir-l", "realdgen", False, "RealSR", "PSNR Y"),
+        ("5", "swinir-l", "realdgen", False, "RealSR", "PSNR Y"),
+        ("5", "swinir-l", "realdgen", True, "RealVSR", "LPIPS"),
+        ("5", "swinir-l", "realdgen", False, "RealVSR", "PSNR Y", "A"),
     ):
-        assert downstream.paper_value(*nothing) == ""
+        assert value(*nothing) == ""
 
 
 def test_every_table_has_its_rows():
-    cfg = Config(sr=("hat", "fsrcnn"), t_starts=(200, 300))
+    cfg = Config(sr=("hat", "fsrcnn"))
     rows = {t: downstream.rows_of(t, cfg, ["A", "B"]) for t in "13457"}
     assert len(rows["1"]) == 2 * len(SOURCES)
-    assert [r.settings for r in rows["3"]] == [{"t_start": 200}, {"t_start": 300}]
+    assert [r.settings for r in rows["3"]] == [
+        {"t_start": T, "num_steps": 10} for T in (200, 300, 400, 500)
+    ]
     assert [r.settings for r in rows["7"]] == [{"candidates": 1}, {"candidates": 4}]
-    # The output of Rec_lr, and grain, would give an ablation what it must do without.
-    noised = {"start": "realesrgan", "grain": False, "remainder": 0}
-    noised |= {"soften": generate.NOT_SOFTENED, "t_start": 300, "num_steps": 10}
-    weights = [{"checkpoint": str(path)} for path in downstream.ABLATIONS.values()]
-    assert [r.settings for r in rows["4"]] == [noised | weights[0], noised | weights[1], noised]
+    # Of Table 4 nothing differs but the weights.
+    weights = [row.settings.pop("checkpoint") for row in rows["4"]]
+    names = ("no_degradation", "no_content", "frozen", "as-printed/diffusion")
+    assert weights == [f"runs/{name}/last.pt" for name in names]
+    paper = generate.PRESETS["paper"] | {"candidates": 1, "num_steps": 10}
+    assert [row.settings for row in rows["4"]] == [paper] * 4
     assert [r.without for r in rows["5"]][-2:] == ["A", "B"]
     assert {r.network for t in "3457" for r in rows[t]} == {"fsrcnn"}
+    # In the preset paper every step is evaluated.
+    cfg = Config(sr=("fsrcnn",), num_steps=300, t_starts=(400,))
+    assert downstream.rows_of("3", cfg, [])[0].settings == {"t_start": 400, "num_steps": 400}
+    assert downstream.rows_of("4", cfg, [])[0].settings["num_steps"] == 300
 
 
 def test_rows_with_equal_values_of_different_settings_have_folders_of_their_own(
@@ -168,6 +188,8 @@ def test_what_was_made_of_other_photos_weights_or_settings_is_not_used_again(tmp
     write(tmp_path / "photos/y.png", photo(4, 192))
     keys.append(key())
     write(tmp_path / "RealSR/LR/Canon_3.png", photo(9, 48))
+    assert key() == keys[-1], "nothing is made of the pairs that are tested"
+    write(tmp_path / "RealSR/LR/Canon_4.png", photo(9, 48))
     keys.append(key())
     assert len(set(keys)) == len(keys)
 

@@ -1,12 +1,12 @@
 """bench/leakage.py: planted leaks and noise are found, and nothing else."""
 
 import itertools
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from drawn import fake_net
 from drawn import scenes as drawn
 
 import degrade
@@ -45,7 +45,7 @@ def planted():
 def inputs_with(monkeypatch, methods, **flags):
     """Inputs of these flags, with these methods in place of all others."""
     monkeypatch.setattr(leakage, "syntheses", lambda net, sampler: methods)
-    monkeypatch.setattr("generate.load_generator", lambda *_: SimpleNamespace(t_max=500))
+    monkeypatch.setattr("generate.load_generator", lambda *_: fake_net())
     return Inputs(resolved(Config(crop=48, **flags), CPU), CPU)
 
 

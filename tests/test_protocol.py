@@ -1,0 +1,302 @@
+"""The paper's protocol: all tables in both presets, releases of data sets, other weights."""
+
+import json
+import re
+from dataclasses import asdict, fields, replace
+
+import commands
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from drawn import photo, write
+from PIL import Image
+
+import benchmark
+import diffusion
+import extractors
+import generate
+from bench import control, downstream, factors, generated, leakage, pairs, sr
+from bench.inputs import AS_PRINTED, SYNDIFF, Config, Inputs, resolved
+from common import UserError
+from common.files import find_photos
+from common.runtime import Runtime, print_once
+
+CPU = Runtime(torch.device("cpu"))
+STAGE_1 = extractors.Config(
+    compile=False, vq_channels=8, vq_multipliers=(1, 2, 2), vq_blocks=1, vq_codes=16,
+    deg_channels=8, deg_blocks=1, deg_dim=16, mod_channels=8,
+)  # fmt: skip
+STAGE_2 = diffusion.Config(
+    compile=False, widths=(8, 16), blocks=1, attention=(1,), mod_channels=8, cond_channels=4
+)
+
+
+def write_weights(path, as_printed=True, **changes):
+    """A tiny untrained model."""
+    torch.manual_seed(0)
+    stage_1 = replace(STAGE_1, as_printed=as_printed)
+    stage_2 = replace(STAGE_2, as_printed=as_printed, **changes)
+    net = diffusion.DecoupledDDPM(extractors.Extractors(stage_1), stage_1, stage_2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config = asdict(stage_2) | {"extractors": asdict(stage_1), "began": "0"}
+    torch.save({"ema": net.state_dict(), "config": config}, path)
+
+
+def write_pair(folder, number, hr, lr):
+    image = photo(number, 129)
+    write(folder / hr, image)
+    small = Image.fromarray(image[:128, :128]).resize((32, 32), Image.Resampling.BOX)
+    write(folder / lr, np.asarray(small))
+
+
+def write_release(folder):
+    """RealSR as released: 3 pairs of Train and 4 of Test at scale 4, 1 of each at scale 2."""
+    for part, count in (("Train", 3), ("Test", 4)):
+        for i in range(count):
+            name = f"Canon/{part}/4/Canon_00{i}"
+            write_pair(folder, i + 4 * (part == "Train"), f"{name}_HR.png", f"{name}_LR4.png")
+        name = f"Canon/{part}/2/Canon_000"
+        write_pair(folder, 9, f"{name}_HR.png", f"{name}_LR2.png")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with a release, photos, and tiny weights of every kind."""
+    folder = tmp_path_factory.mktemp("protocol")
+    write_release(folder / "set")
+    for number in range(4):
+        write(folder / f"data/hr/{number}.png", photo(number, 128))
+        write(folder / f"data/lr/{number % 2}/{number}.png", photo(number + 5, 32))
+    write_weights(folder / "runs/diffusion/last.pt", as_printed=False)
+    write_weights(folder / AS_PRINTED)
+    write_weights(folder / SYNDIFF, without=("content", "degradation"))
+    changes = (
+        {"without": ("degradation",)},
+        {"without": ("content",)},
+        {"finetune_learning_rate": 0},
+    )
+    for (path, _), change in zip([*downstream.ABLATIONS.values()][:3], changes, strict=True):
+        write_weights(folder / path, **change)
+    return folder
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Networks and tables in the smallest size."""
+    tiny = lambda name, scale=4: sr.FSRCNN(scale, d=4, s=2, m=1)  # noqa: E731
+    loss = lambda x, y, normalize: F.l1_loss(x, y)  # noqa: E731
+    for module in (sr.metrics, downstream):
+        monkeypatch.setattr(module, "perceptual_net", lambda *_: loss)
+    monkeypatch.setattr(sr, "sr_network", tiny)
+    for preset in ("paper", "smoke"):
+        monkeypatch.setitem(sr.PRESETS, preset, {"batch_size": 2, "compile": False, "crop": 16})
+    monkeypatch.setattr(generated, "FULL", 2)
+    monkeypatch.setattr(downstream, "EVALUATIONS", 2)
+    monkeypatch.setattr(factors, "FACTORS", {"blur": factors.FACTORS["blur"]})
+    monkeypatch.setattr(factors, "LEVELS", 2)
+    monkeypatch.setattr(leakage, "SAMPLES", 2)
+    monkeypatch.setattr(control, "KERNEL_NOISES", (0.0,))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights"))
+
+
+FLAGS = "--device cpu --pairs set --hr data/hr --lr data/lr --images 2 --crop 32 --sr-steps 1"
+FLAGS += " --data bsrgan syndiff realdgen --num-steps 2 --candidates 2"
+
+
+def psnr(x, y):
+    return -10 * np.log10(((np.asarray(x, float) - np.asarray(y, float)) ** 2).mean() / 255**2)
+
+
+@pytest.mark.parametrize(
+    "names, kept, left_out",
+    [
+        (  # RealSR as released; HR and other scales once became references in silence
+            ["Canon/Train/4/Canon_1_LR4", "Canon/Train/4/Canon_1_HR", "Canon/Train/2/Canon_1_LR2",
+             "Canon/Train/2/Canon_1_HR", "Nikon/Test/4/Nikon_2_LR4", "Nikon/Test/4/Nikon_2_HR"],
+            ["Canon/Train/4/Canon_1_LR4", "Nikon/Test/4/Nikon_2_LR4"], 4,
+        ),
+        (  # DRealSR
+            ["Train_x4/train_LR/P1_x1", "Train_x4/train_HR/P1_x4", "Train_x3/train_LR/P1_x1",
+             "Train_x3/train_HR/P1_x3", "Test_x4/test_LR/P2_x1", "Test_x4/test_HR/P2_x4"],
+            ["Train_x4/train_LR/P1_x1", "Test_x4/test_LR/P2_x1"], 4,
+        ),
+        (["GT/a/1", "LQ/a/1"], ["LQ/a/1"], 1),
+        (["1_LR2", "1_LR3", "1_LR4", "1_HR"], ["1_LR4"], 3),
+        (["2/a", "4/a", "hr/a", "shrub_lr/a"], ["2/a", "4/a", "hr/a", "shrub_lr/a"], 0),  # cameras
+        (["2/a_LR", "2/a_HR", "3/a"], ["2/a_LR", "3/a"], 1),
+    ],
+)  # fmt: skip
+def test_lr_photos_of_a_release_are_lr_of_scale_4_alone(tmp_path, capsys, names, kept, left_out):
+    for name in names:
+        write(tmp_path / f"{name}.png", photo(0, 16))
+    found = find_photos([str(tmp_path)], "lr", "--lr-ref")
+    assert {f.relative_to(tmp_path).with_suffix("").as_posix() for f in found} == {*kept}
+    line = f"--lr-ref {tmp_path}: left out {left_out} images that are HR or of another scale than 4"
+    assert (line in capsys.readouterr().out) == (left_out > 0)
+    assert len(find_photos([str(tmp_path)], "hr", "--hr")) == len(names)
+
+
+def test_test_of_a_release_is_tested_whole_and_train_gives_references(tmp_path, monkeypatch):
+    """Of DRealSR, too, with the folder of another name; crops have halves."""
+    for part, numbers in (("Train", "012"), ("Test", "34")):
+        for i in numbers:
+            hr, lr = (f"{part}_x4/{part.lower()}_{kind}/P{i}_x" for kind in ("HR", "LR"))
+            write_pair(tmp_path / "released", int(i), f"{hr}4.png", f"{lr}1.png")
+            crop = f"P{i}_x1.png"
+            write_pair(tmp_path / "DRealSR", int(i), f"test_HR/{crop}", f"test_LR/{crop}")
+    folders = tuple(str(tmp_path / name) for name in ("released", "DRealSR"))
+    inputs = Inputs(resolved(Config(pairs=folders), CPU), CPU)
+    split = {"released": (["P0", "P1", "P2"], ["P3", "P4"])}
+    split["DRealSR"] = ["P0_x1", "P2_x1", "P4_x1"], ["P1_x1", "P3_x1"]
+    for name, (train, tests) in split.items():
+        assert [pair.name for pair in inputs.train[name]] == train
+        assert [pair.name for pair in inputs.tests[name]] == tests
+    assert [inputs.sets[name][0].release for name in split] == ["DRealSR", ""]
+    assert inputs.split_text().splitlines() == [
+        "released: references are of Train (3), tested are all of Test (2).",
+        "DRealSR: references are of every other scene (3), tested are the others (2).",
+    ]
+    downstream.write_references(inputs.train, tmp_path / "out")
+    written = sorted((tmp_path / "out/references/released/P").iterdir())
+    files = [tmp_path / f"released/Train_x4/train_LR/P{i}_x1.png" for i in range(3)]
+    assert [f.read_bytes() for f in written] == [f.read_bytes() for f in files]
+
+
+def test_of_realvsr_200_random_frames_are_taken_and_a_video_is_in_one_half(tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "FRAMES", 9)
+    for video in range(4):
+        for frame in range(6):
+            name = f"00{video}/0000{frame}.png"
+            for kind in ("GT", "LQ"):
+                write(tmp_path / f"{kind}_test/{name}", photo(video, 128, 128))
+    found, skipped = pairs.find_pairs(tmp_path)
+    assert len(found) == 9 and skipped == 0 and found == pairs.find_pairs(tmp_path)[0]
+    assert len({pair.name[-1] for pair in found}) > 3, "not the first frames alone"
+    train, tests = ({pair.scene for pair in half} for half in pairs.halves(found))
+    assert train | tests == {f"00{video}" for video in range(4)} and not train & tests
+
+
+@pytest.mark.parametrize("preset", benchmark.PRESETS)
+def test_every_table_runs(workplace, small, preset, monkeypatch):
+    """Each table passes its checks alone; then all are made by one command."""
+    monkeypatch.chdir(workplace)
+    for name in benchmark.TABLES:
+        flags = benchmark.PRESETS[preset] | {"table": (name,), "crop": 32}
+        cfg = Config(pairs=("set",), hr=("data/hr",), lr=("data/lr",), **flags)
+        assert callable(benchmark.TABLES[name](name, Inputs(resolved(cfg, CPU), CPU)))
+    flags = f"--preset {preset} {FLAGS} --out {preset}"
+    done = commands.run("benchmark.py", *flags.split(), "--table", *benchmark.TABLES, cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((workplace / preset / "results.json").read_text())["tables"]
+    assert set(results) == set(benchmark.TABLES)
+    text = {name: (workplace / preset / f"{benchmark.stem_of(name)}.md").read_text()
+            for name in results}  # fmt: skip
+    assert "nan" not in " ".join(text.values())
+    assert "is left out" not in " ".join(text.values())
+    values = {name: table["values"] for name, table in results.items()}
+    # Rows with other weights.
+    methods = {row["method"] for row in values["2"]["set"]}
+    assert {"SynDiff", "RealDGen as printed, own LR", "RealDGen as printed, other scene"} < methods
+    assert "RealDGen as printed, all other scenes" not in methods
+    assert [row["method"] for row in values["6"]["set"]][2:] == ["SynDiff"]
+    assert {"SynDiff", "RealDGen as printed"} < set(values["control"]["rows"])
+    assert "SynDiff" in values["figure1"]["labels"]
+    assert [row["lr"] for row in values["factors"]["rows"]][-1] == "as printed"
+    labels = {table: [row["label"] for row in values[table]["rows"][1:]] for table in "34"}
+    assert labels == {"3": ["T=200", "T=300", "T=400", "T=500"], "4": [*downstream.ABLATIONS]}
+    networks = {row["network"] for row in values["1"]["rows"][1:]}
+    paper = {"swinir", "rrdb", "hat", "swinir-l"}
+    assert networks == (paper if preset == "paper" else {"fsrcnn"})
+    losses = {row["perceptual"] for row in values["1"]["rows"]}
+    assert losses == ({False, True} if preset == "paper" else {False})
+    # Train gives references, Test is tested whole. Two rows, computed from the files.
+    assert values["control"]["trained"] == {"set": 3} and values["1"]["tested"] == {"set": 4}
+    assert "set: references are of Train (3), tested are all of Test (4)." in text["1"]
+    reduced, enlarged = [], []
+    for i in range(4):
+        hr, lr = (Image.open(workplace / f"set/Canon/Test/4/Canon_00{i}_{kind}.png")
+                  for kind in ("HR", "LR4"))  # fmt: skip
+        hr = hr.crop((0, 0, 128, 128))
+        reduced.append(psnr(hr.resize((32, 32), Image.Resampling.BICUBIC), lr))
+        enlarged.append(psnr(lr.resize((128, 128), Image.Resampling.BICUBIC), hr))
+    bicubic = next(row for row in values["2"]["set"] if row["method"] == "bicubic")
+    assert bicubic["n"] == 4
+    assert bicubic["mean"]["PSNR RGB"] == pytest.approx(np.mean(reduced), abs=1e-4)
+    found = values["1"]["rows"][0]["runs"][0]["set"]["mean"]["PSNR RGB"]
+    assert found == pytest.approx(np.mean(enlarged), abs=0.01)
+    # The paper's figures stand where the layout is that of a release, under Tables 1 and 2 alone.
+    assert "RealDGen (paper), on Test of RealSR: PSNR 26.16" in text["2"]
+    assert ("[28.135]" not in text["1"]) and ("[25.997]" in text["1"]) == (preset == "paper")
+    assert not any("In brackets" in text[name] for name in "3457")
+
+
+def test_weights_as_printed_are_sampled_as_printed_unless_a_flag_says_else(
+    workplace, tmp_path, monkeypatch
+):
+    """A plain generate.py once ended in an error about --no-grain."""
+    monkeypatch.setitem(generate.PRESETS, "paper", generate.PRESETS["paper"] | {"num_steps": 3})
+    sentence = f"{AS_PRINTED}: trained as printed, so the sampler is that of --preset paper"
+    weights = f"--device cpu --checkpoint {AS_PRINTED} --hr data/hr --lr-ref data/lr --out"
+
+    def settings(*flags):
+        out = tmp_path / f"out{len(flags)}"
+        done = commands.run("generate.py", *weights.split(), out, *flags, cwd=workplace)
+        assert done.returncode == 0, done.stderr
+        row = json.loads((out / "pairs.jsonl").read_text().splitlines()[0])
+        row["soften"] = tuple(row["soften"])
+        return {f.name: row[f.name] for f in fields(generate.Sampler)}, sentence in done.stdout
+
+    print_once.cache_clear()
+    assert settings() == (asdict(generate.Sampler(**generate.PRESETS["paper"])), True)
+    print_once.cache_clear()
+    given, said = settings("--no-grain", "--seed", "1")
+    assert not said and given["start"] == "reconstruct" and given["num_steps"] == 1
+    print_once.cache_clear()
+    given, said = settings("--preset", "paper", "--t-start", "9")
+    assert not said and given["t_start"] == 9 and given["start"] == "realesrgan"
+    bad = commands.run("generate.py", *weights.split(), tmp_path, "--t-start", 9, cwd=workplace)
+    commands.assert_refused(bad, f"{AS_PRINTED}: E_deg as printed", "--preset paper, or --no-grain")
+    # The benchmark takes such weights alike; weights of another kind keep the sampler.
+    monkeypatch.chdir(workplace)
+    common = {"pairs": ("set",), "hr": ("data/hr",), "device": "cpu"}
+    inputs = Inputs(resolved(Config(checkpoint=str(AS_PRINTED), **common), CPU), CPU)
+    assert inputs.sampler == generate.Sampler(**generate.PRESETS["paper"])
+    assert Inputs(resolved(Config(**common), CPU), CPU).sampler == generate.Sampler()
+
+
+def test_rows_of_table_4_differ_in_nothing_but_the_ablation(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    downstream.check_ablations()
+    path = downstream.ABLATIONS["without E_deg"][0]
+    kept = path.read_bytes()
+    for changes, words in (
+        ({"widths": (8, 8)}, "trained with different widths"),
+        ({"as_printed": False}, "not as printed: train it with --preset as-printed"),
+    ):
+        write_weights(path, **({"as_printed": True, "without": ("degradation",)} | changes))
+        with pytest.raises(UserError, match=words):
+            downstream.check_ablations()
+    path.write_bytes(kept)
+
+
+def test_a_training_says_how_long_it_takes_and_a_short_one_that_it_means_nothing(
+    workplace, small, capsys, monkeypatch
+):
+    assert sr.duration({3: 10.0, 4: 11.0, 5: 14.0}, 65) == "about 2 min for the other 60 steps"
+    assert sr.duration({1: 0.0, 2: 2.0}, 5402) == "about 3 h for the other 5400 steps"
+    flags = f"{FLAGS} --sr swinir --data realesrgan --out swinir --sr-steps 20"
+    done = commands.run("benchmark.py", *flags.split(), cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    plan = "table 1: trainings of each network: 1 (swinir 20 steps)"
+    offer = "the figures of swinir mean nothing. On a CPU give --sr fsrcnn --sr-steps 2000"
+    printed = done.stdout
+    assert (
+        printed.index(plan) < printed.index(offer) < printed.index("sr/swinir-realesrgan-0-20 1/20")
+    )
+    estimate = re.search(r"swinir-realesrgan-0-20: about .* s for the other 14 steps", printed)
+    assert estimate and estimate.start() < printed.index("sr/swinir-realesrgan-0-20 7/20")
+    table = (workplace / "swinir/table1.md").read_text()
+    assert "| swinir | Real-ESRGAN (only 20 steps: means nothing) |" in table and offer in table
+    enough = Config(sr=("swinir",), sr_preset="small", sr_steps=downstream.LEAST_STEPS)
+    assert downstream.meaningless("swinir", enough) == ""
