@@ -18,7 +18,7 @@ ORDER = [
     "degrade", "additions", "extractors", "diffusion", "generate",
     *(f"bench.{room}" for room in ("metrics", "pairs", "sr", "inputs", "kernels", "factors",
                                    "generated", "separation", "mtf", "leakage", "downstream",
-                                   "control", "figure1")),
+                                   "control", "figure1", "pictures")),
     "benchmark",
     *(f"tools.{command}" for command in ("pack", "shards", "report", "export", "calibrate",
                                          "speed")),
