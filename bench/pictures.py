@@ -141,8 +141,10 @@ def lr_of_pairs(inputs: Inputs, each: int) -> dict[str, Scene]:
             degradation = mean_degradations(same, inputs.net, inputs.sampler.average)[pair.index]
             hr = middle_of(load_hr(pair), SCALE).to(inputs.device)
             scene, seeds = {"HR": hr.cpu()}, [inputs.cfg.seed << 32 | pair.index]
+            photo = load_lr(pair.reference, pair.full)  # F_deg is of the weights of RealDGen alone
             for name, method in methods.items():
-                scene[name] = to_uint8(method(hr[None], [degradation], seeds)[0]).cpu() / 255
+                lr_ref = degradation if name == "RealDGen" else photo
+                scene[name] = to_uint8(method(hr[None], [lr_ref], seeds)[0]).cpu() / 255
             real = middle_of(load_lr(pair.lr, pair.full))
             scenes[f"{folder} {pair.name}"] = scene | {"real LR": real}
     return scenes

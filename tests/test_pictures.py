@@ -9,6 +9,7 @@ import pytest
 import torch
 from drawn import bicubic_for_realdgen, scenes, write_pairs
 
+import generate
 from bench import pictures, sr
 from common.images import load_image, save_image
 from common.runtime import make_generator
@@ -92,7 +93,14 @@ def values_of(folder):
 
 
 def test_pairs_give_lr_of_each_method_and_enlarged_lr(tmp_path, monkeypatch):
-    samplers = bicubic_for_realdgen(monkeypatch)
+    bicubic_for_realdgen(monkeypatch)
+    make, references = generate.generate, {}
+
+    def noted(net, hr, lr_ref, sampler, seeds):
+        references.setdefault(sampler.start, set()).add(lr_ref[0].ndim)
+        return make(net, hr, lr_ref, sampler, seeds)
+
+    monkeypatch.setattr(generate, "generate", noted)
     titles, save = [], pictures.save_sheet
     sheet = lambda path, heads, rows: (titles.append(heads), save(path, heads, rows))  # noqa: E731
     monkeypatch.setattr(pictures, "save_sheet", sheet)
@@ -115,7 +123,8 @@ def test_pairs_give_lr_of_each_method_and_enlarged_lr(tmp_path, monkeypatch):
         "HR",
     ]
     assert lr == ["", "HR", "BSRGAN", "Real-ESRGAN", "SynDiff", "RealDGen", "real LR"]
-    assert {sampler.start for sampler in samplers} == {"reconstruct", "light"}
+    # RealDGen has F_deg; SynDiff has weights of its own, so it is given the photo.
+    assert references == {"reconstruct": {1}, "light": {3}}
     values = values_of(tmp_path)
     assert len(values["pictures"]) == 4
     tested = [f"RealSR {camera}_{i}" for camera in ("Canon", "Nikon") for i in (1, 3)]
