@@ -43,6 +43,7 @@ from bench.metrics import (  # noqa: F401  (names of benchmark, too)
     ssim,
 )
 from bench.mtf import table_mtf
+from bench.pictures import table_pictures
 from bench.separation import table_extractors
 from bench.sr import sr_network  # noqa: F401
 from common import require
@@ -57,6 +58,7 @@ TRAINED: dict[str, Table] = {
     **dict.fromkeys(("1", "3", "4", "5", "7"), table_downstream),
     "control": table_control,
     "figure1": table_figure1,
+    "pictures": table_pictures,
 }
 TABLES = TRAINED | {
     **dict.fromkeys(("2", "6", "sampling"), table_generated),
@@ -98,7 +100,8 @@ def main(cfg: Config, rt: Runtime) -> None:
     inputs = Inputs(cfg, rt)
     work = {name: TABLES[name](name, inputs) for name in names}  # checks
     folder, files = out_folder(cfg.out, rt), [f"{stem_of(name)}.md" for name in names]
-    folder.check(folder.path / file for file in (*files, "results.json", "figure1.png", "mtf.png"))
+    files += ["results.json", "figure1.png", "mtf.png", "pictures.png", "enlarged.png"]
+    folder.check(folder.path / file for file in files)
     if rt.is_main:
         print(cfg)
     gpu = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else ""

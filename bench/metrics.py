@@ -1,7 +1,10 @@
 """Metrics of images (Section 3.1): generated or restored images against real ones.
 
 In: images (B, 3, H, W) in [0, 1]. Out: numbers. METRICS compare image with image. SET_METRICS
-compare two sets of images by the features of a network.
+compare two sets of images by the features of a network. The command compares two folders of images
+by their names.
+
+    python -m bench.metrics --compare out/restored data/RealSR/HR
 """
 
 import contextlib
@@ -11,15 +14,21 @@ import importlib.util
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from common import UserError, require
+from common.cli import launch
+from common.files import list_images
+from common.images import load_image
+from common.runtime import Runtime
 
 # ---- two images, in closed form -----------------------------------------------------------------
 
@@ -276,8 +285,10 @@ SET_METRICS: dict[str, Callable[[Images, Images], float]] = {
 }
 
 
-def available_metrics(device: torch.device) -> list[str]:
-    """Names of the metrics that can be computed here; for each missing network it prints why not.
+def available_metrics(
+    device: torch.device, wanted: Collection[str] = (*METRICS, *SET_METRICS)
+) -> list[str]:
+    """The wanted metrics that can be computed here; for each missing network it prints why not.
 
     It loads the networks: damaged weights are a UserError before the work starts.
     """
@@ -287,11 +298,72 @@ def available_metrics(device: torch.device) -> list[str]:
         ("inception", ["FID", "KID"], lambda: inception(device)),
         ("clip", ["CLIP-Score"], lambda: clip(device)),
     ]
-    names = [*METRICS, *SET_METRICS]
+    names = [name for name in (*METRICS, *SET_METRICS) if name in wanted]
     for net, metrics, load in networks:
+        if not set(metrics) & set(names):
+            continue
         if missing := missing_weights(net):
             print(f"no {', '.join(metrics)}: {missing}")
             names = [name for name in names if name not in metrics]
         else:
             load()
     return names
+
+
+# ---- two folders of images ----------------------------------------------------------------------
+
+COMPARED = {"PSNR Y": "{:z.2f} dB", "SSIM Y": "{:z.3f}", "LPIPS": "{:z.3f}", "DISTS": "{:z.3f}"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the command; every field is a flag."""
+
+    compare: tuple[str, ...] = ()  # two folders that hold images of the same names and sizes
+    device: str = "auto"  # cpu, cuda or auto
+    seed: ClassVar[int] = 0
+
+
+def same_names(folders: tuple[str, ...]) -> list[tuple[str, Path, Path]]:
+    """The images of two folders by their path without suffix; UserError unless all have both."""
+    flag, found = f"--compare {' '.join(folders)}", []
+    require(len(folders) == 2, f"{flag}: name two folders.")
+    for folder in folders:
+        require(Path(folder).is_dir(), f"{flag}: {folder} is no folder.")
+        images: dict[str, Path] = {}
+        for file in list_images([folder], "--compare"):
+            name = file.relative_to(folder).with_suffix("").as_posix()
+            require(name not in images, f"{file}: {images.get(name)} has the same name.")
+            images[name] = file
+        found.append(images)
+    a, b = found
+    alone = sorted(a.keys() ^ b.keys())
+    require(not alone, f"{flag}: {len(alone)} names are in one folder only, such as "
+                       f"{', '.join(alone[:2])}.")  # fmt: skip
+    return [(name, a[name], b[name]) for name in sorted(a)]
+
+
+@torch.no_grad()
+def main(cfg: Config, rt: Runtime) -> None:
+    """Print the mean metrics of the images of one folder against those of the other."""
+    images, rows = same_names(cfg.compare), []
+    names = available_metrics(rt.device, COMPARED)
+    for name, *files in tqdm(images, unit="image", leave=False):
+        try:
+            x, y = (load_image(file)[None].to(rt.device) for file in files)
+        except ValueError as error:
+            tqdm.write(f"skipped: {error}")
+            continue
+        sizes = " and ".join(f"{v.shape[3]} x {v.shape[2]}" for v in (x, y))
+        require(x.shape == y.shape, f"--compare: {name} has {sizes} pixels.")
+        require(min(x.shape[2:]) >= 32, f"--compare: {name} is under 32 x 32 pixels.")
+        # Equal images get 100 dB, so that there is a mean.
+        rows.append([min(100.0, METRICS[metric](x, y).item()) for metric in names])
+    require(bool(rows), f"--compare {' '.join(cfg.compare)}: none of the images can be read.")
+    mean = dict(zip(names, torch.tensor(rows, dtype=torch.float64).mean(0).tolist(), strict=True))
+    texts = [f"{m} {form.format(mean[m]) if m in mean else '-'}" for m, form in COMPARED.items()]
+    print(f"{len(rows)} images: {', '.join(texts)}")
+
+
+if __name__ == "__main__":
+    launch(main, Config, {}, __doc__)

@@ -4,10 +4,12 @@ In: a folder of pairs (of generate.py, degrade.py or a camera), or HR photos tha
 during training. Out: runs/sr/NAME.pt, to continue the training, and runs/sr/NAME.safetensors, the
 averaged weights. The networks are the paper's four, trained from scratch, and FSRCNN, which a CPU
 can train. spandrel reads the .safetensors of the paper's four, and --start-from takes published
-weights that spandrel reads. --upscale enlarges images with a trained network.
+weights that spandrel reads. --upscale enlarges images with a trained network; --test compares it
+with bicubic enlargement on aligned pairs. Both take any published network of --start-from.
 
     python -m bench.sr --sr swinir-l --pairs out/generated
     python -m bench.sr --sr swinir-l --pairs out/generated --upscale data/lr
+    python -m bench.sr --start-from runs/sr/swinir-l-generated.safetensors --test data/RealSR
     python -m bench.sr --sr fsrcnn --recipe bicubic --preset smoke
 """
 
@@ -18,7 +20,7 @@ import time
 import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,7 +32,16 @@ from tqdm import tqdm
 import degrade
 import extractors
 from bench import metrics
-from bench.pairs import find_files, stored_sizes
+from bench.pairs import (
+    Method,
+    evaluate,
+    find_files,
+    find_pairs,
+    metric_text,
+    resized_by_pillow,
+    stored_sizes,
+    table_text,
+)
 from common import require
 from common.checkpoint import (
     count_parameters,
@@ -54,6 +65,7 @@ from common.run import (
 )
 from common.runtime import Runtime, make_generator, wait_for_all
 from common.tiles import in_bands, in_tiles
+from generate import SCALE
 
 # ---- networks: lr (B, 3, h, w) in [0, 1] -> hr (B, 3, scale h, scale w) --------------------------
 
@@ -184,6 +196,23 @@ def load_network(path: str | Path) -> nn.Module:
 MAY_DIFFER = {"img_size", "drop_path_rate"}  # of hyper-parameters: they change no parameter
 
 
+def recognised(weights: Any) -> Any:
+    """What spandrel takes the weights of a network for: its ModelDescriptor; None if for nothing.
+
+    No code of the file is run: the architecture is read off the names and shapes of the weights.
+    """
+    metrics.import_torchvision()
+    import spandrel
+
+    if not isinstance(weights, dict):
+        return None
+    renamed = {re.sub(r"^(module|netG)\.", "", str(key)): v for key, v in weights.items()}
+    try:
+        return spandrel.ModelLoader("cpu").load_from_state_dict(renamed)
+    except Exception:  # of many types
+        return None
+
+
 def fitted(weights: dict[str, Tensor], net: nn.Module, flag: str) -> dict[str, Tensor]:
     """Weights under the names of a network; published ones are recognised by spandrel.
 
@@ -194,14 +223,8 @@ def fitted(weights: dict[str, Tensor], net: nn.Module, flag: str) -> dict[str, T
     shapes = {key: getattr(value, "shape", None) for key, value in weights.items()}
     if shapes == {key: value.shape for key, value in own.items()}:
         return weights
-    metrics.import_torchvision()
-    import spandrel
-
-    names = {key: re.sub(r"^(module|netG)\.", "", str(key)) for key in weights}
-    try:
-        renamed = {names[key]: value for key, value in weights.items()}
-        found: Any = spandrel.ModelLoader("cpu").load_from_state_dict(renamed)
-    except Exception:  # of many types
+    found = recognised(weights)
+    if found is None:
         return weights
     theirs, ours = (getattr(m, "hyperparameters", {}) for m in (found.model, net))
     read = f"{flag}: spandrel reads it as {found.architecture.name} x{found.scale}"
@@ -221,6 +244,39 @@ def put_start(net: nn.Module, path: str) -> None:
     weights = load_checkpoint(path)["ema"]
     require(isinstance(weights, dict), f"{flag}: holds no weights by name.")
     put_weights(net, {"ema": fitted(weights, net, flag)}, flag)
+
+
+class Published(nn.Module):
+    """A network that spandrel reads, of any architecture: lr (B, 3, h, w) -> hr, in [0, 1]."""
+
+    def __init__(self, found: Any) -> None:
+        super().__init__()
+        self.found, self.model = found, found.model
+
+    def forward(self, lr: Tensor) -> Tensor:
+        """(B, 3, h, w) -> (B, 3, scale h, scale w); spandrel extends lr to sizes that fit."""
+        return self.found(lr)
+
+
+def network_of(path: Path, cfg: "Config") -> nn.Module:
+    """The network in a file of this program, or a published one; UserError for another file.
+
+    Without a configuration in the file, spandrel names the network, else the flags do.
+    """
+    state, flag = load_checkpoint(path), f"--start-from {path}"
+    if state["config"]:
+        return load_network(path)
+    found = recognised(state["ema"])
+    if found is None or found.purpose == "Inpainting":
+        net = sr_network(cfg.sr, cfg.scale)
+        put_start(net, str(path))
+    else:
+        channels = (found.input_channels, found.output_channels)
+        require(channels == (3, 3), f"{flag}: {found.architecture.name} is not for RGB images.")
+        net = Published(found)
+        whole = all(bool(v.isfinite().all()) for v in net.state_dict().values())
+        require(whole, f"{flag}: its weights are not finite: do not use it.")
+    return net.eval().requires_grad_(False)
 
 
 # ---- pairs --------------------------------------------------------------------------------------
@@ -329,6 +385,7 @@ class Config(TrainingConfig):
     name: str = ""  # of the files in it (default: network and source)
     scale: int = 4  # HR size / LR size, 2 or 4
     upscale: tuple[str, ...] = ()  # images to enlarge with the trained network, into OUT/NAME
+    test: tuple[str, ...] = ()  # folders of aligned pairs to test the trained network on
     perceptual_weight: float = 0.0  # of LPIPS-VGG; above 0 for perceptual-oriented networks
     steps: int = 500_000
     batch_size: int = 32  # per process; BasicSR: 32 in all
@@ -337,6 +394,7 @@ class Config(TrainingConfig):
     betas: tuple[float, ...] = (0.9, 0.99)  # of Adam
     log_every: int = 100
     save_every: int = 5000
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (*TrainingConfig.MAY_CHANGE, "test")
 
 
 SHORT = {"batch_size": 8, "compile": False, "save_every": 500}
@@ -439,17 +497,21 @@ def train(cfg: Config, rt: Runtime) -> Path:
     return target
 
 
-def upscale(cfg: Config, rt: Runtime) -> None:
-    """Enlarge images with a trained network; those that can't be are skipped and counted."""
+# ---- a trained network --------------------------------------------------------------------------
+
+
+def trained_network(cfg: Config, flag: str) -> tuple[Path, nn.Module]:
+    """The file of --start-from, else of the training with these flags, and its network."""
     cfg = completed(cfg)
     weights = Path(cfg.start_from or Path(cfg.out) / f"{cfg.name}.safetensors")
-    missing = f"{weights} is missing: train it without --upscale, or name a file with --start-from."
+    missing = f"{weights} is missing: train it without {flag}, or name a file with --start-from."
     require(weights.is_file(), missing)
-    if load_checkpoint(weights)["config"]:
-        net = load_network(weights)
-    else:  # published weights
-        net = sr_network(cfg.sr, cfg.scale).eval()
-        put_start(net, str(weights))
+    return weights, network_of(weights, cfg)
+
+
+def upscale(cfg: Config, rt: Runtime) -> None:
+    """Enlarge images with a trained network; those that can't be are skipped and counted."""
+    weights, net = trained_network(cfg, "--upscale")
     net, out, skipped = net.to(rt.device), Path(cfg.out) / weights.stem, 0
     files = outside(list_images(cfg.upscale, "--upscale"), out, "--upscale")
     targets = [out / f"{name}.png" for name in photo_names(files, cfg.upscale)]
@@ -469,12 +531,40 @@ def upscale(cfg: Config, rt: Runtime) -> None:
     print(f"{len(files) - skipped} images in {out}, {skipped} skipped")
 
 
+TEST_METRICS = ("PSNR Y", "SSIM Y", "LPIPS", "DISTS")
+
+
+def print_test(cfg: Config, rt: Runtime) -> None:
+    """Print how near the enlarged LR of aligned pairs is to HR, with a row for bicubic.
+
+    Figures are means over the pairs of a folder, without autocast, of images rounded to 8 bits.
+    """
+    weights, net = trained_network(cfg, "--test")
+    net = net.to(rt.device)
+    scale = super_resolve(net, torch.rand(1, 3, 32, 32, device=rt.device)).shape[2] // 32
+    wrong = f"{weights}: a network of scale {scale}; --test reads pairs of scale {SCALE}."
+    require(scale == SCALE, wrong)
+    methods: dict[str, Method] = {
+        "bicubic": lambda lr, batch: resized_by_pillow(lr, *(SCALE * n for n in lr.shape[2:])),
+        weights.name: lambda lr, batch: super_resolve(net, lr),
+    }
+    sets = {folder: find_pairs(Path(folder))[0] for folder in cfg.test}
+    names, rows = metrics.available_metrics(rt.device, TEST_METRICS), []
+    for folder, pairs in sets.items():
+        for label, method in methods.items():
+            mean = evaluate(method, pairs, names, rt.device, upwards=True)["mean"]
+            cells = [metric_text(mean, metric) for metric in TEST_METRICS]
+            rows.append([folder, label, *cells, str(len(pairs))])
+    print(table_text(["pairs", "enlarged by", *TEST_METRICS, "n"], rows, words=2), end="")
+
+
 def main(cfg: Config, rt: Runtime) -> None:
-    """Train, or enlarge images with a trained network."""
-    if not cfg.upscale:
+    """Train, or use a trained network: enlarge images, or test it on pairs."""
+    require(not (cfg.upscale and cfg.test), "--upscale and --test are two tasks: give one.")
+    if not (cfg.upscale or cfg.test):
         train(cfg, rt)
     elif rt.is_main:
-        upscale(cfg, rt)
+        (upscale if cfg.upscale else print_test)(cfg, rt)
 
 
 if __name__ == "__main__":

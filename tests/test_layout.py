@@ -18,12 +18,17 @@ ORDER = [
     "degrade", "additions", "extractors", "diffusion", "generate",
     *(f"bench.{room}" for room in ("metrics", "pairs", "sr", "inputs", "kernels", "factors",
                                    "generated", "separation", "mtf", "leakage", "downstream",
-                                   "control", "figure1")),
+                                   "control", "figure1", "pictures")),
     "benchmark",
     *(f"tools.{command}" for command in ("pack", "shards", "report", "export", "calibrate",
                                          "speed")),
 ]  # fmt: skip
-COMMANDS = [*STAGES, "bench.sr", *(name for name in ORDER if name.startswith("tools."))]
+COMMANDS = [
+    *STAGES,
+    "bench.sr",
+    "bench.metrics",
+    *(name for name in ORDER if name.startswith("tools.")),
+]
 # Each is imported inside the one function that needs it.
 HEAVY = ["torchvision", "lpips", "DISTS_pytorch", "pytorch_fid", "spandrel", "open_clip", "skimage",
          "matplotlib", "webdataset"]  # fmt: skip

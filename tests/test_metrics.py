@@ -1,12 +1,15 @@
 """Metrics against closed forms, scikit-image, pytorch-fid and published values."""
 
+import re
 import sys
 
+import commands
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from bench import metrics
@@ -99,6 +102,8 @@ def test_missing_weights_are_named_and_never_downloaded(no_weights, capsys):
     lines = capsys.readouterr().out.splitlines()
     missing = ["no LPIPS", "no DISTS", "no FID, KID", "no CLIP-Score"]
     assert [line.split(":")[0] for line in lines] == missing
+    names = metrics.available_metrics(torch.device("cpu"), ("DISTS", "PSNR Y"))
+    assert names == ["PSNR Y"] and capsys.readouterr().out.startswith("no DISTS:")
     assert not list(no_weights.iterdir())
 
 
@@ -256,3 +261,84 @@ def test_clip_gets_normalised_images_of_its_size(no_weights, monkeypatch):
     expected = torch.tensor([[1.0, 0.0, -0.5]]).expand(2, 3)
     torch.testing.assert_close(metrics.clip_features(x), expected, atol=1e-5, rtol=0)
     monkeypatch.delitem(sys.modules, "open_clip")
+
+
+# ---- two folders of images ----------------------------------------------------------------------
+
+
+def psnr_y(a, b):
+    """PSNR of luma of 8-bit images (H, W, 3), by numpy."""
+    weights = np.array([65.481, 128.553, 24.966]) / 255
+    difference = (a.astype(float) - b.astype(float)) @ weights
+    return 20 * np.log10(255) - 10 * np.log10((difference**2).mean())
+
+
+def write_folders(folder, sizes=((40, 50), (36, 33))):
+    """Folders a and b with an image of each size, one of them below a sub-folder."""
+    gen, images = np.random.default_rng(0), []
+    for name, size in zip(("x/1.png", "2.png"), sizes, strict=True):
+        a = gen.integers(0, 256, (*size, 3), np.uint8)
+        b = np.clip(a + gen.normal(0, 9, a.shape), 0, 255).astype(np.uint8)
+        for side, image in zip("ab", (a, b), strict=True):
+            file = folder / side / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(file)
+        images.append((a, b))
+    return images
+
+
+def compare(folder, *names):
+    return commands.run("bench.metrics", "--compare", *names, "--device", "cpu", cwd=folder)
+
+
+def test_two_folders_are_compared_by_name(tmp_path, no_weights):
+    images = write_folders(tmp_path)
+    (tmp_path / "b/2.png").rename(tmp_path / "b/2.PNG")
+    done = compare(tmp_path, "a", "b")
+    assert done.returncode == 0, done.stderr
+    *missing, line = done.stdout.splitlines()
+    expected = np.mean([psnr_y(a, b) for a, b in images])
+    weights = np.array([65.481, 128.553, 24.966]) / 255
+    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    ssim = np.mean([
+        structural_similarity(a @ weights + 16, b @ weights + 16, data_range=255, **window)
+        for a, b in images
+    ])  # fmt: skip
+    start = f"2 images: PSNR Y {expected:.2f} dB, SSIM Y {ssim:.3f}, LPIPS -, DISTS -"
+    assert line == start
+    assert [text.split(":")[0] for text in missing] == ["no LPIPS", "no DISTS"]
+    assert "100.00 dB, SSIM Y 1.000" in compare(tmp_path, "a", "a").stdout
+
+
+def test_the_deep_metrics_of_two_folders_are_means_too(tmp_path, no_weights, shared, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(shared / "weights"))
+    for number, (a, b) in enumerate((("ex_ref", "ex_p0"), ("ex_ref", "ex_p1"))):
+        for side, name in (("a", a), ("b", b)):
+            x = load_image(shared / "weights" / "reference" / f"{name}.png")
+            save_image(tmp_path / side / f"{number}.png", x)
+    done = compare(tmp_path, "a", "b")
+    assert done.returncode == 0 and "no LPIPS" not in done.stdout, done.stderr
+    found = dict(re.findall(r"(LPIPS|DISTS) ([\d.]+)", done.stdout))
+    assert float(found["LPIPS"]) == pytest.approx((0.7219 + 0.1376) / 2, abs=6e-4)
+    assert 0 < float(found["DISTS"]) < 1
+
+
+def test_folders_that_do_not_fit_are_one_sentence(tmp_path, no_weights):
+    write_folders(tmp_path)
+    write_folders(tmp_path / "larger", ((44, 50), (36, 33)))
+    write_folders(tmp_path / "tiny", ((20, 50), (36, 33)))
+    write_folders(tmp_path / "alone", ((40, 50), (36, 33)))
+    (tmp_path / "alone/b/2.png").unlink()
+    for names, words in (
+        (["a"], ["name two folders"]),
+        (["a", "nowhere"], ["nowhere is no folder"]),
+        (["a", "alone/b"], ["1 names are in one folder only, such as 2"]),
+        (["a", "larger/b"], ["x/1 has 50 x 40 and 50 x 44 pixels"]),
+        (["tiny/a", "tiny/b"], ["x/1 is under 32 x 32 pixels"]),
+    ):
+        commands.assert_refused(compare(tmp_path, *names), "--compare", *words)
+    (tmp_path / "b/2.png").write_bytes(b"no image")
+    done = compare(tmp_path, "a", "b")
+    assert "skipped: b/2.png: not a readable image" in done.stdout and "1 images:" in done.stdout
+    (tmp_path / "b/x/1.png").write_bytes(b"no image")
+    commands.assert_refused(compare(tmp_path, "a", "b"), "none of the images can be read")

@@ -6,8 +6,11 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-from drawn import scenes, write_pairs
+from drawn import scenes, write, write_pairs
+from PIL import Image
+from torch.utils.data import DataLoader
 
 from common.cli import parse_args
 from common.images import save_image
@@ -16,8 +19,8 @@ from tests import commands
 REPO = Path(__file__).resolve().parents[1]
 SOURCES = [REPO / "README.md", REPO / "data/README.md", *sorted(REPO.glob("*.py"))]
 SOURCES += [*sorted(REPO.glob("bench/*.py")), *sorted(REPO.glob("tools/*.py"))]
-LAUNCHER = r"^ *(?:python|torchrun --nproc_per_node=\d+) "
-COMMAND = re.compile(LAUNCHER + r"((?:-m )?[\w./]+)(.*?)(?:  #.*)?$", re.M)
+LAUNCHER = r"^(?: *|.*[.:] `|`)(?:python|torchrun --nproc_per_node=\d+) "
+COMMAND = re.compile(LAUNCHER + r"((?:-m )?[\w./]+)(.*?)(?:  #.*|`.*)?$", re.M)
 
 
 def commands_of(path: Path) -> list[tuple[str, str]]:
@@ -54,7 +57,8 @@ SMALL = {
     "--deg-dim 16 --mod-channels 8 --out runs/{number}",
     "diffusion": f"{TRAINING} --steps 1 --crop 16 --out runs/{{number}}",
     "generate": "--num-steps 2",
-    "benchmark": "--sr-steps 1 --t-starts 2",
+    "benchmark": "--sr-steps 1 --t-starts 2 --hr data/hr",
+    "bench.metrics": "",
     "bench.sr": f"{TRAINING} --steps 1 --crop 16",
     "tools.calibrate": "--crop 32 --checkpoint runs/calibrated.safetensors",
     "tools.report": "--pairs out/pairs",
@@ -84,6 +88,52 @@ def test_the_commands_of_the_readme_run(tmp_path):
         done = commands.run(name, *shlex.split(flags), *small, cwd=tmp_path)
         assert done.returncode == 0, f"{name} {flags}: {done.stderr[-500:]}"
     assert len(list(tmp_path.glob("runs/sr/swinir-l-pairs/*.png"))) == 4
+    assert (tmp_path / "out/benchmark/enlarged.png").is_file()
+
+
+TEXT = (REPO / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
+
+
+def pasted(word: str) -> dict:
+    """The names that the snippet with this word leaves behind."""
+    (snippet,) = (text for text in SNIPPETS if word in text)
+    names: dict = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+    return names
+
+
+def test_the_snippet_on_tensors_runs_as_pasted(tmp_path, monkeypatch):
+    (tmp_path / "data").symlink_to(REPO / "data")
+    monkeypatch.chdir(tmp_path)
+    names = pasted("generate.generate")
+    with Image.open("data/sample/hr/coffee.jpg") as file:
+        pixels = np.asarray(file, float) / 255
+    H, W = pixels.shape[0] // 4 * 4, pixels.shape[1] // 4 * 4
+    mean = pixels[:H, :W].reshape(H // 4, 4, W // 4, 4, 3).mean((1, 3))  # of each LR pixel
+    for name in ("lr", "synthetic_lr"):
+        made = names[name].numpy()
+        assert made.shape == (1, 3, H // 4, W // 4) and 0 <= made.min() and made.max() <= 1
+        assert np.abs(made[0].transpose(1, 2, 0) - mean).mean() < 0.1
+
+
+def test_the_data_set_of_the_readme_gives_crops_of_the_same_place(tmp_path):
+    """Red and green of HR and LR are the row and the column of an LR pixel."""
+    y, x = np.mgrid[:60, :70].astype(np.uint8)
+    for name in ("a.png", "more/b.png"):
+        lr = np.stack([y, x, np.full_like(x, len(name))], axis=2)
+        write(tmp_path / "lr" / name, lr)
+        write(tmp_path / "hr" / name, lr.repeat(4, 0).repeat(4, 1))
+    pairs = pasted("class Pairs")["Pairs"](tmp_path)
+    assert len(pairs) == 2
+    places = set()
+    for _ in range(20):
+        for lr, hr in DataLoader(pairs, batch_size=2):
+            assert lr.shape == (2, 3, 48, 48) and hr.shape == (2, 3, 192, 192)
+            assert np.array_equal(np.kron(lr, np.ones((1, 1, 4, 4), np.float32)), hr)
+            assert [round(255 * float(image[2, 0, 0])) for image in lr] == [5, 10]
+            places |= {tuple(np.rint(255 * image[:2, 0, 0].numpy())) for image in lr}
+    assert len(places) > 20 and max(places) <= (12, 22)
 
 
 def test_every_name_in_the_map_from_paper_to_code_exists():

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bench import metrics, sr
@@ -296,6 +297,131 @@ def test_published_weights_train_and_enlarge(tmp_path):
     assert torch.equal(
         made, pixels(sr.super_resolved_photo(net, load_pixels(tmp_path / "pairs/lr/a.png")))
     )
+
+
+# ---- test -------------------------------------------------------------------------------------
+
+
+def write_test_pairs(
+    folder: Path, sizes=((36, 40), (33, 32))
+) -> list[tuple[np.ndarray, Image.Image]]:
+    """Pairs as RealSR publishes them; returns HR (H, W, 3) and LR of each."""
+    pairs = []
+    for i, (h, w) in enumerate(sizes):
+        hr = F.interpolate(uniform(1, 3, h, w, seed=i), scale_factor=4, mode="bicubic")[0]
+        names = [folder / f"Canon/Test/4/Canon_{i}_{kind}.png" for kind in ("HR", "LR4")]
+        save_image(names[0], hr.clamp(0, 1))
+        save_image(names[1], F.avg_pool2d(hr, 4).clamp(0, 1))
+        pairs.append((np.asarray(Image.open(names[0])), Image.open(names[1])))
+    return pairs
+
+
+def psnr_y(a: np.ndarray, b: np.ndarray) -> float:
+    """PSNR of luma of 8-bit images (H, W, 3), by numpy."""
+    luma = (a.astype(float) - b.astype(float)) @ np.array([65.481, 128.553, 24.966]) / 255
+    return 20 * np.log10(255) - 10 * np.log10((luma**2).mean())
+
+
+def rows_of(done: subprocess.CompletedProcess) -> dict[str, list[str]]:
+    """The cells of each row of the printed table, by its second cell."""
+    lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[1]: [row[0], *row[2:]] for row in cells}
+
+
+@pytest.fixture
+def no_metric_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights"))
+
+
+def test_a_network_is_tested_on_pairs_beside_bicubic(tmp_path, weights, no_metric_weights):
+    pairs = write_test_pairs(tmp_path / "RealSR")
+    net = sr.load_network(weights)
+    done = command(tmp_path, "--test", "RealSR", "--start-from", weights)
+    assert done.returncode == 0, done.stderr
+    rows, expected = rows_of(done), {}
+    bicubic = [lr.resize(hr.shape[1::-1], Image.Resampling.BICUBIC) for hr, lr in pairs]
+    expected["bicubic"] = [
+        psnr_y(hr, np.asarray(x)) for (hr, _), x in zip(pairs, bicubic, strict=True)
+    ]
+    enlarged = [
+        sr.super_resolve(net, pixels(lr)[None] / 255)[0].permute(1, 2, 0).numpy() for _, lr in pairs
+    ]
+    expected["net.safetensors"] = [
+        psnr_y(hr, np.round(255 * x)) for (hr, _), x in zip(pairs, enlarged, strict=True)
+    ]
+    assert rows.keys() == {"enlarged by", "---", *expected}
+    for name, values in expected.items():
+        folder, psnr, ssim, lpips, dists, n = rows[name]
+        assert (folder, lpips, dists, n) == ("RealSR", "-", "-", "2")
+        assert float(psnr) == pytest.approx(np.mean(values), abs=0.006) and 0 < float(ssim) < 1
+    missing = [line.split(":")[0] for line in done.stdout.splitlines() if line.startswith("no ")]
+    assert missing == ["no LPIPS", "no DISTS"]
+    assert not (tmp_path / "runs").exists()  # nothing is trained or written
+
+
+def compact(upscale: int = 4, channels: int = 3) -> nn.Module:
+    """A small network that is not among those of bench.sr."""
+    metrics.import_torchvision()
+    from spandrel.architectures.Compact import Compact
+
+    torch.manual_seed(3)
+    sizes = {"num_in_ch": channels, "num_out_ch": channels, "num_feat": 8, "num_conv": 2}
+    net = Compact(upscale=upscale, act_type="prelu", **sizes)
+    return net.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_published_network_of_any_architecture_is_tested_and_enlarges(
+    tmp_path, no_metric_weights, suffix
+):
+    """No flag names it."""
+    pairs, net, file = write_test_pairs(tmp_path / "RealSR"), compact(), f"compact.{suffix}"
+    if suffix == "pth":
+        torch.save({"params_ema": net.state_dict()}, tmp_path / file)
+    else:
+        save_file(net.state_dict(), tmp_path / file)
+    done = command(tmp_path, "--test", "RealSR", "--start-from", file)
+    assert done.returncode == 0, done.stderr
+    x = [net(pixels(lr)[None] / 255).clamp(0, 1)[0].permute(1, 2, 0).numpy() for _, lr in pairs]
+    values = [psnr_y(hr, np.round(255 * x)) for (hr, _), x in zip(pairs, x, strict=True)]
+    assert float(rows_of(done)[file][1]) == pytest.approx(np.mean(values), abs=0.006)
+    photo = tmp_path / "RealSR/Canon/Test/4/Canon_1_LR4.png"
+    done = command(tmp_path, "--upscale", photo, "--start-from", file, "--out", "out")
+    assert done.returncode == 0, done.stderr
+    made = load_pixels(tmp_path / "out/compact/Canon_1_LR4.png")
+    expected = torch.from_numpy(np.round(255 * x[1])).permute(2, 0, 1)
+    assert (made - expected).abs().max() <= 1
+
+
+def test_what_can_not_be_tested_is_one_sentence(tmp_path, weights, no_metric_weights):
+    write_test_pairs(tmp_path / "RealSR")
+    torch.save(compact(upscale=2).state_dict(), tmp_path / "twice.pth")
+    torch.save(compact(channels=1).state_dict(), tmp_path / "gray.pth")
+    broken = {key: value * float("nan") for key, value in compact().state_dict().items()}
+    torch.save(broken, tmp_path / "broken.pth")
+    torch.save({"params": Executed()}, tmp_path / "code.pth")
+    test = ["--test", "RealSR", "--start-from"]
+    for flags, words in (
+        (["--test", "RealSR"], ["fsrcnn-realesrgan.safetensors is missing", "without --test"]),
+        (["--test", "nowhere", "--start-from", weights], ["--pairs nowhere: no such folder"]),
+        ([*test, "nowhere.pth"], ["nowhere.pth is missing"]),
+        ([*test, "twice.pth"], ["twice.pth: a network of scale 2", "scale 4"]),
+        ([*test, "gray.pth"], ["gray.pth", "not for RGB images"]),
+        ([*test, "broken.pth"], ["broken.pth", "not finite"]),
+        ([*test, "code.pth"], ["code.pth", "holds Python objects"]),
+        ([*test, weights, "--upscale", "RealSR"], ["--upscale and --test are two tasks"]),
+    ):
+        done = command(tmp_path, "--sr", "fsrcnn", *flags)
+        commands.assert_refused(done, *words)
+    assert not (tmp_path / "executed").exists()
+
+
+class Executed:
+    """Its pickle would make a file."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
 
 
 # ---- ranges of flags --------------------------------------------------------------------------
