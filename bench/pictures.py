@@ -11,7 +11,7 @@ of each method. Each row shows the crop in which the methods differ most.
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,13 +25,14 @@ from bench.downstream import (
     Row,
     check_training,
     folder_of,
+    meaningless,
     steps_of,
     train_network,
     training_source,
     write_references,
 )
-from bench.generated import mean_degradations, realdgen, synthetic
-from bench.inputs import SYNDIFF, Inputs, Measure
+from bench.generated import mean_degradations, other_methods, realdgen, synthetic
+from bench.inputs import Inputs, Measure
 from bench.pairs import camera_of, load_hr, load_lr, resized_by_pillow, with_other_scenes
 from bench.sr import super_resolve
 from common import require
@@ -128,10 +129,7 @@ def save_scenes(path: Path, scenes: dict[str, Scene], compared: Sequence[str]) -
 def lr_of_pairs(inputs: Inputs, each: int) -> dict[str, Scene]:
     """HR, LR of each method and real LR of a few pairs; F_deg is of other scenes of the camera."""
     methods = {"BSRGAN": synthetic("bsrgan"), "Real-ESRGAN": synthetic("realesrgan")}
-    if SYNDIFF.is_file():
-        net = generate.load_generator(str(SYNDIFF), inputs.device)
-        sampler = replace(inputs.sampler, **generate.PRESETS["syndiff"])
-        methods["SynDiff"] = realdgen(net, sampler)
+    methods |= other_methods(inputs, "SynDiff")
     methods["RealDGen"] = realdgen(inputs.net, inputs.sampler)
     scenes: dict[str, Scene] = {}
     for folder, pairs in inputs.sets.items():
@@ -197,12 +195,12 @@ def pairs_of_photos(files: Sequence[Path], inputs: Inputs) -> Path:
 def table_pictures(name: str, inputs: Inputs) -> Measure:
     """enlarged.png, and of pairs also pictures.png."""
     cfg, rt, network = inputs.cfg, inputs.rt, inputs.cfg.sr[-1]
-    check_training(inputs)
-    inputs.check_steps(cfg.t_start)
+    inputs.check_steps(inputs.sampler.t_start)
     of_photos = bool(cfg.lr) or not cfg.pairs
     possible = [data for data in TRAINED_ON if data != "paired" or not of_photos]
     sources = [data for data in possible if data in cfg.data]
     require(bool(sources), f"--data {' '.join(cfg.data)}: choose among {', '.join(possible)}.")
+    check_training(inputs, [network], len(sources), "pictures")
     assert inputs.hr_files  # found and checked now
     files = outside(find_photos(cfg.lr, "lr", "--lr"), cfg.out, "--lr") if of_photos else []
     each = max(1, ROWS // len(cfg.pairs or "1"))
@@ -212,7 +210,7 @@ def table_pictures(name: str, inputs: Inputs) -> Measure:
         made = pairs_of_photos(files, inputs) if of_photos else Path()
         out = made.parent if of_photos else folder_of(inputs)
         if rt.is_main and not of_photos:
-            write_references(inputs.sets, out)
+            write_references(inputs.train, out)
         wait_for_all(rt)
         nets = {}
         for data in sources:
@@ -248,4 +246,4 @@ def text_of_pictures(values: dict[str, dict[str, Place]], inputs: Inputs) -> str
 image the crop in the red frame, {CROP} LR pixels a side. Among all crops it has the largest
 variance over the networks, or over the methods and the real LR. The network is {network}, trained
 for {steps_of(network, inputs.cfg)} steps on each kind of pairs.
-"""
+{meaningless(network, inputs.cfg)}"""

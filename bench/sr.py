@@ -299,10 +299,13 @@ def training_files(folder: str, scale: int, rt: Runtime) -> list[tuple[Path, Pat
     """LR and HR file of each pair; UserError if names or sizes do not fit together.
 
     HR may be up to scale - 1 pixels larger than scale times LR. A pair is skipped and counted if
-    the header of an image can't be read, or if EXIF turns the two images differently.
+    the header of an image can't be read, or if EXIF turns the two images differently. Of a release
+    Train is taken.
     """
-    files, published = find_files(Path(folder), scale)
-    require(not published, f"--pairs {folder}: this published set is for tests only.")
+    files = find_files(Path(folder), scale, "Train")[0]
+    if not files:
+        files, release = find_files(Path(folder), scale)
+        require(not release, f"--pairs {folder}: of {release} only Test is there, to be tested on.")
     pairs, errors = [], []
     for name, (hr, lr) in files.items():
         try:

@@ -227,6 +227,20 @@ def test_hr_that_is_a_little_larger_is_cut_at_the_right_and_at_the_bottom(tmp_pa
         sr.training_files(larger, 4, CPU)
 
 
+def test_of_a_release_train_is_trained_on_and_test_alone_is_refused(tmp_path):
+    for name in ("Canon/Train/4/Canon_1", "Canon/Test/4/Canon_2", "Nikon/Test/4/Nikon_3"):
+        hr = uniform(3, 128, 128)
+        save_image(tmp_path / "x" / f"{name}_HR.png", hr)
+        save_image(tmp_path / "x" / f"{name}_LR4.png", F.avg_pool2d(hr, 4))
+    folder = tmp_path / "x/Canon/Train/4"
+    found = sr.training_files(str(tmp_path / "x"), 4, CPU)
+    assert found == [(folder / "Canon_1_LR4.png", folder / "Canon_1_HR.png")]
+    for file in folder.iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="of RealSR only Test is there"):
+        sr.training_files(str(tmp_path / "x"), 4, CPU)
+
+
 # ---- training ---------------------------------------------------------------------------------
 
 
