@@ -51,12 +51,15 @@ from common.runtime import wait_for_all
 LABELS = ("bicubic", "BSRGAN", "Real-ESRGAN", "SynDiff", "RealDGen", "real pairs (oracle)")
 LABEL = dict(zip(SOURCES, LABELS, strict=True))
 DRAWN_IN_TRAINING = ("bicubic", "bsrgan", "realesrgan")  # recipes of degrade.py
-# Table 4: weights, and the flag of diffusion.py that makes them, beside those of AS_PRINTED.
+# Table 4: weights, and the command that makes them.
 ABLATIONS = {
-    "without E_deg": (Path("runs/no_degradation/last.pt"), "--without degradation"),
-    "without E_cont": (Path("runs/no_content/last.pt"), "--without content"),
-    "frozen extractors (A.5)": (Path("runs/frozen/last.pt"), "--finetune-learning-rate 0"),
-    "RealDGen": (AS_PRINTED, ""),
+    label: (path, f"{MAKE_PRINTED} {flag}--out {path.parent}")
+    for label, path, flag in (
+        ("without E_deg", Path("runs/no_degradation/last.pt"), "--without degradation "),
+        ("without E_cont", Path("runs/no_content/last.pt"), "--without content "),
+        ("frozen extractors (A.5)", Path("runs/frozen/last.pt"), "--finetune-learning-rate 0 "),
+        ("RealDGen", AS_PRINTED, ""),
+    )
 }
 PAPER_T = (200, 300, 400, 500)  # Table 3
 EVALUATIONS = 10  # at least so many from such a T, where not every step is evaluated
@@ -338,9 +341,8 @@ def table_downstream(table: str, inputs: Inputs) -> Measure:
             raise UserError(f"{error} Or train with L1 alone: --perceptual-weight 0.") from None
     made_by = {SYNDIFF: OTHER_WEIGHTS["SynDiff"][1]} if "syndiff" in {r.data for r in rows} else {}
     if table == "4":
-        made_by[AS_PRINTED] = OTHER_WEIGHTS["RealDGen as printed"][1]  # stage 1, too
-        made_by |= {path: f"{MAKE_PRINTED} {flag} --out {path.parent}"
-                    for path, flag in ABLATIONS.values() if flag}  # fmt: skip
+        made_by |= {AS_PRINTED: OTHER_WEIGHTS["RealDGen as printed"][1]}  # with stage 1
+        made_by |= {path: make for path, make in ABLATIONS.values() if path != AS_PRINTED}
     for path, make in made_by.items():
         require(path.is_file(), f"table {table}: {path} is missing: make it by `{make}`.")
     if table == "4":
@@ -458,6 +460,7 @@ def text_of_downstream(result: dict[str, Any], inputs: Inputs) -> str:
     notes += "In brackets: the paper.\n" if any("[" in c for line in lines for c in line) else ""
     if table == "4":
         notes += f"All rows: weights as printed, from D(HR), T up to {PAPER['t_start']}, K = 1.\n"
+        notes += "".join(f"{label}: `{make}`\n" for label, (_, make) in ABLATIONS.items())
     if table == "5":  # Deviation: see the text
         notes += "In the paper the tested LR images are the references, too.\n"
     if "syndiff" not in cfg.data and table in ("1", "5"):

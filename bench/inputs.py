@@ -49,7 +49,7 @@ class Config(generate.Sampler):
     lr: tuple[str, ...] = ()  # extractors: real LR, a sub-folder for each device (default: data/lr)
     images: int = 64  # the most that factors, extractors, figure1, mtf, leakage and sampling take
     crop: int = 96  # side of the LR crops of factors, extractors, figure1, leakage; pixels
-    t_starts: tuple[int, ...] = ()  # T of control, mtf, factors, sampling (default: 0 200) and of 3
+    t_starts: tuple[int, ...] = ()  # T of 3 (default: the paper's four), of others (default: 0 200)
     checkpoint: str = ""  # generator (default: runs/diffusion, else data/pretrained)
     out: str = "out/benchmark"  # folder of results.json and of a .md for each table
     batch_size: int = 8  # images that are generated at once; no draw depends on it

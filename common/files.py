@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import itertools
 import os
 import re
 import shutil
@@ -100,13 +101,19 @@ KIND = re.compile(r"(?i)(?<![a-z])(hr|gt|lr|lq)(\d?)(?![a-z\d])")
 NUMBERED = re.compile(r"(?i)^(|.*x)([2-8])$")  # a folder of one scale
 
 
-def lr_alone(files: list[Path], where: str, scale: str = "4") -> list[Path]:
+def lr_alone(files: list[Path], given: Sequence[str], flag: str, scale: str = "4") -> list[Path]:
     """The LR images of this scale, where folders also hold HR images or other scales.
 
     A file is HR if its name, or that of a folder above it, has HR (or GT) where another one beside
-    it has LR (or LQ). Only folders with both may be of another scale. It prints what is left out.
+    it has LR (or LQ). Only folders with both may be of another scale. Names of the folders given,
+    and above them, do not count. It prints what is left out.
     """
-    places = {file: {file.with_suffix(""), *file.parents} for file in files}
+    roots = {Path(path) for path in given}
+    places = {}
+    for file in files:
+        inside = [*itertools.takewhile(lambda folder: folder not in roots, file.parents)]
+        inside = inside if len(inside) < len(file.parents) else []  # else the file was given
+        places[file] = {file.with_suffix(""), *inside}
     words: dict[Path, tuple[str, str]] = {}
     beside: dict[Path, set[tuple[str, str]]] = {}  # the words at a path with * for the word
     for part in set().union(*places.values()):
@@ -123,16 +130,17 @@ def lr_alone(files: list[Path], where: str, scale: str = "4") -> list[Path]:
 
     out = set(filter(is_left_out, words))
     hr = {file for file, parts in places.items() if parts & out}
-    mixed = {part for file in hr for part in file.parents}
+    mixed = set().union(*(places[file] for file in hr))
     other = {
         part for part in mixed
         if (found := NUMBERED.search(part.name)) and found[2] != scale
         and part.with_name(found[1] + scale) in mixed
     }  # fmt: skip
-    kept = [file for file in files if file not in hr and not other & {*file.parents}]
+    kept = [file for file in files if file not in hr and not other & places[file]]
     if len(kept) < len(files):
-        print_once(f"{where}: left out {len(files) - len(kept)} images that are HR or of another "
-                   f"scale than {scale}, because LR of scale {scale} is beside them")  # fmt: skip
+        where, count = f"{flag} {' '.join(given)}", len(files) - len(kept)
+        print_once(f"{where}: left out {count} images that are HR or of another scale than "
+                   f"{scale}: LR images are beside them")  # fmt: skip
     return kept
 
 
@@ -144,13 +152,13 @@ def find_photos(given: Sequence[str], kind: str, flag: str, packed: bool = False
     """
     if given:
         files = list_images(given, flag, packed)
-        return lr_alone(files, f"{flag} {' '.join(given)}") if kind == "lr" else files
+        return lr_alone(files, given, flag) if kind == "lr" else files
     if packed and (DATA / f"{kind}.npy").is_file():
         print_once(f"using the packed crops of data/{kind}.npy, not the photos of data/{kind}")
         return [DATA / f"{kind}.npy"]
     try:
         files = list_images([str(DATA / kind)], flag)
-        return lr_alone(files, f"data/{kind}") if kind == "lr" else files
+        return lr_alone(files, [str(DATA / kind)], flag) if kind == "lr" else files
     except UserError as error:
         print_once(f"{error} Using the photos of data/sample/{kind} (see data/README.md).")
     return list_images([str(DATA / "sample" / kind)], flag)

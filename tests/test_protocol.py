@@ -135,6 +135,11 @@ def test_lr_photos_of_a_release_are_lr_of_scale_4_alone(tmp_path, capsys, names,
     line = f"--lr-ref {tmp_path}: left out {left_out} images that are HR or of another scale than 4"
     assert (line in capsys.readouterr().out) == (left_out > 0)
     assert len(find_photos([str(tmp_path)], "hr", "--hr")) == len(names)
+    if (tmp_path / "GT").is_dir():  # folders that the user names are taken as they are
+        assert len(find_photos([str(tmp_path / "GT"), str(tmp_path / "LQ")], "lr", "--lr")) == 2
+    if (tmp_path / "1_HR.png").is_file():  # as the shell completes *
+        files = [str(file) for file in tmp_path.iterdir()]
+        assert find_photos(files, "lr", "--lr") == [tmp_path / "1_LR4.png"]
 
 
 def test_test_of_a_release_is_tested_whole_and_train_gives_references(tmp_path, monkeypatch):
