@@ -7,7 +7,8 @@ preset paper of generate.py turns off all that acts in generation.
     DCT statistics     pooled beside the features of E_deg
     JPEG grid          the place of each pixel in its block, for Rec_lr and M
     kernels            filters with a given transfer function, for Rec_lr
-    remainder, grain   noise and JPEG on generated LR
+    noise by detail    in place of what no filter of HR explains, for S and the calibration
+    grain              noise and JPEG on generated LR
 """
 
 import math
@@ -234,21 +235,27 @@ class Calibration:
     uncompressed: int = 100  # JPEG quality that the head can't tell from no compression
 
 
-def add_remainder(lr: Tensor, size: float, draws: Sequence[torch.Generator]) -> Tensor:
-    """Add noise that replaces the detail in real LR which no filter of HR explains.
-
-    Networks that are trained on LR without it learn to invert the filter, which real LR does not
-    allow. Measured on RealSR and DRealSR, its std above .15 cycles per pixel is
-    1.1 times the root of the local std of brightness (5 x 5 pixels), both in levels, from flat
-    surfaces to edges; its channels have a correlation of .7.
-    """
+def local_detail(image: Tensor, side: int) -> Tensor:
+    """Std of brightness in windows of this side, of images (B, 3, h, w): (B, 1, h, w)."""
 
     def mean(x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, 5, 1, padding=2, count_include_pad=False)
+        return F.avg_pool2d(x, side, 1, padding=side // 2, count_include_pad=False)
 
-    value = 255 * lr.mean(1, keepdim=True)
-    std = size / 255 * mean((value - mean(value)).square()).pow(1 / 4)
-    colour, gray = randn_rows(lr, draws), randn_rows(lr[:, :1], draws)
+    y = image.mean(1, keepdim=True)
+    return mean((y - mean(y)).square()).sqrt()
+
+
+def noise_by_detail(lr: Tensor, draw: torch.Generator, size: Tensor | float = 1.1) -> Tensor:
+    """Add noise to LR (B, 3, h, w) of the size that the remainder of real LR has.
+
+    The remainder is what no filter of HR explains. Measured on RealSR and DRealSR, its std above
+    .15 cycles per pixel is 1.1 (`size`) times the root of the local std of brightness, both in
+    levels, from flat surfaces to edges; its channels have a correlation of .7.
+    """
+    std = size / 255 * (255 * local_detail(lr, 5)).sqrt()
+    colour, gray = (
+        torch.randn(len(lr), n, *lr.shape[2:], generator=draw, device=lr.device) for n in (3, 1)
+    )
     return (lr + std * (math.sqrt(0.3) * colour + math.sqrt(0.7) * gray)).clamp(0, 1)
 
 

@@ -44,6 +44,7 @@ from bench.metrics import (  # noqa: F401  (names of benchmark, too)
 )
 from bench.mtf import table_mtf
 from bench.pictures import table_pictures
+from bench.remainder import table_remainder
 from bench.separation import table_extractors
 from bench.sr import sr_network  # noqa: F401
 from common import require
@@ -63,6 +64,7 @@ TRAINED: dict[str, Table] = {
 TABLES = TRAINED | {
     **dict.fromkeys(("2", "6", "sampling"), table_generated),
     "mtf": table_mtf,
+    **dict.fromkeys(("remainder", "leak"), table_remainder),
     "factors": table_factors,
     "extractors": table_extractors,
     "leakage": table_leakage,

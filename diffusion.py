@@ -9,7 +9,8 @@ this condition. M and the U-Net are trained, small parts of the extractors fine-
 
 --as-printed, which --preset paper sets, removes these additions to the paper:
 
-    Algorithm 1  half of a batch are synthetic pairs: content from HR, F_deg from another scene
+    Algorithm 1  a real LR image gets the content of an HR image that a network S makes of it, not
+                 its own; half of a batch are synthetic pairs, with F_deg from another scene
     M            also sees the output of Rec_lr, and the position in the 8 x 8 blocks of JPEG
 """
 
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import additions
 import extractors
 from additions import Calibration
 from common import require
@@ -258,8 +260,25 @@ class UNet(nn.Module):
 # ---- the model ----------------------------------------------------------------------------------
 
 
+class Enlarger(nn.Module):
+    """S, not in the paper: enlarges LR images 4 times, so that real LR gets an HR image."""
+
+    def __init__(self, channels: int, blocks: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, channels, 3, padding=1)
+        self.body = nn.Sequential(*[extractors.PlainBlock(channels) for _ in range(blocks)])
+        self.last = nn.Conv2d(channels, 3 * 16, 3, padding=1)
+        for p in self.last.parameters():
+            nn.init.zeros_(p)
+
+    def forward(self, lr: Tensor) -> Tensor:
+        """lr (B, 3, h, w) in [0, 1] -> hr_hat (B, 3, 4h, 4w), not clamped."""
+        detail = F.pixel_shuffle(self.last(self.body(self.first(lr - 0.5))), 4)
+        return resized(lr, *detail.shape[2:]) + detail.float()
+
+
 class DecoupledDDPM(nn.Module):
-    """The extractors, the modulation block M and the U-Net."""
+    """The extractors, the modulation block M and the U-Net; S, unless trained as printed."""
 
     def __init__(
         self, nets: extractors.Extractors, stage_1: extractors.Config, cfg: "Config"
@@ -268,11 +287,13 @@ class DecoupledDDPM(nn.Module):
         self.extractors, self.widths, self.t_max = nets, cfg.widths, cfg.t_max
         self.without, self.as_printed, self.z = cfg.without, cfg.as_printed, stage_1.vq_z
         self.calibration = Calibration()  # load() gives that of the weights
-        c_in = stage_1.vq_z + 4 * (not cfg.as_printed)
+        c_in = stage_1.vq_z + 3 * (not cfg.as_printed)
         self.modulation = extractors.ModulationBlock(
             c_in, stage_1.deg_dim, cfg.mod_channels, cfg.cond_channels, not cfg.as_printed
         )
         self.unet = UNet(cfg.cond_channels, cfg.widths, cfg.blocks, cfg.attention)
+        if not cfg.as_printed:
+            self.enlarger = Enlarger(cfg.enlarger_channels, cfg.enlarger_blocks)
 
     def content(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """F_cont (B, z, H/4, W/4) of images (B, 3, H, W); zeros in the ablation without it.
@@ -286,15 +307,15 @@ class DecoupledDDPM(nn.Module):
     def condition(self, degradation: Tensor, content: Tensor, lr_hat: Tensor) -> Tensor:
         """c = M(F_deg, F_cont): (B, D), (B, z, h, w) -> (B, C, h, w). Eq. (7)-(8).
 
-        lr_hat (B, 4, h, w) is the output of Rec_lr, in the form of masked(). The ablations (Table
-        4) replace F_deg or F_cont by zeros; without both this is the diffusion of SynDiff
-        (arXiv:2303.06994).
+        lr_hat (B, 3, h, w) in [0, 1] is the output of Rec_lr. The ablations (Table 4) replace F_deg
+        or F_cont by zeros; without both this is the diffusion of SynDiff (arXiv:2303.06994).
         """
         degradation = degradation * ("degradation" not in self.without)
         content = content * ("content" not in self.without)
         # Deviation: M also sees the output of Rec_lr, so that the U-Net has only to correct it.
         if not self.as_printed:
-            content = torch.cat([content, lr_hat * (not self.without)], dim=1)
+            start = to_signed(lr_hat.float()) * (not self.without)
+            content = torch.cat([content, start], dim=1)
         return self.modulation(degradation, content)
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
@@ -308,27 +329,64 @@ def finetuned(nets: extractors.Extractors) -> list[nn.Parameter]:
     return [*first.parameters(), *nets.e_deg.mapping[-1].parameters()]
 
 
-# x_0 (B, 3, h, w) in [0, 1], F_deg (B, D), F_cont (B, z, h, w), lr_hat of masked() (B, 4, h, w)
+# x_0 (B, 3, h, w) in [0, 1], F_deg (B, D), F_cont (B, z, h, w), output of Rec_lr (B, 3, h, w)
 Example = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def masked(lr_hat: Tensor) -> Tensor:
-    """The output of Rec_lr (B, 3, h, w) in [-1, 1], plus a mask: 1 present, 0 absent."""
-    x = to_signed(lr_hat.float().clamp(0, 1))
-    return torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
 
 
 def real_example(
     net: DecoupledDDPM, lr: Tensor, generator: torch.Generator | None = None
 ) -> Example:
-    """Algorithm 1: content and degradation are those of the real LR image to be generated.
-
-    There is no HR image, so there is no output of Rec_lr.
-    """
+    """Algorithm 1 as printed: content and degradation are those of the LR image to be generated."""
     h, w = lr.shape[2:]
     # Not in the paper: E_cont reads an LR image at 4 times its size, as in stage 1.
     content = net.content(resized(lr, 4 * h, 4 * w), generator)
-    return lr, net.extractors.e_deg(lr), content, lr.new_zeros(len(lr), 4, h, w)
+    return lr, net.extractors.e_deg(lr), content, torch.zeros_like(lr)
+
+
+def back_translated_example(
+    net: DecoupledDDPM, lr: Tensor, hr: Tensor, generator: torch.Generator
+) -> Example:
+    """A real LR image, to be made of an HR image that it could have; hr: HR photos of others.
+
+    lr (B, 3, 2h, 2w): a corner is to be generated, and F_deg is that of all of it.
+    """
+    degradation = net.extractors.e_deg(lr)
+    x_0 = lr[:, :, : lr.shape[2] // 2, : lr.shape[3] // 2]
+    hr_hat = plausible_hr(net, x_0, hr, degradation, generator)
+    return x_0, degradation, *start(net, hr_hat, degradation, generator)
+
+
+def start(
+    net: DecoupledDDPM, hr: Tensor, degradation: Tensor, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """F_cont (B, z, h, w), and the output of Rec_lr (B, 3, h, w) in [0, 1], softened."""
+    content = net.content(hr, generator)
+    lr_hat = net.extractors.reconstruct(degradation, hr, content).float()
+    return content, additions.soften(lr_hat, net.calibration.soften).clamp(0, 1)
+
+
+@torch.no_grad()
+def plausible_hr(
+    net: DecoupledDDPM, lr: Tensor, hr: Tensor, degradation: Tensor, generator: torch.Generator
+) -> Tensor:
+    """HR images (B, 3, 4h, 4w) that the real LR images (B, 3, h, w) could have.
+
+    S returns a mean, in which all of the LR image can be read. So each image also gets the error
+    that S makes on LR of an HR photo, scaled by the root of local detail: the detail that S can't
+    know is another one then, as if it were drawn.
+    """
+    other = noisy_lr(net, hr, degradation, generator)
+    hr_hat, other = net.enlarger(torch.cat([lr, other])).clamp(0, 1).chunk(2)
+    here, there = (additions.local_detail(x, 9) + 1 / 255 for x in (hr_hat, other))
+    return (hr_hat + (hr - other) * (here / there).sqrt().clamp(max=3)).clamp(0, 1)
+
+
+def noisy_lr(
+    net: DecoupledDDPM, hr: Tensor, degradation: Tensor, generator: torch.Generator
+) -> Tensor:
+    """LR (B, 3, h, w) of HR photos by Rec_lr, with noise in place of what the diffusion adds."""
+    size = 0.55 * 4 ** torch.rand(len(hr), 1, 1, 1, generator=generator, device=hr.device)
+    return additions.noise_by_detail(start(net, hr, degradation)[1], generator, size)
 
 
 @torch.no_grad()
@@ -338,9 +396,18 @@ def synthetic_example(
     """A synthetic pair as in generation: content from HR, degradation from another scene's LR."""
     both = torch.cat([hr, hr.roll(1, dims=0)])
     lr, reference = extractors.degrade_randomly(both, recipes, generator, groups=2)[0].chunk(2)
-    degradation, content = net.extractors.e_deg(reference), net.content(hr)
-    lr_hat = net.extractors.reconstruct(degradation, hr, content)
-    return lr, degradation, content, masked(lr_hat)
+    degradation = net.extractors.e_deg(reference)
+    return lr, degradation, *start(net, hr, degradation)
+
+
+def enlarger_loss(
+    net: DecoupledDDPM, lr: Tensor, hr: Tensor, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """S must find HR photos in their LR, which Rec_lr makes with the degradation of real LR."""
+    with torch.no_grad():
+        made = noisy_lr(net, hr, net.extractors.e_deg(lr), generator)
+    hr_hat = net.enlarger(made)
+    return {"loss": F.l1_loss(hr_hat, hr), "psnr": extractors.psnr_of(F.mse_loss(hr_hat, hr))}
 
 
 def ddpm_loss(
@@ -360,12 +427,15 @@ def decoupled_loss(
     net: DecoupledDDPM, lr: Tensor, hr: Tensor | None, cfg: "Config", generator: torch.Generator
 ) -> dict[str, Tensor]:
     """The loss of stage 2: on real LR images and, if HR images are given, on synthetic pairs."""
-    examples = [real_example(net, lr, generator)]
-    # Deviation: half of the batch are synthetic pairs, where Algorithm 1 has real LR images alone,
-    # because the content of a real LR image already contains its blur and noise: the U-Net could
-    # ignore F_deg.
-    if hr is not None:
-        examples.append(synthetic_example(net, hr, cfg.recipes, generator))
+    # Deviation: Algorithm 1 takes the content of the real LR image itself. That already contains
+    # the blur and noise, so the U-Net would learn to copy them, not to make them.
+    if hr is None:
+        examples = [real_example(net, lr, generator)]
+    else:
+        examples = [
+            back_translated_example(net, lr, hr, generator),
+            synthetic_example(net, hr, cfg.recipes, generator),
+        ]
     x_0, degradation, content, lr_hat = map(torch.cat, zip(*examples, strict=True))
     return ddpm_loss(net, x_0, net.condition(degradation, content, lr_hat), cfg, generator)
 
@@ -373,13 +443,11 @@ def decoupled_loss(
 @torch.no_grad()
 def sampled_swap_grid(net: DecoupledDDPM, lr: Tensor, hr: Tensor, path: Path) -> dict[str, Tensor]:
     """Picture of LR from a short chain: degradation of each row's LR, content of each column."""
-    nets, B = net.extractors, len(hr)
-    content, t_start = nets.content(hr), [min(net.t_max, 100)] * B
-    made = []
-    for degradation in nets.e_deg(lr)[:, None].expand(-1, B, -1):
-        start = nets.reconstruct(degradation, hr, content).float()
-        c, draws = net.condition(degradation, content, masked(start)), map(make_generator, range(B))
-        made.append(sample(net, start, c, t_start, 10, [*draws]))
+    B, made = len(hr), []
+    for degradation in net.extractors.e_deg(lr)[:, None].expand(-1, B, -1):
+        content, lr_hat = start(net, hr, degradation)
+        c, draws = net.condition(degradation, content, lr_hat), map(make_generator, range(B))
+        made.append(sample(net, lr_hat, c, [min(net.t_max, 100)] * B, 10, [*draws]))
     extractors.save_swap_grid(path, lr, made)
     return {}
 
@@ -400,11 +468,13 @@ class Config(TrainingConfig):
     recipes: tuple[str, ...] = ("realesrgan",)  # of D, for synthetic pairs
     without: tuple[str, ...] = ()  # ablation: degradation, content or both are not given
     steps: int = 240_000  # 100 epochs of 152,000 crops in batches of 64
+    enlarger_steps: int = 10_000  # of S, before; not as printed
     # A.3 says 8 on 8 GPUs, Section 3.1 says 16 on 16, and neither says whether for one GPU or for
     # all. Here it is A.3's, for one.
     batch_size: int = 8  # per process, 8 of which give the paper's 64; 0: 256 on a GPU, else 16
     crop: int = 256  # LR crop, pixels
     learning_rate: float = 1e-4  # of M and the U-Net
+    enlarger_learning_rate: float = 1e-3
     finetune_learning_rate: float = 1e-6  # of parts of the extractors; 0 freezes them
     t_max: int = 500  # largest step of noise
     t_power: float = 1.0  # t = t_max * u^t_power, u uniform
@@ -413,6 +483,8 @@ class Config(TrainingConfig):
     attention: tuple[int, ...] = (2, 3)  # resolutions with attention
     mod_channels: int = 128
     cond_channels: int = 64  # channels of c
+    enlarger_channels: int = 64
+    enlarger_blocks: int = 16
     ema_decay: float = 0.9999
 
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (*TrainingConfig.MAY_CHANGE, "checkpoint")
@@ -421,14 +493,15 @@ class Config(TrainingConfig):
 SMALL: dict = {
     "steps": 1000, "batch_size": 0, "crop": 48, "learning_rate": 5e-4, "widths": (32, 64, 128),
     "attention": (2,), "mod_channels": 48, "cond_channels": 16, "ema_decay": 0.998,
-    "compile": False, "save_every": 100,
+    "compile": False, "save_every": 100, "enlarger_steps": 800, "enlarger_channels": 40,
+    "enlarger_blocks": 8,
 }  # fmt: skip
 PRESETS: dict[str, dict] = {
     "small": SMALL
     | {
         "as_printed": False,
         "recipes": ("realesrgan", "camera", "wide"),
-        "t_power": 2.0,
+        "t_power": 3.0,
         "cooldown": 0.5,
     },
     "paper": {},
@@ -436,9 +509,11 @@ PRESETS: dict[str, dict] = {
 }
 RANGES = TRAINING_RANGES | {
     "steps": (0, 2**31), "batch_size": (2, 2**20), "crop": (16, 2**12), "learning_rate": (0, 1),
-    "finetune_learning_rate": (0, 1), "t_max": (1, 1000), "t_power": (0.01, 100),
+    "finetune_learning_rate": (0, 1), "enlarger_learning_rate": (0, 1),
+    "t_max": (1, 1000), "t_power": (0.01, 100),
     "widths": (1, 2**12), "blocks": (1, 64), "attention": (0, 15), "mod_channels": (1, 2**12),
-    "cond_channels": (1, 2**12),
+    "cond_channels": (1, 2**12), "enlarger_steps": (0, 2**31), "enlarger_channels": (1, 2**12),
+    "enlarger_blocks": (0, 256),
 }  # fmt: skip
 
 
@@ -466,14 +541,15 @@ def load(state: dict, name: str) -> DecoupledDDPM:
     config = state["config"]
     is_stage_2 = isinstance(config, dict) and "extractors" in config
     require(is_stage_2, f"{name}: not a checkpoint of diffusion.py (give that one).")
-    settings = {key: value for key, value in config.items() if key not in ("extractors", "began")}
+    facts = ("extractors", "began", "calibration")
+    settings = {key: value for key, value in config.items() if key not in facts}
     cfg = from_dict(Config, settings, name)
     check(cfg, f"{name}: ")
     stage_1 = extractors.stored_config(config["extractors"], name)
     with torch.device("meta"):  # nothing is allocated before the shapes are checked
         net = DecoupledDDPM(extractors.Extractors(stage_1), stage_1, cfg)
     put_weights(net, state, name)
-    net.calibration = from_dict(Calibration, state["calibration"], name)
+    net.calibration = from_dict(Calibration, config.get("calibration", {}), name)
     return net
 
 
@@ -490,22 +566,26 @@ def train(cfg: Config, rt: Runtime) -> None:
     nets = extractors.load(state, str(path))
     stage_1 = extractors.stored_config(state["config"], str(path))
     net, out = DecoupledDDPM(nets, stage_1, cfg), Path(cfg.out)
+    net.calibration = from_dict(Calibration, state["calibration"], str(path))
     if cfg.start_from:
         load_weights(net, cfg.start_from, "--start-from")
         nets.load_state_dict(state["ema"])
     began = fingerprint(net if cfg.start_from else nets)
 
-    lock_runs(out, ["last"], rt)
+    lock_runs(out, ["enlarger", "last"] if use_hr else ["last"], rt)
     share = cfg.batch_size // (1 + use_hr)
     files = outside(find_photos(cfg.lr, "lr", "--lr", packed=True), out, "--lr")
     photos = Photos(files, out / "photos/lr", rt)
-    crops = [Crops(photos, cfg.crop, share, cfg.seed)]
+    crops = [
+        Crops(photos, cfg.crop, share, cfg.seed, scale=1 + use_hr)
+    ]  # F_deg is of twice the side
     if use_hr:
         files = outside(find_photos(cfg.hr, "hr", "--hr", packed=True), out, "--hr")
         photos = Photos(files, out / "photos/hr", rt)
         crops.append(Crops(photos, cfg.crop, share, cfg.seed, stream=1, scale=4))
     shown = [c.batch(10**9, 3).to(rt.device).float() / 255 for c in crops]
     shown_hr = shown[1] if use_hr else resized(shown[0], 4 * cfg.crop, 4 * cfg.crop)
+    shown_lr = shown[0][..., : cfg.crop, : cfg.crop]
     tuned = finetuned(nets)
     groups = [
         {"params": [*net.modulation.parameters(), *net.unet.parameters()], "lr": cfg.learning_rate},
@@ -523,9 +603,22 @@ def train(cfg: Config, rt: Runtime) -> None:
         networks = [net.unet, net.modulation, nets.e_deg, encoder.down, encoder.mid]
         compile_networks(networks, rt)
     # Not in the paper: Run takes AdamW, clipped gradients and an average of the weights.
+    net.to(rt.device)
+    if use_hr:  # S, on LR of HR photos
+        learned = [{"params": [*net.enlarger.parameters()], "lr": cfg.enlarger_learning_rate}]
+        run = Run(
+            cfg, rt, net.enlarger, learned, out / "enlarger.pt", cfg.enlarger_steps, began=began,
+            extractors=state["config"], calibration=state["calibration"],
+        )  # fmt: skip
+        for lr, hr, draw in run.batches(*crops, least=2):
+            with rt.autocast(cfg.bf16):
+                losses = enlarger_loss(net, lr, hr, draw)
+            run.update(losses)
+        began = fingerprint(net)
     run = Run(
         cfg, rt, net, groups, out / "last.pt", cfg.steps, began=began, extractors=state["config"],
-        preview=lambda: sampled_swap_grid(net, shown[0], shown_hr, out / "last.png"),
+        calibration=state["calibration"],
+        preview=lambda: sampled_swap_grid(net, shown_lr, shown_hr, out / "last.png"),
     )  # fmt: skip
     for lr, *hr, draw in run.batches(*crops):
         with rt.autocast(cfg.bf16):

@@ -70,17 +70,14 @@ class Sampler:
     """How LR is made. The defaults are the best measured; the preset paper has the paper's."""
 
     start: str = "reconstruct"  # start image: reconstruct (Rec_lr), or D: realesrgan (paper), light
-    t_start: int = 2  # T, steps of noise on it; behind D each image draws its own from 0..T
-    num_steps: int = 1  # network evaluations
-    eta: float = 0.0  # 0 is DDIM; 1 with as many evaluations as steps is DDPM (the paper)
+    t_start: int = 30  # T, steps of noise on it; behind D each image draws its own from 0..T
+    num_steps: int = 10  # network evaluations
+    eta: float = 1.0  # 0 is DDIM; 1 with as many evaluations as steps is DDPM (the paper)
     candidates: int = 1  # K, of which the filter keeps the best
     grain: bool = True  # add the noise and JPEG that E_deg reads in the reference; the paper: no
-    soften: tuple[float, ...] = ()  # five amplitudes (default: the weights' own); paper: 1 1 1 1 1
-    remainder: float = 1.1  # strength of the noise that replaces unexplained detail; the paper: 0
     average: int = 8  # mean F_deg of up to this many references of the same folder; the paper: 1
 
 
-NOT_SOFTENED = (1.0,) * 5
 STARTS = ("reconstruct", "realesrgan", "light")
 PAIRINGS = ("photo", "folder")
 CANDIDATES = 4  # K where the filter is to have a choice. Not in the paper: how many.
@@ -172,9 +169,8 @@ def generate(
         content = nets.content(hr)  # F_cont (B, z, H/4, W/4)
         grid = content.shape[2:]
         lr_hat = in_tiles(partial(nets.reconstruct, degradation), grid, hr, content).float()
-        lr_hat = additions.soften(lr_hat, sampler.soften or net.calibration.soften).clamp(0, 1)
-        masked = diffusion.masked(lr_hat)
-        c = in_tiles(partial(net.condition, degradation), grid, content, masked)
+        lr_hat = additions.soften(lr_hat, net.calibration.soften).clamp(0, 1)
+        c = in_tiles(partial(net.condition, degradation), grid, content, lr_hat)
         x, t_start = start_images(hr, lr_hat, sampler, seeds)
 
         def eps(x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
@@ -185,7 +181,9 @@ def generate(
         )
         t_start, draws = [t for t in t_start for _ in range(K)], generators(hr.device, seeds, K)
         lr = diffusion.sample(eps, x, c, t_start, sampler.num_steps, draws, sampler.eta)
-        lr = with_remainder_and_grain(net, lr[..., :h, :w], degradation, sampler, seeds)
+        lr = lr[..., :h, :w]
+        if sampler.grain:
+            lr = with_grain(net, lr, degradation, generators(hr.device, seeds, K, 1))
 
         candidates = lr.unflatten(0, (B, K))
         if K == 1 and not scored:
@@ -241,18 +239,13 @@ def generators(
     return [make_generator(seed, k, *purpose, device=device) for seed in seeds for k in range(K)]
 
 
-def with_remainder_and_grain(
-    net: DecoupledDDPM, lr: Tensor, degradation: Tensor, sampler: Sampler, seeds: Sequence[int]
+def with_grain(
+    net: DecoupledDDPM, lr: Tensor, degradation: Tensor, draws: Sequence[torch.Generator]
 ) -> Tensor:
-    """Not in the paper: noise and JPEG on generated LR (B K, 3, h, w), as the sampler says."""
-    K, nets = sampler.candidates, net.extractors
-    if sampler.remainder > 0:
-        lr = additions.add_remainder(lr, sampler.remainder, generators(lr.device, seeds, K, 2))
-    if sampler.grain:
-        wanted, draws = nets.effects(degradation), generators(lr.device, seeds, K, 1)
-        read = lambda x: nets.effects(nets.e_deg(x))  # noqa: E731
-        lr = additions.add_grain(lr, wanted, read, net.calibration, draws)
-    return lr
+    """Not in the paper: the noise and JPEG of the references on generated LR (B K, 3, h, w)."""
+    nets = net.extractors
+    read = lambda x: nets.effects(nets.e_deg(x))  # noqa: E731
+    return additions.add_grain(lr, nets.effects(degradation), read, net.calibration, draws)
 
 
 def load_generator(checkpoint: str, device: torch.device, grain: bool = False) -> DecoupledDDPM:
@@ -273,8 +266,8 @@ def check_grain(net: DecoupledDDPM, name: str) -> None:
     headless = f"{name}: E_deg as printed can't read noise and JPEG"
     require(not net.extractors.as_printed, f"{headless}: give --preset paper, or --no-grain.")
     if net.calibration == additions.Calibration():
-        no = "not calibrated, so nothing is softened, and noise and JPEG are added even if faint"
-        print_once(f"{name}: {no}: python -m tools.calibrate --checkpoint {name}")
+        no = "nothing is softened, and noise and JPEG are added even if faint"
+        print_once(f"{name}: E_deg was not calibrated (tools.calibrate), so {no}")
 
 
 def with_sampler_of(net: DecoupledDDPM, cfg: S, name: str) -> S:
@@ -390,15 +383,13 @@ class Config(Sampler):
 PRESETS: dict[str, dict] = {
     "fast": {},
     "paper": {"start": "realesrgan", "t_start": 300, "num_steps": 300, "eta": 1.0,
-              "candidates": CANDIDATES, "grain": False, "soften": NOT_SOFTENED,
-              "remainder": 0.0, "average": 1},
+              "candidates": CANDIDATES, "grain": False, "average": 1},
     # arXiv:2303.06994, with weights of diffusion.py --without content degradation.
-    "syndiff": {"start": "light", "t_start": 250, "num_steps": 12, "grain": False, "candidates": 1,
-                "soften": NOT_SOFTENED, "remainder": 0.0, "average": 1},
+    "syndiff": {"start": "light", "t_start": 250, "num_steps": 12, "eta": 0.0, "candidates": 1,
+                "grain": False, "average": 1},
 }  # fmt: skip
 RANGES = {"t_start": (0, 1000), "num_steps": (1, 1000), "candidates": (1, 1000), "eta": (0, 1),
-          "soften": (0, 4), "remainder": (0, 64), "average": (1, 2**31),
-          "max_error": (0, math.inf)}  # fmt: skip
+          "average": (1, 2**31), "max_error": (0, math.inf)}  # fmt: skip
 
 
 @dataclass
@@ -423,8 +414,6 @@ def check_config(cfg: Config) -> None:
     require(cfg.start in STARTS, f"--start {cfg.start}: choose {', '.join(STARTS)}.")
     require(cfg.pairing in PAIRINGS, f"--pairing {cfg.pairing}: choose {', '.join(PAIRINGS)}.")
     require(len(cfg.max_error) == 2, "--max-error takes two: content, degradation.")
-    five = "--soften takes five: at .1, .2, .3, .4 and .5 cycles per LR pixel."
-    require(len(cfg.soften) in (0, 5), five)
 
 
 def pairs_to_make(cfg: Config, files: Sequence[Path]) -> list[Job]:
@@ -470,8 +459,7 @@ class Maker:
         self.jobs = pairs_to_make(cfg, files)
         limits = [None if limit == math.inf else limit for limit in cfg.max_error]
         self.settings = {f.name: getattr(cfg, f.name) for f in fields(Sampler)}
-        soften = cfg.soften or net.calibration.soften
-        self.settings |= {"soften": [*soften], "pairing": cfg.pairing, "max_error": limits}
+        self.settings |= {"pairing": cfg.pairing, "max_error": limits}
         self.settings |= {"seed": cfg.seed, "weights": fingerprint(weights)}
         names = [job.name for job in self.jobs]
         places = ("source", "lr_ref", "averaged")

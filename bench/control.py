@@ -179,7 +179,7 @@ def text_of_control(result: dict[str, Any], inputs: Inputs) -> str:
 {inputs.split_text()}Trained on the pairs that give references and have another scene ({trained}).
 Steps: {steps}; seeds: {seeds}. {meaningless(network, inputs.cfg)}The share of the gap is
 (x - bicubic) / (real - bicubic). RealDGen takes the mean F_deg of up to {inputs.sampler.average}
-other scenes of the same camera, or F_deg of one of them. T=0 has neither diffusion nor remainder.
+other scenes of the same camera, or F_deg of one of them. T=0 has no diffusion.
 * is fitted to the real LR: a Gaussian, or a kernel of {TAPS} x {TAPS} HR pixels by least squares.
 Noise is added to LR of a kernel; its std is in levels of 255.
 {left_out_text()}"""

@@ -5,6 +5,7 @@ In: HR photos and the generator; no pairs. Out: the table factors.
     python benchmark.py --table factors --hr data/hr
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -185,10 +186,12 @@ def table_factors(name: str, inputs: Inputs) -> Measure:
     inputs.check_steps(*inputs.t_starts)
 
     def generating(net: diffusion.DecoupledDDPM, sampler: generate.Sampler) -> LRMaker:
-        # D makes these references, so they have no unexplained detail. Both settings are for that.
-        bare = replace(sampler, soften=generate.NOT_SOFTENED, remainder=0.0, candidates=1)
+        # D makes these references, so they have no unexplained detail, for which LR is softened.
+        bare = copy.copy(net)
+        bare.calibration = replace(net.calibration, soften=additions.Calibration.soften)
+        sampler = replace(sampler, candidates=1)
         return lambda hr, lr_ref, theta, seeds: generate.chosen(
-            *generate.generate(net, hr, lr_ref, bare, seeds)
+            *generate.generate(bare, hr, lr_ref, sampler, seeds)
         )
 
     def starting(t_start: int) -> generate.Sampler:
@@ -238,7 +241,7 @@ References are other scenes, degraded with one factor at {LEVELS} levels:
 the value measured in LR. It is computed for each content and noise; the table has the mean and the
 lowest. The next two columns are means of the measured values; of jpeg that is blockiness, 1 for
 none. Fine detail is the median |Laplacian|, relative to D(X, theta). The row truth is D(X, theta)
-itself. T=0 is Rec_lr without diffusion, with grain unless --no-grain is given. All rows are without
---remainder and --soften. The row as printed has weights of {AS_PRINTED}, and the sampler of
+itself. T=0 is Rec_lr without diffusion, with grain unless --no-grain is given. No row is
+softened. The row as printed has weights of {AS_PRINTED}, and the sampler of
 --preset paper; without this file there is no such row.
 """

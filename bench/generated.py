@@ -69,8 +69,8 @@ def realdgen(net: diffusion.DecoupledDDPM, sampler: generate.Sampler) -> Synthes
 
 
 def without_diffusion(sampler: generate.Sampler) -> generate.Sampler:
-    """The sampler with T = 0 and no remainder: the output of Rec_lr, softened, with grain."""
-    return replace(sampler, t_start=0, start="reconstruct", remainder=0.0)
+    """The sampler with T = 0: the output of Rec_lr, with grain."""
+    return replace(sampler, t_start=0, start="reconstruct")
 
 
 def syntheses(net: diffusion.DecoupledDDPM, sampler: generate.Sampler) -> dict[str, Synthesis]:
@@ -243,7 +243,7 @@ def rows_of_sampling(pairs: list[Pair], inputs: Inputs) -> Rows:
     cfg = inputs.cfg
     other = with_other_scenes(pairs, cfg.seed)
     other = other[:: max(1, len(other) // cfg.images)][: cfg.images]
-    plain = replace(inputs.sampler, candidates=1, eta=0.0, start="reconstruct", remainder=0.0)
+    plain = replace(inputs.sampler, candidates=1, eta=0.0, start="reconstruct")
     samplers = {
         "T=0": replace(plain, t_start=0),
         "T=0 without grain": replace(plain, t_start=0, grain=False),

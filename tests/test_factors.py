@@ -83,7 +83,7 @@ def test_a_network_that_obeys_its_reference_scores_high_another_one_near_0(
     cfg = Config(**vars(sampler), hr=(str(tmp_path),), t_starts=(0, 9), crop=48)
     inputs = Inputs(resolved(cfg, CPU), CPU)
     rows = factors.table_factors("factors", inputs)()[0]["rows"]
-    alone = replace(sampler, candidates=1, soften=generate.NOT_SOFTENED, remainder=0.0)
+    alone = replace(sampler, candidates=1)
     no_diffusion = replace(alone, t_start=0, start="reconstruct")
     assert set(samplers) == {no_diffusion, replace(alone, t_start=9)}
     assert [row["factor"] for row in rows[::3]] == list(factors.FACTORS)

@@ -49,7 +49,7 @@ STAGE_2 = diffusion.Config(
 CONFIG = asdict(STAGE_2) | {"extractors": asdict(STAGE_1)}
 CALIBRATION = additions.Calibration((1.07, 1.02, 0.94, 0.79, 0.62), faint=3.0, uncompressed=88)
 # LR is the output of Rec_lr
-PLAIN = Sampler(t_start=0, grain=False, soften=generate.NOT_SOFTENED, remainder=0.0)
+PLAIN = Sampler(t_start=0, grain=False)
 
 
 def uniform(*shape: int, seed: int = 0) -> Tensor:
@@ -212,12 +212,14 @@ def test_lr_hat_is_softened_by_the_amplitudes_of_the_weights(net, monkeypatch):
     lr_hat = 0.5 + 0.08 * torch.randn(1, 3, 128, 128, generator=make_generator(0))
     monkeypatch.setattr(net.extractors, "reconstruct", lambda *_: lr_hat)
     hr, lr_ref = uniform(1, 3, 512, 512), [uniform(3, 40, 40)]
-    given = replace(PLAIN, soften=CALIBRATION.soften)
-    soft, same, plain = (
-        generate.generate(net, hr, lr_ref, sampler, [0])[0][0]
-        for sampler in (replace(PLAIN, soften=()), given, PLAIN)
-    )
-    assert torch.equal(plain, lr_hat) and torch.equal(soft, same)
+    made = []
+    for calibration in (CALIBRATION, additions.Calibration()):
+        monkeypatch.setattr(net, "calibration", calibration)
+        made.append(generate.generate(net, hr, lr_ref, PLAIN, [0])[0][0])
+    soft, plain = made
+    assert torch.equal(plain, lr_hat)
+    in_training = diffusion.start(net, hr, torch.zeros(1, 16))[1]
+    assert torch.equal(in_training, plain)
     torch.testing.assert_close(soft.mean(), lr_hat.mean(), atol=1e-4, rtol=0)
     power = [torch.fft.rfft2(x - x.mean()).abs().square().sum((0, 1)) for x in (soft, plain)]
     radius = (torch.fft.fftfreq(128)[:, None] ** 2 + torch.fft.rfftfreq(128) ** 2).sqrt()
@@ -234,27 +236,21 @@ def test_weights_without_a_calibration_are_not_softened_and_a_sentence_says_so(
     bare = generate.load_generator(str(tmp_path / "last.pt"), torch.device("cpu"), grain=True)
     assert bare.calibration == additions.Calibration()
     printed = capsys.readouterr().out
-    assert "last.pt: not calibrated" in printed and "tools.calibrate" in printed
-    hr, lr_ref = uniform(1, 3, 32, 32), [uniform(3, 16, 16)]
-    default, plain = (
-        generate.generate(bare, hr, lr_ref, replace(PLAIN, soften=soften), [0])[0]
-        for soften in ((), generate.NOT_SOFTENED)
-    )
-    assert torch.equal(default, plain)
+    assert "not calibrated" in printed and "tools.calibrate" in printed
 
 
-def test_the_remainder_grows_with_the_root_of_detail_and_channels_share_it_in_part():
+def test_noise_by_detail_grows_with_the_root_of_detail_and_channels_share_it_in_part():
     """On stripes of 2 pixels the std is known in closed form; flat surfaces stay as they are."""
     stripes = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(64)  # 1.2 from the mean of 5 pixels
     amplitude = torch.tensor([0.0, 4.0, 16.0]) / 255
     x = (0.5 + amplitude[:, None, None, None] * stripes).expand(3, 3, 256, 256)
-    noise = additions.add_remainder(x, 1.1, [make_generator(i) for i in range(3)]) - x
+    noise = additions.noise_by_detail(x, make_generator(0)) - x
     assert 255 * noise[0].abs().max() < 0.05
     for i, levels in ((1, 4.0), (2, 16.0)):
         std = 1.1 * math.sqrt(1.2 * levels)
         assert 255 * noise[i].std((1, 2)) == pytest.approx(std * np.ones(3), rel=0.03)
         assert torch.corrcoef(noise[i].flatten(1))[0, 1].item() == pytest.approx(0.7, abs=0.02)
-    same = additions.add_remainder(x[1:2, ..., :1, :1], 1.1, [make_generator(0)])  # one pixel
+    same = additions.noise_by_detail(x[1:2, ..., :1, :1], make_generator(0))  # one pixel
     assert torch.equal(same, x[1:2, ..., :1, :1])
 
 
@@ -627,7 +623,6 @@ def test_other_settings_or_weights_need_another_folder(copied, checkpoint):
         (("--checkpoint", "other.pt"), "weights"),
         (("--seed", 1, "--average", 2), "average, seed"),
         (("--average", 1), "average"),
-        (("--soften", 1, 1, 1, 1, 1), "soften"),
         (("--max-error", 1, 1), "max_error"),
         (("--t-start", 21, "--eta", 1), "t_start, eta"),
     ):
@@ -663,7 +658,7 @@ def test_images_that_are_unreadable_or_not_finite_are_skipped_and_counted(
     [
         ("--start foo", "--start"), ("--t-start 501", "--t-start"), ("--candidates 0", "--cand"),
         ("--max-error 1", "--max-error"),
-        ("--soften 1 0.9", "--soften"), ("--lr-ref empty", "--lr-ref"),
+        ("--lr-ref empty", "--lr-ref"),
         ("--lr-ref bad.png", "--lr-ref"), ("--hr bad.png", "none of the HR images"),
         ("--checkpoint missing.pt", "missing.pt"), ("--checkpoint stage_1.pt", "stage_1.pt"),
     ],

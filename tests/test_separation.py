@@ -85,7 +85,7 @@ def test_the_shipped_head_reads_noise_and_compression_as_they_are():
 
 
 def test_a_head_that_reads_twice_the_sharpness_is_calibrated_to_soften_by_a_half(monkeypatch):
-    """It reads LR of the recipe camera: with the remainder, and then without noise and JPEG."""
+    """It reads LR of the recipe camera: with noise by detail, and then without noise and JPEG."""
     original, drawn, photos = calibrate.degrade, [], 3
     clean = []  # what it reads in clean LR of each photo: noise in levels of 255, quality
 

@@ -1,11 +1,11 @@
-"""Measure on weights of stage 2 how far their head misreads LR, and store that with the weights.
+"""Measure on weights of stage 1 how far their head misreads LR, and store that with the weights.
 
-In: clean HR photos and a checkpoint of diffusion.py. Out: the same checkpoint with a calibration,
-which generate.py uses (additions.Calibration): five amplitudes that --soften takes by default, the
-noise that the head cannot tell from none, and the JPEG quality that it cannot tell from no
-compression. LR is drawn by the recipe camera, so no pair is needed.
+In: clean HR photos and a checkpoint of extractors.py. Out: the same checkpoint with a calibration
+(additions.Calibration), which diffusion.py takes over and generate.py uses: five amplitudes that
+soften the output of Rec_lr, the noise that the head cannot tell from none, and the JPEG quality
+that it cannot tell from no compression. LR is drawn by the recipe camera, so no pair is needed.
 
-    python -m tools.calibrate --checkpoint runs/diffusion/last.pt --hr data/hr
+    python -m tools.calibrate --checkpoint runs/extractors/last.pt --hr data/hr
 """
 
 import sys
@@ -19,15 +19,15 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import additions
 import extractors
-import generate
 from bench.inputs import middle
 from common import require
-from common.checkpoint import add_fact, find_checkpoint
+from common.checkpoint import add_fact, find_checkpoint, load_checkpoint
 from common.cli import check_ranges, launch
 from common.files import find_photos
 from common.images import load_image
 from common.runtime import Runtime, make_generator
 from degrade import OPERATIONS, degrade, sample_degradation
+from generate import SCALE
 
 DRAWS = 4  # of LR for each photo
 RECIPE = "camera"
@@ -36,14 +36,14 @@ RECIPE = "camera"
 def softening(nets: extractors.Extractors, hr: Tensor, seed: int, number: int) -> list[Tensor]:
     """Transfer functions (DRAWS, 5) of LR of an HR photo (1, 3, H, W), and what the head reads.
 
-    Behind D comes the remainder, which real LR has, too, and which the head takes for sharpness.
+    Behind D comes noise as real LR has it in its detail, which the head takes for sharpness.
     """
     true, read = [], []
     for i in range(DRAWS):
         draw = make_generator(seed, "soften", DRAWS * number + i)
-        theta = sample_degradation(1, RECIPE, generate.SCALE, draw)
+        theta = sample_degradation(1, RECIPE, SCALE, draw)
         lr = degrade(hr, theta, draw)
-        lr = additions.add_remainder(lr, generate.Sampler.remainder, [draw])
+        lr = additions.noise_by_detail(lr, draw)
         true.append(additions.effects_from(additions.effects_of(theta)).transfer)
         read.append(nets.effects(nets.e_deg(lr)).transfer.cpu())
     return [torch.cat(true), torch.cat(read)]
@@ -51,7 +51,7 @@ def softening(nets: extractors.Extractors, hr: Tensor, seed: int, number: int) -
 
 def read_in_clean_lr(nets: extractors.Extractors, hr: Tensor, draw: torch.Generator) -> list[float]:
     """Noise std in levels of 255 and JPEG quality that the head reads in LR that has neither."""
-    theta = sample_degradation(1, RECIPE, generate.SCALE, draw)
+    theta = sample_degradation(1, RECIPE, SCALE, draw)
     clean = [OPERATIONS[k].partition(" ")[0] in ("blur", "resize") for k in theta.order[0].tolist()]
     theta.order[0] *= torch.tensor(clean)
     effects = nets.effects(nets.e_deg(degrade(hr, theta, draw)))
@@ -84,7 +84,7 @@ def calibrate(
 class Config:
     """Settings of the command; every field is a flag."""
 
-    checkpoint: str = ""  # weights to calibrate (default: runs/diffusion, else data/pretrained)
+    checkpoint: str = ""  # weights to calibrate (default: runs/extractors, else data/pretrained)
     hr: tuple[str, ...] = ()  # HR photos (default: data/hr, else data/sample/hr)
     crop: int = 128  # side of the LR images, pixels; smaller photos are left out
     soften: tuple[float, ...] = ()  # five amplitudes to store, in place of the measured ones
@@ -102,12 +102,12 @@ def main(cfg: Config, rt: Runtime) -> None:
     check_ranges(cfg, RANGES)
     require(len(cfg.soften) in (0, 5), "--soften takes five amplitudes.")
     require(rt.world_size == 1, "tools.calibrate is one process: start it without torchrun.")
-    path = find_checkpoint(cfg.checkpoint, "diffusion", "python diffusion.py")
+    path = find_checkpoint(cfg.checkpoint, "extractors", "python extractors.py")
     files = find_photos(cfg.hr, "hr", "--hr")
-    nets = generate.load_generator(str(path), rt.device).extractors
+    nets = extractors.load(load_checkpoint(path), str(path)).to(rt.device).requires_grad_(False)
     printed = f"{path}: weights of --as-printed have no head, so there is nothing to calibrate."
     require(not nets.as_printed, printed)
-    photos, side = [], generate.SCALE * cfg.crop
+    photos, side = [], SCALE * cfg.crop
     order = torch.randperm(len(files), generator=make_generator(cfg.seed)).tolist()
     for file in (files[i] for i in order):
         try:
