@@ -22,7 +22,6 @@ from bench.downstream import (
     check_training,
     folder_of,
     meaningless,
-    print_plan,
     spread_text,
     steps_of,
     tested,
@@ -127,8 +126,7 @@ def table_control(name: str, inputs: Inputs) -> Measure:
     cfg = inputs.cfg
     count = 8 + 2 * len(KERNEL_NOISES) + sum(t > 0 for t in inputs.t_starts)
     count += len(inputs.other_weights)
-    check_training(inputs)
-    print_plan(inputs, cfg.sr[-1:], count * cfg.seeds, "control")
+    check_training(inputs, cfg.sr[-1:], count * cfg.seeds, "control")
     inputs.check_steps(*inputs.t_starts)
     sets = {folder: with_other_scenes(pairs, cfg.seed) for folder, pairs in inputs.train.items()}
     for folder, pairs in sets.items():

@@ -128,12 +128,12 @@ def rows_of(table: str, cfg: Config, sets: Sequence[str]) -> list[Row]:
 # ---- training pairs -----------------------------------------------------------------------------
 
 
-def write_references(inputs: Inputs, out: Path) -> None:
+def write_references(train: dict[str, list[Pair]], out: Path) -> None:
     """Write the pairs that are not tested: references/SET/CAMERA/, paired/{hr,lr}/.
 
     They are hard links; LR of the size of HR is reduced.
     """
-    for name, pairs in inputs.train.items():
+    for name, pairs in train.items():
         for pair in pairs:
             stem = pair.name.replace("/", "_")
             targets = {
@@ -298,19 +298,14 @@ def train_and_test(row: Row, out: Path, inputs: Inputs) -> dict[str, Any]:
     return result
 
 
-def check_training(inputs: Inputs) -> None:
-    """UserError for a wrong flag about the training of networks."""
+def check_training(inputs: Inputs, networks: Sequence[str], count: int, table: str) -> None:
+    """Say what will be trained; UserError for a wrong flag. count: of trainings of each network."""
     cfg = inputs.cfg
     for path in cfg.sr_start_from:
         require(Path(path).is_file(), f"--sr-start-from {path}: no such file.")
         network = sr.read_network(path)["config"]["sr"]
         wrong = f"--sr-start-from {path}: a {network}, which --sr does not name."
         require(network in cfg.sr, wrong)
-
-
-def print_plan(inputs: Inputs, networks: Sequence[str], count: int, table: str) -> None:
-    """Say what a table will train. count: of trainings of each network."""
-    cfg = inputs.cfg
     if inputs.rt.is_main:
         steps = ", ".join(f"{name} {steps_of(name, cfg)} steps" for name in networks)
         print(f"{table}: trainings of each network: {count} ({steps}), unless an earlier run has "
@@ -338,8 +333,7 @@ def table_downstream(table: str, inputs: Inputs) -> Measure:
     cfg = inputs.cfg
     rows = rows_of(table, cfg, [*inputs.sets])
     networks = list(dict.fromkeys(row.network for row in rows))
-    check_training(inputs)
-    print_plan(inputs, networks, cfg.seeds * len(rows) // len(networks), f"table {table}")
+    check_training(inputs, networks, cfg.seeds * len(rows) // len(networks), f"table {table}")
     if any(row.perceptual for row in rows):
         try:
             perceptual_net("LPIPS", "vgg", inputs.device)
@@ -359,7 +353,7 @@ def table_downstream(table: str, inputs: Inputs) -> Measure:
     def measure() -> tuple[dict[str, Any], str]:
         out = folder_of(inputs)
         if inputs.rt.is_main:
-            write_references(inputs, out)
+            write_references(inputs.train, out)
         wait_for_all(inputs.rt)
         bicubic = Row("bicubic enlargement", "none", "")
         results = [asdict(bicubic) | {"runs": [tested(None, inputs, inputs.metrics)]}]

@@ -22,14 +22,7 @@ from tqdm import tqdm
 import degrade
 import generate
 from bench import factors
-from bench.downstream import (
-    check_training,
-    cost_text,
-    enlarging,
-    meaningless,
-    print_plan,
-    train_network,
-)
+from bench.downstream import check_training, cost_text, enlarging, meaningless, train_network
 from bench.generated import left_out_text, other_methods, syntheses
 from bench.inputs import Config, Inputs, Measure
 from bench.pairs import (
@@ -270,8 +263,7 @@ def save_figure(path: Path, result: dict[str, Any]) -> None:
 def table_figure1(name: str, inputs: Inputs) -> Measure:
     """The numbers of both panels, and figure1.png."""
     cfg = inputs.cfg
-    check_training(inputs)
-    print_plan(inputs, [NETWORK], len(GRID), "figure1")
+    check_training(inputs, [NETWORK], len(GRID), "figure1")
     inputs.check_steps()
     photos = inputs.photos
     for folder, pairs in inputs.sets.items():

@@ -164,7 +164,7 @@ def test_test_of_a_release_is_tested_whole_and_train_gives_references(tmp_path, 
         "released: references are of Train (3), tested are all of Test (2).",
         "DRealSR: references are of every other scene (3), tested are the others (2).",
     ]
-    downstream.write_references(inputs, tmp_path / "out")
+    downstream.write_references(inputs.train, tmp_path / "out")
     written = sorted((tmp_path / "out/references/released/P").iterdir())
     files = [tmp_path / f"released/Train_x4/train_LR/P{i}_x1.png" for i in range(3)]
     assert [f.read_bytes() for f in written] == [f.read_bytes() for f in files]
