@@ -127,7 +127,7 @@ def table_control(name: str, inputs: Inputs) -> Measure:
     count = 8 + 2 * len(KERNEL_NOISES) + sum(t > 0 for t in inputs.t_starts)
     count += len(inputs.other_weights)
     check_training(inputs, cfg.sr[-1:], count * cfg.seeds, "control")
-    inputs.check_steps(inputs.sampler.t_start, *inputs.t_starts)
+    inputs.check_steps(*inputs.t_starts)
     sets = {folder: with_other_scenes(pairs, cfg.seed) for folder, pairs in inputs.train.items()}
     for folder, pairs in sets.items():
         require(bool(pairs), f"--pairs {folder}: no camera has three pairs.")

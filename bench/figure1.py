@@ -264,7 +264,7 @@ def table_figure1(name: str, inputs: Inputs) -> Measure:
     """The numbers of both panels, and figure1.png."""
     cfg = inputs.cfg
     check_training(inputs, [NETWORK], len(GRID), "figure1")
-    inputs.check_steps(inputs.sampler.t_start)
+    inputs.check_steps()
     photos = inputs.photos
     for folder, pairs in inputs.sets.items():
         enough = bool(with_other_scenes(pairs, cfg.seed))

@@ -271,8 +271,7 @@ def table_generated(name: str, inputs: Inputs) -> Measure:
     """Table 2, Table 6 or sampling, for each set of pairs."""
     cfg = inputs.cfg
     rows_of = {"2": rows_of_table_2, "6": rows_of_table_6, "sampling": rows_of_sampling}[name]
-    sampled = (*inputs.t_starts, FULL) if name == "sampling" else ()
-    inputs.check_steps(inputs.sampler.t_start, *sampled)
+    inputs.check_steps(*((*inputs.t_starts, FULL) if name == "sampling" else ()))
     metrics = [m for m in inputs.metrics if name != "sampling" or m in METRICS]
     for folder, pairs in inputs.sets.items():
         enough = name == "2" or len(with_other_scenes(pairs, cfg.seed)) > 1

@@ -172,7 +172,7 @@ class Inputs:
     @cached_property
     def sampler(self) -> generate.Sampler:
         """How RealDGen makes LR: by the flags, or without any as the weights want it."""
-        name = self.cfg.checkpoint or "the weights"
+        name = self.cfg.checkpoint or "runs/diffusion/last.pt"
         return generate.with_sampler_of(self.net, sampler_of(self.cfg), name)
 
     @cached_property
@@ -188,9 +188,9 @@ class Inputs:
         return {path: generate.load_generator(str(path), self.device) for path in paths}
 
     def check_steps(self, *t_starts: int) -> None:
-        """UserError for a T that the generator was not trained for; loads other weights, too."""
+        """UserError for the sampler's T or one of these if the generator was not trained for it."""
         assert self.other_weights is not None  # read and checked now
-        T, t_max = max(t_starts), self.net.t_max
+        T, t_max = max([self.sampler.t_start, *t_starts]), self.net.t_max
         require(T <= t_max, f"T = {T}: the weights know {t_max} steps.")
 
     @cached_property

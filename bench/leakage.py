@@ -169,7 +169,7 @@ def leakage(scenes: Sequence[Scene], inputs: Inputs) -> dict[str, dict[str, floa
 
 def table_leakage(name: str, inputs: Inputs) -> Measure:
     """Leakage and diversity, for each set of pairs with enough scenes."""
-    inputs.check_steps(inputs.cfg.t_start)
+    inputs.check_steps()
     sets, left_out = {}, []
     for folder in inputs.sets:
         scenes, cameras = scenes_of(folder, inputs)

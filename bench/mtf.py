@@ -61,7 +61,7 @@ def measure_mtf(pairs: Sequence[Pair], inputs: Inputs) -> dict[str, Any]:
 def table_mtf(name: str, inputs: Inputs) -> Measure:
     """The transfer functions of each set, as a table and as mtf.png."""
     cfg = inputs.cfg
-    inputs.check_steps(inputs.sampler.t_start, *inputs.t_starts)
+    inputs.check_steps(*inputs.t_starts)
     sets = {}
     for folder, pairs in inputs.sets.items():
         sets[folder] = with_other_scenes(pairs, cfg.seed)[: cfg.images]

@@ -1,5 +1,6 @@
 """The paper's protocol: all tables in both presets, releases of data sets, other weights."""
 
+import functools
 import json
 import re
 from dataclasses import asdict, fields, replace
@@ -89,6 +90,7 @@ def small(monkeypatch, tmp_path):
     for module in (sr.metrics, downstream):
         monkeypatch.setattr(module, "perceptual_net", lambda *_: loss)
     monkeypatch.setattr(sr, "sr_network", tiny)
+    monkeypatch.setattr(generate, "load_generator", functools.cache(generate.load_generator))
     for preset in ("paper", "smoke"):
         monkeypatch.setitem(sr.PRESETS, preset, {"batch_size": 2, "compile": False, "crop": 16})
     monkeypatch.setattr(generated, "FULL", 2)
