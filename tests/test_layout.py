@@ -18,7 +18,7 @@ ORDER = [
     "degrade", "additions", "extractors", "diffusion", "generate",
     *(f"bench.{room}" for room in ("metrics", "pairs", "sr", "inputs", "kernels", "factors",
                                    "generated", "separation", "mtf", "leakage", "downstream",
-                                   "control", "figure1", "pictures")),
+                                   "control", "figure1", "pictures", "remainder")),
     "benchmark",
     *(f"tools.{command}" for command in ("pack", "shards", "report", "export", "calibrate",
                                          "speed")),

@@ -55,7 +55,7 @@ SMALL = {
     "extractors": f"{TRAINING} --steps 1 --num-samples 1 --crop 64 --vq-crop 32 --vq-channels 8 "
     "--vq-multipliers 1 2 2 --vq-blocks 1 --vq-codes 16 --deg-channels 8 --deg-blocks 1 "
     "--deg-dim 16 --mod-channels 8 --out runs/{number}",
-    "diffusion": f"{TRAINING} --steps 1 --crop 16 --out runs/{{number}}",
+    "diffusion": f"{TRAINING} --steps 1 --enlarger-steps 1 --crop 16 --out runs/{{number}}",
     "generate": "--num-steps 2",
     "benchmark": "--sr-steps 1 --t-starts 2 --hr data/hr",
     "bench.metrics": "",
@@ -77,7 +77,7 @@ def test_the_commands_of_the_readme_run(tmp_path):
     (tmp_path / "data/pretrained").symlink_to(REPO / "data/pretrained")
     shutil.copytree(REPO / "data/sample", tmp_path / "data/sample")
     (tmp_path / "runs").mkdir()
-    shipped = REPO / "data/pretrained/diffusion.safetensors"
+    shipped = REPO / "data/pretrained/extractors.safetensors"
     shutil.copy(shipped, tmp_path / "runs/calibrated.safetensors")
     for number, (name, flags) in enumerate(commands_of(REPO / "README.md")):
         small = SMALL[name].format(number=number).split()

@@ -99,13 +99,15 @@ def degrading(cfg: Config, rt: Runtime) -> Works:
 def trained(
     nets: extractors.Extractors, net: diffusion.DecoupledDDPM
 ) -> dict[str, list[nn.Parameter]]:
-    """What each phase of stage 1 trains of its networks, and stage 2 of its own."""
+    """What each phase of stage 1 trains of its networks, and those of stage 2 of theirs."""
     vqvae = nets.vqvae
     rest = [p for name, p in nets.named_parameters() if not name.startswith("vqvae.")]
+    enlarger = {} if net.as_printed else {"stage 2 S": [*net.enlarger.parameters()]}
     return {
         "stage 1 VQ-VAE": [*vqvae.parameters()],
         "stage 1 E_cont": [*vqvae.encoder.parameters(), *vqvae.quant_conv.parameters()],
         "stage 1 E_deg": rest,
+        **enlarger,
         "stage 2": [
             *net.modulation.parameters(),
             *net.unet.parameters(),
@@ -156,16 +158,18 @@ def training(cfg: Config, rt: Runtime) -> Works:
         photos = small[: B // 2], sample_photos("lr", B // 2, stage_1.crop, rt.device)
         e_deg = extractors.degradation_loss_with_additions
     if not stage_2.as_printed:
-        lr, synthetic = lr[: B // 2], hr[B // 2 :]
+        lr = sample_photos("lr", B // 2, 2 * stage_2.crop, rt.device)
+        synthetic = hr[: B // 2]
 
     losses: dict[str, Callable[[], dict[str, Tensor]]] = {
         "stage 1 VQ-VAE": lambda: extractors.vqvae_loss(nets, large),
         "stage 1 E_cont": lambda: extractors.content_loss(nets, large, stage_1, draw),
         "stage 1 E_deg": lambda: e_deg(nets, *photos, stage_1, draw),
+        "stage 2 S": lambda: diffusion.enlarger_loss(net, lr, hr[: B // 2], draw),
         "stage 2": lambda: diffusion.decoupled_loss(net, lr, synthetic, stage_2, draw),
     }
     return {
-        name: step(net if name == "stage 2" else nets, parameters, losses[name], rt)
+        name: step(net if "2" in name else nets, parameters, losses[name], rt)
         for name, parameters in trained(nets, net).items()
     }
 
