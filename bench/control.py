@@ -35,7 +35,7 @@ from bench.generated import (
     mean_degradations,
 )
 from bench.inputs import Inputs, Measure
-from bench.kernels import TAPS, fitted_kernel, normal_equations, reduced_by
+from bench.kernels import TAPS, fitted_kernel, normal_equations, reduced_by, toned
 from bench.pairs import (
     Pair,
     camera_of,
@@ -51,6 +51,7 @@ from common.runtime import make_generator, wait_for_all
 # ---- kinds of LR --------------------------------------------------------------------------------
 
 KERNEL_NOISES = (0.0, 1.5, 3.0)  # std of the noise on LR of a fitted kernel, levels of 255
+TONED = "kernel and tone of each pair*, noise 3"
 KindOfLR = Callable[[str, Pair, Tensor], Tensor]  # name of the set, pair, hr (3, 4h, 4w) -> lr
 
 
@@ -70,8 +71,12 @@ def kinds_of_lr(sets: dict[str, list[Pair]], inputs: Inputs) -> dict[str, KindOf
             if pair.index == index or (index is None and camera_of(pair.name) == camera)
         ])  # fmt: skip
 
-    def by_kernel(folder: str, pair: Pair, hr: Tensor, of_pair: bool, noise: float) -> Tensor:
+    def by_kernel(
+        folder: str, pair: Pair, hr: Tensor, of_pair: bool, noise: float, tone: bool = False
+    ) -> Tensor:
         lr = reduced_by(kernel(folder, camera_of(pair.name), pair.index if of_pair else None), hr)
+        if tone:
+            lr = toned(lr, load_lr(pair.lr, pair.full))
         draw = make_generator(seed, pair.index)
         return lr + noise / 255 * torch.randn(lr.shape, generator=draw)
 
@@ -95,6 +100,7 @@ def kinds_of_lr(sets: dict[str, list[Pair]], inputs: Inputs) -> dict[str, KindOf
         for noise in KERNEL_NOISES:
             label = f"kernel of each {unit}*, noise {noise:g}"
             kinds[label] = functools.partial(by_kernel, of_pair=unit == "pair", noise=noise)
+    kinds[TONED] = functools.partial(by_kernel, of_pair=True, noise=KERNEL_NOISES[-1], tone=True)
     for name in [name for name in methods if name != "bicubic"]:
         # Other weights have another F_deg, of which the paper takes that of one reference.
         kinds[name] = functools.partial(by_method, name=name, mean=name not in OTHER_WEIGHTS)
@@ -124,7 +130,7 @@ def write_training_set(folder: Path, sets: dict[str, list[Pair]], make_lr: KindO
 def table_control(name: str, inputs: Inputs) -> Measure:
     """PSNR on real LR of networks that differ in nothing but the LR they were trained on."""
     cfg = inputs.cfg
-    count = 8 + 2 * len(KERNEL_NOISES) + sum(t > 0 for t in inputs.t_starts)
+    count = 9 + 2 * len(KERNEL_NOISES) + sum(t > 0 for t in inputs.t_starts)
     count += len(inputs.other_weights)
     check_training(inputs, cfg.sr[-1:], count * cfg.seeds, "control")
     inputs.check_steps(*inputs.t_starts)
@@ -181,5 +187,6 @@ Steps: {steps}; seeds: {seeds}. {meaningless(network, inputs.cfg)}The share of t
 (x - bicubic) / (real - bicubic). RealDGen takes the mean F_deg of up to {inputs.sampler.average}
 other scenes of the same camera, or F_deg of one of them. T=0 has no diffusion.
 * is fitted to the real LR: a Gaussian, or a kernel of {TAPS} x {TAPS} HR pixels by least squares.
-Noise is added to LR of a kernel; its std is in levels of 255.
+Noise is added to LR of a kernel; its std is in levels of 255. Tone is a polynomial of third degree
+in the colours: how the two photos of a pair differ, which no unpaired photo can tell.
 {left_out_text()}"""

@@ -1,5 +1,6 @@
-"""The kernel between HR and LR images, by least squares, and its transfer function."""
+"""The kernel between HR and LR images, by least squares, its transfer function, and the tone."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -48,6 +49,16 @@ def reduced_by(kernel: Tensor, hr: Tensor) -> Tensor:
     """hr (3, 4h, 4w) filtered by a kernel (TAPS, TAPS) and reduced by 4: (3, h, w) in [0, 1]."""
     padded = F.pad(hr[:, None], (BEFORE, BEFORE, BEFORE, BEFORE), mode="reflect")
     return F.conv2d(padded, kernel.float()[None, None], stride=SCALE)[:, 0].clamp(0, 1)
+
+
+def toned(image: Tensor, target: Tensor) -> Tensor:
+    """The polynomial of third degree in an image's colours (3, h, w) nearest to a target."""
+    colours = torch.cat([torch.ones_like(image[:1]), image]).flatten(1).double()  # 1, R, G, B
+    products = itertools.combinations_with_replacement(range(4), 3)
+    A = torch.stack([colours[list(three)].prod(0) for three in products])  # (20, h w)
+    ridge = 1e-6 * len(A.T) * torch.eye(len(A), dtype=A.dtype)
+    weights = torch.linalg.solve(A @ A.T + ridge, A @ target.flatten(1).T.double())
+    return (weights.T @ A).view_as(image).float()
 
 
 def transfer_function(kernel: Tensor, frequencies: Tensor) -> Tensor:

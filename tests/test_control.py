@@ -31,7 +31,7 @@ def test_only_the_lr_differs_and_nothing_of_the_tested_half_is_in_it(inputs, tmp
     tested = set(values["rows"]["bicubic"][0]["set"]["images"])
     assert tested == {"A_2", "B_3"}
     folders = {folder.name: folder for folder in sets.iterdir() if folder.name != "hr"}
-    assert len(folders) == len(values["rows"]) == 14
+    assert len(folders) == len(values["rows"]) == 15
     for folder in folders.values():
         assert {file.name for file in (folder / "lr").iterdir()} == names
         assert (folder / "hr").resolve() == (sets / "hr").resolve()

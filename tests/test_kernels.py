@@ -60,3 +60,13 @@ def test_the_transfer_function_of_bicubic_is_that_of_keys_cubic():
     found = kernels.transfer_function(kernel, f)
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert found[0] == pytest.approx(1) and 0.5 < found[2] < 0.64
+
+
+def test_a_planted_tone_of_third_degree_is_found_again():
+    """With colours that mix; noise stays away."""
+    image = scenes(1)[0]
+    red, green, blue = image
+    target = torch.stack([0.1 + red * green, 0.8 * green**3, blue - 0.2 * red * green * blue])
+    noise = 0.02 * torch.from_numpy(np.random.default_rng(0).standard_normal(target.shape)).float()
+    torch.testing.assert_close(kernels.toned(image, target), target, atol=5e-3, rtol=0)
+    torch.testing.assert_close(kernels.toned(image, target + noise), target, atol=9e-3, rtol=0)

@@ -57,12 +57,12 @@ def test_other_lr_is_told_apart_by_its_noise_and_equal_lr_is_not():
 
 
 def test_a_condition_that_holds_the_remainder_shows_it_and_another_one_does_not():
-    left = 5 / 255 * normal(8, 3, 48, 48)
-    shows = torch.cat([normal(8, 2, 48, 48), 3 * left - 1], dim=1)
+    left = 5 / 255 * normal(12, 3, 128, 128)
+    shows = torch.cat([normal(12, 2, 128, 128), 3 * left - 1], dim=1)
     assert remainder.predicted_share(shows, left, 0) > 0.9
-    half = left + 5 / 255 * normal(8, 3, 48, 48, seed=1)  # noise of the same size: R^2 is 1/2
+    half = left + 5 / 255 * normal(12, 3, 128, 128, seed=1)  # noise of the same size: R^2 is 1/2
     assert 0.35 < remainder.predicted_share(half, left, 0) < 0.52
-    assert abs(remainder.predicted_share(normal(8, 5, 48, 48), left, 0)) < 0.05
+    assert abs(remainder.predicted_share(normal(12, 5, 128, 128), left, 0)) < 0.05
 
 
 def test_the_table_has_a_row_for_each_kind_of_lr(tmp_path, monkeypatch):
