@@ -28,6 +28,7 @@ from common.images import resized, to_uint8
 from common.runtime import make_generator
 
 EDGE = 4  # LR pixels at the edge that are left out
+PROBE_STEPS = 200  # of the small networks
 DETAIL = (0.0, 1.0, 2.5, 6.0, 14.0, 100.0)  # limits of local detail, levels
 CYCLES = (0.05, 0.15, 0.25, 0.35, 0.5)  # limits of frequency, cycles per LR pixel
 
@@ -103,7 +104,7 @@ def told_apart(real: Tensor, other: Tensor, seed: int) -> float:
         places = zip(n, top, left, strict=True)
         return torch.stack([images[:, i, :, y : y + 32, x : x + 32] for i, y, x in places], 1)
 
-    for _ in range(150):
+    for _ in range(PROBE_STEPS):
         logits = net(crops(fine[:, ::2]).flatten(0, 1))[:, 0]
         loss = F.binary_cross_entropy_with_logits(logits, label)
         opt.zero_grad()
@@ -211,10 +212,10 @@ def predicted_share(condition: Tensor, remainder: Tensor, seed: int) -> float:
     for c_in, c_out, taps in ((x.shape[1], 32, 5), (32, 32, 3)):
         layers += [nn.Conv2d(c_in, c_out, taps, padding=taps // 2), nn.ReLU()]
     net = nn.Sequential(*layers, nn.Conv2d(32, 3, 3, padding=1))
-    steps, side, draw = 250, min(48, *x.shape[2:]), make_generator(seed)
+    side, draw = min(48, *x.shape[2:]), make_generator(seed)
     opt = torch.optim.Adam(net.parameters(), 3e-3)
-    for step in range(steps):
-        opt.param_groups[0]["lr"] = 3e-3 * min(1, 2 * (1 - step / steps))
+    for step in range(PROBE_STEPS):
+        opt.param_groups[0]["lr"] = 3e-3 * min(1, 2 * (1 - step / PROBE_STEPS))
         i = 2 * torch.randint((len(x) + 1) // 2, (8,), generator=draw)
         top, left = (int(torch.randint(n - side + 1, (), generator=draw)) for n in x.shape[2:])
         place = (i, slice(None), slice(top, top + side), slice(left, left + side))

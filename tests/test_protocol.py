@@ -17,7 +17,7 @@ import benchmark
 import diffusion
 import extractors
 import generate
-from bench import control, downstream, factors, generated, leakage, pairs, sr
+from bench import control, downstream, factors, generated, leakage, pairs, remainder, sr
 from bench.inputs import AS_PRINTED, SYNDIFF, Config, Inputs, resolved
 from common import UserError
 from common.files import find_photos
@@ -99,6 +99,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(factors, "LEVELS", 2)
     monkeypatch.setattr(leakage, "SAMPLES", 2)
     monkeypatch.setattr(control, "KERNEL_NOISES", (0.0,))
+    monkeypatch.setattr(remainder, "PROBE_STEPS", 2)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights"))
 
 
