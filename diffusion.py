@@ -260,23 +260,6 @@ class UNet(nn.Module):
 # ---- the model ----------------------------------------------------------------------------------
 
 
-class Enlarger(nn.Module):
-    """S, not in the paper: enlarges LR images 4 times, so that real LR gets an HR image."""
-
-    def __init__(self, channels: int, blocks: int) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, channels, 3, padding=1)
-        self.body = nn.Sequential(*[extractors.PlainBlock(channels) for _ in range(blocks)])
-        self.last = nn.Conv2d(channels, 3 * 16, 3, padding=1)
-        for p in self.last.parameters():
-            nn.init.zeros_(p)
-
-    def forward(self, lr: Tensor) -> Tensor:
-        """lr (B, 3, h, w) in [0, 1] -> hr_hat (B, 3, 4h, 4w), not clamped."""
-        detail = F.pixel_shuffle(self.last(self.body(self.first(lr - 0.5))), 4)
-        return resized(lr, *detail.shape[2:]) + detail.float()
-
-
 class DecoupledDDPM(nn.Module):
     """The extractors, the modulation block M and the U-Net; S, unless trained as printed."""
 
@@ -343,6 +326,56 @@ def real_example(
     return lr, net.extractors.e_deg(lr), content, torch.zeros_like(lr)
 
 
+def ddpm_loss(
+    net: DecoupledDDPM, x_0: Tensor, c: Tensor, cfg: "Config", generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Mean of (eps - eps_theta(x_t, t, c))^2 over random t and eps. Algorithm 1."""
+    # Not in the paper: a t_power above 1 draws more of the small t; 1 is uniform.
+    u = torch.rand(len(x_0), generator=generator, device=x_0.device) ** cfg.t_power
+    t = 1 + (u * cfg.t_max).long().clamp(max=cfg.t_max - 1)
+    eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
+    x_t = q_sample(to_signed(x_0), t, eps)
+    eps_pred = net(x_t, t, c).float()
+    return {"loss": F.mse_loss(eps_pred, eps)}
+
+
+def decoupled_loss(
+    net: DecoupledDDPM, lr: Tensor, cfg: "Config", generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The loss of stage 2 as printed: real LR images, from their own content. Algorithm 1."""
+    x_0, degradation, content, lr_hat = real_example(net, lr, generator)
+    return ddpm_loss(net, x_0, net.condition(degradation, content, lr_hat), cfg, generator)
+
+
+# ---- the same with our additions ----------------------------------------------------------------
+
+
+class Enlarger(nn.Module):
+    """S, not in the paper: enlarges LR images 4 times, so that real LR gets an HR image."""
+
+    def __init__(self, channels: int, blocks: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, channels, 3, padding=1)
+        self.body = nn.Sequential(*[extractors.PlainBlock(channels) for _ in range(blocks)])
+        self.last = nn.Conv2d(channels, 3 * 16, 3, padding=1)
+        for p in self.last.parameters():
+            nn.init.zeros_(p)
+
+    def forward(self, lr: Tensor) -> Tensor:
+        """lr (B, 3, h, w) in [0, 1] -> hr_hat (B, 3, 4h, 4w), not clamped."""
+        detail = F.pixel_shuffle(self.last(self.body(self.first(lr - 0.5))), 4)
+        return resized(lr, *detail.shape[2:]) + detail.float()
+
+
+def start(
+    net: DecoupledDDPM, hr: Tensor, degradation: Tensor, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """F_cont (B, z, h, w), and the output of Rec_lr (B, 3, h, w) in [0, 1], softened."""
+    content = net.content(hr, generator)
+    lr_hat = net.extractors.reconstruct(degradation, hr, content).float()
+    return content, additions.soften(lr_hat, net.calibration.soften).clamp(0, 1)
+
+
 def back_translated_example(
     net: DecoupledDDPM, lr: Tensor, hr: Tensor, generator: torch.Generator
 ) -> Example:
@@ -354,15 +387,6 @@ def back_translated_example(
     x_0 = lr[:, :, : lr.shape[2] // 2, : lr.shape[3] // 2]
     hr_hat = plausible_hr(net, x_0, hr, degradation, generator)
     return x_0, degradation, *start(net, hr_hat, degradation, generator)
-
-
-def start(
-    net: DecoupledDDPM, hr: Tensor, degradation: Tensor, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """F_cont (B, z, h, w), and the output of Rec_lr (B, 3, h, w) in [0, 1], softened."""
-    content = net.content(hr, generator)
-    lr_hat = net.extractors.reconstruct(degradation, hr, content).float()
-    return content, additions.soften(lr_hat, net.calibration.soften).clamp(0, 1)
 
 
 @torch.no_grad()
@@ -400,6 +424,20 @@ def synthetic_example(
     return lr, degradation, *start(net, hr, degradation)
 
 
+def decoupled_loss_with_additions(
+    net: DecoupledDDPM, lr: Tensor, hr: Tensor, cfg: "Config", generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The loss on real LR images, made of HR images that S finds for them, and synthetic pairs."""
+    # Deviation: Algorithm 1 takes the content of the real LR image itself. That already contains
+    # the blur and noise, so the U-Net would learn to copy them, not to make them.
+    examples = [
+        back_translated_example(net, lr, hr, generator),
+        synthetic_example(net, hr, cfg.recipes, generator),
+    ]
+    x_0, degradation, content, lr_hat = map(torch.cat, zip(*examples, strict=True))
+    return ddpm_loss(net, x_0, net.condition(degradation, content, lr_hat), cfg, generator)
+
+
 def enlarger_loss(
     net: DecoupledDDPM, lr: Tensor, hr: Tensor, generator: torch.Generator
 ) -> dict[str, Tensor]:
@@ -410,34 +448,7 @@ def enlarger_loss(
     return {"loss": F.l1_loss(hr_hat, hr), "psnr": extractors.psnr_of(F.mse_loss(hr_hat, hr))}
 
 
-def ddpm_loss(
-    net: DecoupledDDPM, x_0: Tensor, c: Tensor, cfg: "Config", generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Mean of (eps - eps_theta(x_t, t, c))^2 over random t and eps. Algorithm 1."""
-    # Not in the paper: a t_power above 1 draws more of the small t; 1 is uniform.
-    u = torch.rand(len(x_0), generator=generator, device=x_0.device) ** cfg.t_power
-    t = 1 + (u * cfg.t_max).long().clamp(max=cfg.t_max - 1)
-    eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
-    x_t = q_sample(to_signed(x_0), t, eps)
-    eps_pred = net(x_t, t, c).float()
-    return {"loss": F.mse_loss(eps_pred, eps)}
-
-
-def decoupled_loss(
-    net: DecoupledDDPM, lr: Tensor, hr: Tensor | None, cfg: "Config", generator: torch.Generator
-) -> dict[str, Tensor]:
-    """The loss of stage 2: on real LR images and, if HR images are given, on synthetic pairs."""
-    # Deviation: Algorithm 1 takes the content of the real LR image itself. That already contains
-    # the blur and noise, so the U-Net would learn to copy them, not to make them.
-    if hr is None:
-        examples = [real_example(net, lr, generator)]
-    else:
-        examples = [
-            back_translated_example(net, lr, hr, generator),
-            synthetic_example(net, hr, cfg.recipes, generator),
-        ]
-    x_0, degradation, content, lr_hat = map(torch.cat, zip(*examples, strict=True))
-    return ddpm_loss(net, x_0, net.condition(degradation, content, lr_hat), cfg, generator)
+# ---- preview ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -622,7 +633,10 @@ def train(cfg: Config, rt: Runtime) -> None:
     )  # fmt: skip
     for lr, *hr, draw in run.batches(*crops):
         with rt.autocast(cfg.bf16):
-            losses = decoupled_loss(net, lr, hr[0] if use_hr else None, cfg, draw)
+            if use_hr:
+                losses = decoupled_loss_with_additions(net, lr, hr[0], cfg, draw)
+            else:
+                losses = decoupled_loss(net, lr, cfg, draw)
         run.update(losses)
 
 

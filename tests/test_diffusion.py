@@ -326,7 +326,8 @@ def test_loss_falls_on_one_batch():
     opt = torch.optim.Adam([*net.modulation.parameters(), *net.unet.parameters()], 1e-2)
     values = []
     for _ in range(15):
-        loss = diffusion.decoupled_loss(net, lr, hr, TINY, make_generator(0))["loss"]
+        losses = diffusion.decoupled_loss_with_additions(net, lr, hr, TINY, make_generator(0))
+        loss = losses["loss"]
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -444,10 +445,14 @@ def test_no_operation_of_the_loss_and_the_picture_leaves_the_gpu(preset, tmp_pat
             side = cfg.crop * (1 if cfg.as_printed else 2)
             lr = torch.zeros(2, 3, side, side)
             hr = torch.zeros(2, 3, 4 * cfg.crop, 4 * cfg.crop)
-        scenes, draw = None if cfg.as_printed else hr, torch.Generator()
-        losses = [diffusion.decoupled_loss(net, lr, scenes, cfg, draw)]
-        if not cfg.as_printed:
-            losses.append(diffusion.enlarger_loss(net, lr, hr, draw))
+        draw = torch.Generator()
+        if cfg.as_printed:
+            losses = [diffusion.decoupled_loss(net, lr, cfg, draw)]
+        else:
+            losses = [
+                diffusion.decoupled_loss_with_additions(net, lr, hr, cfg, draw),
+                diffusion.enlarger_loss(net, lr, hr, draw),
+            ]
         assert all(value["loss"].device == lr.device for value in losses)
         diffusion.sampled_swap_grid(net, lr[:1], hr, tmp_path / "grid.png")
     assert sheets[0].device.type == "cpu"
@@ -475,9 +480,7 @@ def test_a_step_of_the_paper_fits_into_20_gib(monkeypatch):
 
         monkeypatch.setattr(net.extractors.vqvae, "encode", only_with_gradient)
         lr, draw = torch.zeros(cfg.batch_size, 3, cfg.crop, cfg.crop), torch.Generator()
-        used = training_memory(
-            net, trained, lambda: diffusion.decoupled_loss(net, lr, None, cfg, draw)
-        )
+        used = training_memory(net, trained, lambda: diffusion.decoupled_loss(net, lr, cfg, draw))
         assert 8 < used < 20
 
 
@@ -492,7 +495,7 @@ def test_an_image_of_the_paper_takes_less_than_14_tflop():
         for p in trained:
             p.requires_grad_(True)
         lr = torch.zeros(1, 3, 256, 256)
-        diffusion.decoupled_loss(net, lr, None, Config(), torch.Generator())["loss"].backward()
+        diffusion.decoupled_loss(net, lr, Config(), torch.Generator())["loss"].backward()
         assert 10e12 < counter.get_total_flops() < 14e12
 
 
