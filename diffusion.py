@@ -377,16 +377,16 @@ def start(
 
 
 def back_translated_example(
-    net: DecoupledDDPM, lr: Tensor, hr: Tensor, generator: torch.Generator
+    net: DecoupledDDPM, lr: Tensor, lr_ref: Tensor, hr: Tensor, generator: torch.Generator
 ) -> Example:
-    """A real LR image, to be made of an HR image that it could have; hr: HR photos of others.
+    """Real LR images (B, 3, h, w), to be made of HR images that they could have.
 
-    lr (B, 3, 2h, 2w): a corner is to be generated, and F_deg is that of all of it.
+    lr_ref (B, 3, h', w'): another place of the same photos, which gives F_deg; hr (B, 3, 4h, 4w):
+    HR photos of something else.
     """
-    degradation = net.extractors.e_deg(lr)
-    x_0 = lr[:, :, : lr.shape[2] // 2, : lr.shape[3] // 2]
-    hr_hat = plausible_hr(net, x_0, hr, degradation, generator)
-    return x_0, degradation, *start(net, hr_hat, degradation, generator)
+    degradation = net.extractors.e_deg(lr_ref)
+    hr_hat = plausible_hr(net, lr, hr, degradation, generator)
+    return lr, degradation, *start(net, hr_hat, degradation, generator)
 
 
 @torch.no_grad()
@@ -425,25 +425,29 @@ def synthetic_example(
 
 
 def decoupled_loss_with_additions(
-    net: DecoupledDDPM, lr: Tensor, hr: Tensor, cfg: "Config", generator: torch.Generator
+    net: DecoupledDDPM, photos: Sequence[Tensor], cfg: "Config", generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """The loss on real LR images, made of HR images that S finds for them, and synthetic pairs."""
+    """The loss on real LR images, made of HR images that S finds for them, and synthetic pairs.
+
+    photos: lr, lr_ref, hr of back_translated_example(). Half as many pairs are synthetic.
+    """
     # Deviation: Algorithm 1 takes the content of the real LR image itself. That already contains
     # the blur and noise, so the U-Net would learn to copy them, not to make them.
+    lr, lr_ref, hr = photos
     examples = [
-        back_translated_example(net, lr, hr, generator),
-        synthetic_example(net, hr, cfg.recipes, generator),
+        back_translated_example(net, lr, lr_ref, hr, generator),
+        synthetic_example(net, hr[::2], cfg.recipes, generator),
     ]
     x_0, degradation, content, lr_hat = map(torch.cat, zip(*examples, strict=True))
     return ddpm_loss(net, x_0, net.condition(degradation, content, lr_hat), cfg, generator)
 
 
 def enlarger_loss(
-    net: DecoupledDDPM, lr: Tensor, hr: Tensor, generator: torch.Generator
+    net: DecoupledDDPM, lr_ref: Tensor, hr: Tensor, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """S must find HR photos in their LR, which Rec_lr makes with the degradation of real LR."""
     with torch.no_grad():
-        made = noisy_lr(net, hr, net.extractors.e_deg(lr), generator)
+        made = noisy_lr(net, hr, net.extractors.e_deg(lr_ref), generator)
     hr_hat = net.enlarger(made)
     return {"loss": F.l1_loss(hr_hat, hr), "psnr": extractors.psnr_of(F.mse_loss(hr_hat, hr))}
 
@@ -587,23 +591,23 @@ def train(cfg: Config, rt: Runtime) -> None:
     share = cfg.batch_size // (1 + use_hr)
     files = outside(find_photos(cfg.lr, "lr", "--lr", packed=True), out, "--lr")
     photos = Photos(files, out / "photos/lr", rt)
-    crops = [
-        Crops(photos, cfg.crop, share, cfg.seed, scale=1 + use_hr)
-    ]  # F_deg is of twice the side
-    if use_hr:
+    if use_hr:  # lr and lr_ref of the same photos, hr
+        references = Crops(photos, cfg.crop, share, cfg.seed, scale=2, place=1)
+        crops = [Crops(photos, cfg.crop, share, cfg.seed, rows=references.rows), references]
         files = outside(find_photos(cfg.hr, "hr", "--hr", packed=True), out, "--hr")
         photos = Photos(files, out / "photos/hr", rt)
         crops.append(Crops(photos, cfg.crop, share, cfg.seed, stream=1, scale=4))
+    else:
+        crops = [Crops(photos, cfg.crop, share, cfg.seed)]
     shown = [c.batch(10**9, 3).to(rt.device).float() / 255 for c in crops]
-    shown_hr = shown[1] if use_hr else resized(shown[0], 4 * cfg.crop, 4 * cfg.crop)
-    shown_lr = shown[0][..., : cfg.crop, : cfg.crop]
+    shown_hr = shown[2] if use_hr else resized(shown[0], 4 * cfg.crop, 4 * cfg.crop)
     tuned = finetuned(nets)
     groups = [
         {"params": [*net.modulation.parameters(), *net.unet.parameters()], "lr": cfg.learning_rate},
         {"params": tuned, "lr": cfg.finetune_learning_rate},
     ]
     if rt.is_main:
-        counts = [f"{len(c.rows)} ({c.left_out} smaller than the crop)" for c in crops]
+        counts = [f"{len(c.rows)} ({c.left_out} smaller than the crop)" for c in crops[-2:]]
         print(cfg)
         print(f"stage-1 weights: {path}; photos, real LR and HR: {', '.join(counts)}")
         print(f"M {count_parameters(net.modulation)}, "
@@ -621,22 +625,22 @@ def train(cfg: Config, rt: Runtime) -> None:
             cfg, rt, net.enlarger, learned, out / "enlarger.pt", cfg.enlarger_steps, began=began,
             extractors=state["config"], calibration=state["calibration"],
         )  # fmt: skip
-        for lr, hr, draw in run.batches(*crops, least=2):
+        for lr_ref, hr, draw in run.batches(*crops[1:]):
             with rt.autocast(cfg.bf16):
-                losses = enlarger_loss(net, lr, hr, draw)
+                losses = enlarger_loss(net, lr_ref, hr, draw)
             run.update(losses)
         began = fingerprint(net)
     run = Run(
         cfg, rt, net, groups, out / "last.pt", cfg.steps, began=began, extractors=state["config"],
         calibration=state["calibration"],
-        preview=lambda: sampled_swap_grid(net, shown_lr, shown_hr, out / "last.png"),
+        preview=lambda: sampled_swap_grid(net, shown[0], shown_hr, out / "last.png"),
     )  # fmt: skip
-    for lr, *hr, draw in run.batches(*crops):
+    for *images, draw in run.batches(*crops):
         with rt.autocast(cfg.bf16):
             if use_hr:
-                losses = decoupled_loss_with_additions(net, lr, hr[0], cfg, draw)
+                losses = decoupled_loss_with_additions(net, images, cfg, draw)
             else:
-                losses = decoupled_loss(net, lr, cfg, draw)
+                losses = decoupled_loss(net, images[0], cfg, draw)
         run.update(losses)
 
 

@@ -295,7 +295,7 @@ def table_remainder(name: str, inputs: Inputs) -> Measure:
     inputs.check_steps(cfg.t_start)
     sets = {}
     for folder, pairs in inputs.sets.items():
-        sets[folder] = with_other_scenes(pairs, cfg.seed)[: cfg.images]
+        sets[folder] = with_other_scenes(pairs[: cfg.images], cfg.seed)
         require(len(sets[folder]) > 1, f"--pairs {folder}: no camera has two pairs.")
 
     def measure() -> tuple[dict[str, Any], str]:

@@ -141,6 +141,7 @@ class Crops:
 
     A crop has `scale` times as many pixels a side as the value `crop` of `flag`. Photos are those
     of the table's `rows`; smaller ones than a crop are left out. UserError if none remains.
+    Crops of the same rows that differ in `place` are of the same photos at other places.
     """
 
     grid = 8  # crops begin at its multiples, so that blocks of JPEG begin at the edge of a crop
@@ -155,9 +156,10 @@ class Crops:
         scale: float = 1,
         flag: str = "--crop",
         rows: np.ndarray | None = None,
+        place: int = 0,
     ) -> None:
         self.photos, self.size, self.batch_size = photos, int(scale * crop), batch_size
-        self.key = (seed, stream)
+        self.key, self.place = (seed, stream), place
         rows = np.arange(len(photos.table)) if rows is None else rows
         sides = photos.table[rows, 3:].min(axis=1)
         self.rows = rows[sides >= self.size]
@@ -174,6 +176,9 @@ class Crops:
     def batch(self, i: int, count: int) -> Tensor:
         """Batch i, uint8 (count, C, size, size)."""
         draws = torch.randint(2**30, (count, 4), generator=make_generator(*self.key, i))
+        if self.place:
+            draw = make_generator(*self.key, i, self.place)
+            draws[:, 1:] = torch.randint(2**30, (count, 3), generator=draw)
         crops = []
         for index, *place, draw in draws.tolist():
             photo = self.photos[self.rows[index % len(self.rows)]]

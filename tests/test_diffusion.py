@@ -226,8 +226,8 @@ def test_real_example_reads_an_lr_image_at_four_times_its_size():
 
 
 def test_a_real_lr_image_is_made_of_another_hr_image_than_its_own_mean(monkeypatch):
-    """S gets the error that it makes on another photo; F_deg is that of the larger crop."""
-    net, lr, hr = built(), uniform(3, 3, 32, 32), uniform(3, 3, 64, 64)
+    """S gets the error that it makes on another photo; F_deg is that of another place."""
+    net, lr, hr, lr_ref = built(), *(uniform(3, 3, side, side) for side in (16, 64, 32))
     seen: list[Tensor] = []
 
     def coded(x: Tensor) -> Tensor:
@@ -238,10 +238,10 @@ def test_a_real_lr_image_is_made_of_another_hr_image_than_its_own_mean(monkeypat
     means = [torch.full((3, 3, 64, 64), value) for value in (0.25, 0.5)]  # of lr, of the photos
     monkeypatch.setattr(net.enlarger, "forward", lambda x: torch.cat(means))
     x_0, degradation, content, lr_hat = diffusion.back_translated_example(
-        net, lr, hr, make_generator(0)
+        net, lr, lr_ref, hr, make_generator(0)
     )
-    assert torch.equal(x_0, lr[..., :16, :16]) and torch.equal(seen[0], lr)
-    assert torch.equal(degradation, lr.mean((2, 3)).repeat(1, 6)[:, :16])
+    assert torch.equal(x_0, lr) and torch.equal(seen[0], lr_ref)
+    assert torch.equal(degradation, lr_ref.mean((2, 3)).repeat(1, 6)[:, :16])
     expected = (0.25 + hr - 0.5).clamp(0, 1)  # both means are flat, so the error is not scaled
     torch.testing.assert_close(content, net.extractors.content(expected))
     start = net.extractors.reconstruct(degradation, expected, content).clamp(0, 1)
@@ -322,11 +322,12 @@ def test_ddpm_loss_of_an_exact_network_is_zero_and_all_steps_are_drawn(t_power):
 
 
 def test_loss_falls_on_one_batch():
-    net, lr, hr = built(), uniform(2, 3, 16, 16), uniform(2, 3, 32, 32)
+    net, lr, hr = built(), uniform(2, 3, 8, 8), uniform(2, 3, 32, 32)
     opt = torch.optim.Adam([*net.modulation.parameters(), *net.unet.parameters()], 1e-2)
     values = []
     for _ in range(15):
-        losses = diffusion.decoupled_loss_with_additions(net, lr, hr, TINY, make_generator(0))
+        photos = lr, uniform(2, 3, 16, 16), hr
+        losses = diffusion.decoupled_loss_with_additions(net, photos, TINY, make_generator(0))
         loss = losses["loss"]
         opt.zero_grad()
         loss.backward()
@@ -442,16 +443,15 @@ def test_no_operation_of_the_loss_and_the_picture_leaves_the_gpu(preset, tmp_pat
     with fake_cuda(), torch.no_grad():
         with torch.device("cuda:0"):
             net = diffusion.DecoupledDDPM(extractors.Extractors(stage_1), stage_1, cfg)
-            side = cfg.crop * (1 if cfg.as_printed else 2)
-            lr = torch.zeros(2, 3, side, side)
+            lr, lr_ref = (torch.zeros(2, 3, n * cfg.crop, n * cfg.crop) for n in (1, 2))
             hr = torch.zeros(2, 3, 4 * cfg.crop, 4 * cfg.crop)
         draw = torch.Generator()
         if cfg.as_printed:
             losses = [diffusion.decoupled_loss(net, lr, cfg, draw)]
         else:
             losses = [
-                diffusion.decoupled_loss_with_additions(net, lr, hr, cfg, draw),
-                diffusion.enlarger_loss(net, lr, hr, draw),
+                diffusion.decoupled_loss_with_additions(net, [lr, lr_ref, hr], cfg, draw),
+                diffusion.enlarger_loss(net, lr_ref, hr, draw),
             ]
         assert all(value["loss"].device == lr.device for value in losses)
         diffusion.sampled_swap_grid(net, lr[:1], hr, tmp_path / "grid.png")

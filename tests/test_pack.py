@@ -216,6 +216,21 @@ def test_crops_keep_to_the_blocks_of_jpeg(tmp_path):
     assert set(tops) == {0, 8, 16, 24} and set(lefts) == {0, 8, 16, 24, 32}
 
 
+def test_crops_of_another_place_are_of_the_same_photos(tmp_path):
+    """The red level names the photo; the others the place."""
+    y, x = torch.meshgrid(torch.arange(48), torch.arange(48), indexing="ij")
+    files = [tmp_path / f"{i}.png" for i in range(4)]
+    for i, file in enumerate(files):
+        save_image(file, torch.stack([torch.full_like(y, 60 * i), y, x]) / 255)
+    photos = Photos(files, tmp_path / "decoded", CPU)
+    here, there = (Crops(photos, 16, 4, 0, scale=1 + k, place=k).batch(5, 40) for k in (0, 1))
+    assert there.shape == (40, 3, 32, 32)
+    assert torch.equal(here[:, 0, 0, 0], there[:, 0, 0, 0])
+    assert here[:, 0, 0, 0].unique().tolist() == [0, 60, 120, 180]
+    corners = [batch[:, 1:].amin((2, 3)).tolist() for batch in (here, there)]
+    assert sum(a == b for a, b in zip(*corners, strict=True)) < 20
+
+
 def test_crops_of_some_rows(files, tmp_path):
     decoded = Photos(files, tmp_path / "decoded", CPU)
     drawn = Crops(decoded, 16, 4, 0, rows=np.array([0, 2])).batch(0, 40)

@@ -66,15 +66,17 @@ def test_a_condition_that_holds_the_remainder_shows_it_and_another_one_does_not(
 
 
 def test_the_table_has_a_row_for_each_kind_of_lr(tmp_path, monkeypatch):
-    for number, hr in enumerate(scenes(4, 256)):
+    for number, hr in enumerate(scenes(6, 256)):
+        camera = "ab"[number // 4]  # of the first five, one is alone
         lr = reduced_by(bicubic_kernel(), hr) + 4 / 255 * normal(3, 64, 64, seed=number)
-        save_image(tmp_path / f"set/HR/a_{number}.png", hr)
-        save_image(tmp_path / f"set/LR/a_{number}.png", lr)
+        save_image(tmp_path / f"set/HR/{camera}_{number}.png", hr)
+        save_image(tmp_path / f"set/LR/{camera}_{number}.png", lr)
     bicubic_for_realdgen(monkeypatch)
     monkeypatch.setattr(remainder, "told_apart", lambda real, other, seed: 0.5)
-    cfg = Config(pairs=(str(tmp_path / "set"),), table=("remainder",))
+    cfg = Config(pairs=(str(tmp_path / "set"),), table=("remainder",), images=5)
     values, text = remainder.table_remainder("remainder", Inputs(resolved(cfg, CPU), CPU))()
     rows = values["set"]["rows"]
+    assert values["set"]["n"] == 4
     assert rows["real LR"]["std"][0] == pytest.approx(4, rel=0.1)
     assert rows["real LR"]["kld"] == 0 and rows["kernel"]["std"][0] < 0.5
     for name in ("kernel, white noise", "kernel, remainder of another scene"):

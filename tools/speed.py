@@ -151,24 +151,25 @@ def training(cfg: Config, rt: Runtime) -> Works:
         sample_photos("hr", B, side, rt.device)
         for side in (stage_1.vq_crop, stage_1.crop, 4 * stage_2.crop)
     )
-    real: tuple[Tensor, ...] = (sample_photos("lr", B, stage_2.crop, rt.device),)
-    ddpm: Callable[..., dict[str, Tensor]] = diffusion.decoupled_loss
+    lr, half = sample_photos("lr", B, stage_2.crop, rt.device), slice(0, B // 2)
+    lr_ref = sample_photos("lr", B // 2, 2 * stage_2.crop, rt.device)
     photos: tuple[Tensor, ...] = (small,)
     e_deg: Callable[..., dict[str, Tensor]] = extractors.degradation_loss
     if not stage_1.as_printed:
         photos = small[: B // 2], sample_photos("lr", B // 2, stage_1.crop, rt.device)
         e_deg = extractors.degradation_loss_with_additions
-    if not stage_2.as_printed:
-        real = sample_photos("lr", B // 2, 2 * stage_2.crop, rt.device), hr[: B // 2]
-        ddpm = diffusion.decoupled_loss_with_additions
 
     losses: dict[str, Callable[[], dict[str, Tensor]]] = {
         "stage 1 VQ-VAE": lambda: extractors.vqvae_loss(nets, large),
         "stage 1 E_cont": lambda: extractors.content_loss(nets, large, stage_1, draw),
         "stage 1 E_deg": lambda: e_deg(nets, *photos, stage_1, draw),
-        "stage 2 S": lambda: diffusion.enlarger_loss(net, real[0], real[-1], draw),
-        "stage 2": lambda: ddpm(net, *real, stage_2, draw),
+        "stage 2 S": lambda: diffusion.enlarger_loss(net, lr_ref, hr[half], draw),
+        "stage 2": lambda: diffusion.decoupled_loss_with_additions(
+            net, [lr[half], lr_ref, hr[half]], stage_2, draw
+        ),
     }
+    if stage_2.as_printed:
+        losses["stage 2"] = lambda: diffusion.decoupled_loss(net, lr, stage_2, draw)
     return {
         name: step(net if "2" in name else nets, parameters, losses[name], rt)
         for name, parameters in trained(nets, net).items()
