@@ -253,7 +253,7 @@ def test_control_and_table_1_train_networks_of_their_own_in_one_run(tmp_path, mo
     done = run(tmp_path, "--table", "1", "control", *flags)
     assert done.returncode == 0, done.stderr
     tables = tables_of(tmp_path)
-    assert len(tables["1"]["rows"]) == 2 and len(tables["control"]["rows"]) == 10
+    assert len(tables["1"]["rows"]) == 2 and len(tables["control"]["rows"]) == 11
     weights = {file.name for file in tmp_path.glob("out/benchmark/sets/*/sr/*.safetensors")}
     names = {f"fsrcnn-{name}-0-1.safetensors" for name in ("bicubic", "control-bicubic")}
     assert names < weights and len(weights) == 1 + len(tables["control"]["rows"])
