@@ -57,7 +57,7 @@ def test_items_are_spread_evenly():
 def test_the_middle_of_hr_is_that_of_lr():
     lr = uniform(3, 300, 270)
     hr = lr.repeat_interleave(4, 1).repeat_interleave(4, 2)
-    small, large = pictures.middle_of(lr), pictures.middle_of(hr, 4)
+    small, large = pictures.crop_of(lr), pictures.crop_of(hr, 4)
     assert torch.equal(small, lr[:, 22:278, 7:263]) and torch.equal(large[:, ::4, ::4], small)
 
 
