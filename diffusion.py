@@ -10,7 +10,7 @@ this condition. M and the U-Net are trained, small parts of the extractors fine-
 --as-printed, which --preset paper sets, removes these additions to the paper:
 
     Algorithm 1  a real LR image gets the content of an HR image that a network S makes of it, not
-                 its own; half of a batch are synthetic pairs, with F_deg from another scene
+                 its own; a third of a batch are synthetic pairs, with F_deg from another scene
     M            also sees the output of Rec_lr, and the position in the 8 x 8 blocks of JPEG
 """
 
@@ -483,7 +483,7 @@ class Config(TrainingConfig):
     recipes: tuple[str, ...] = ("realesrgan",)  # of D, for synthetic pairs
     without: tuple[str, ...] = ()  # ablation: degradation, content or both are not given
     steps: int = 240_000  # 100 epochs of 152,000 crops in batches of 64
-    enlarger_steps: int = 10_000  # of S, before; not as printed
+    enlarger_steps: int = 10_000  # of S, which is trained first; as printed there is no S
     # A.3 says 8 on 8 GPUs, Section 3.1 says 16 on 16, and neither says whether for one GPU or for
     # all. Here it is A.3's, for one.
     batch_size: int = 8  # per process, 8 of which give the paper's 64; 0: 256 on a GPU, else 16
