@@ -376,17 +376,35 @@ def start(
     return content, additions.soften(lr_hat, net.calibration.soften).clamp(0, 1)
 
 
+def mean_degradation(
+    net: DecoupledDDPM, lr_refs: Sequence[Tensor], generator: torch.Generator
+) -> Tensor:
+    """Mean F_deg (B, D) of a random number of references of each image, each (B, 3, h, w)."""
+    R, B = len(lr_refs), len(lr_refs[0])
+    codes = net.extractors.e_deg(torch.cat([*lr_refs])).unflatten(0, (R, B))
+    number = torch.randint(1, R + 1, (B, 1), generator=generator, device=codes.device)
+    taken = torch.arange(R, device=codes.device)[:, None, None] < number
+    return (codes * taken).sum(0) / number
+
+
 def back_translated_example(
-    net: DecoupledDDPM, lr: Tensor, lr_ref: Tensor, hr: Tensor, generator: torch.Generator
+    net: DecoupledDDPM,
+    lr: Tensor,
+    lr_refs: Sequence[Tensor],
+    hr: Tensor,
+    generator: torch.Generator,
 ) -> Example:
     """Real LR images (B, 3, h, w), to be made of HR images that they could have.
 
-    lr_ref (B, 3, h', w'): another place of the same photos, which gives F_deg; hr (B, 3, 4h, 4w):
-    HR photos of something else.
+    lr_refs, each (B, 3, h', w'): other photos of the same cameras, which give F_deg;
+    hr (B, 3, 4h, 4w): HR photos of something else.
     """
-    degradation = net.extractors.e_deg(lr_ref)
+    degradation = mean_degradation(net, lr_refs, generator)
     hr_hat = plausible_hr(net, lr, hr, degradation, generator)
     return lr, degradation, *start(net, hr_hat, degradation, generator)
+
+
+REFERENCES = 4  # the most that give the F_deg of a real LR image
 
 
 @torch.no_grad()
@@ -429,13 +447,13 @@ def decoupled_loss_with_additions(
 ) -> dict[str, Tensor]:
     """The loss on real LR images, made of HR images that S finds for them, and synthetic pairs.
 
-    photos: lr, lr_ref, hr of back_translated_example(). Half as many pairs are synthetic.
+    photos: lr, lr_refs, hr of back_translated_example(). Half as many pairs are synthetic.
     """
     # Deviation: Algorithm 1 takes the content of the real LR image itself. That already contains
     # the blur and noise, so the U-Net would learn to copy them, not to make them.
-    lr, lr_ref, hr = photos
+    lr, *lr_refs, hr = photos
     examples = [
-        back_translated_example(net, lr, lr_ref, hr, generator),
+        back_translated_example(net, lr, lr_refs, hr, generator),
         synthetic_example(net, hr[::2], cfg.recipes, generator),
     ]
     x_0, degradation, content, lr_hat = map(torch.cat, zip(*examples, strict=True))
@@ -591,16 +609,17 @@ def train(cfg: Config, rt: Runtime) -> None:
     share = cfg.batch_size // (1 + use_hr)
     files = outside(find_photos(cfg.lr, "lr", "--lr", packed=True), out, "--lr")
     photos = Photos(files, out / "photos/lr", rt)
-    if use_hr:  # lr and lr_ref of the same photos, hr
-        references = Crops(photos, cfg.crop, share, cfg.seed, scale=2, place=1)
-        crops = [Crops(photos, cfg.crop, share, cfg.seed, rows=references.rows), references]
+    if use_hr:  # lr, references in the same folders, hr
+        draw = functools.partial(Crops, photos, cfg.crop, share, cfg.seed)
+        crops = [draw(scale=2, other=k) for k in range(1, REFERENCES + 1)]
+        crops.insert(0, draw(rows=crops[0].rows))
         files = outside(find_photos(cfg.hr, "hr", "--hr", packed=True), out, "--hr")
         photos = Photos(files, out / "photos/hr", rt)
         crops.append(Crops(photos, cfg.crop, share, cfg.seed, stream=1, scale=4))
     else:
         crops = [Crops(photos, cfg.crop, share, cfg.seed)]
     shown = [c.batch(10**9, 3).to(rt.device).float() / 255 for c in crops]
-    shown_hr = shown[2] if use_hr else resized(shown[0], 4 * cfg.crop, 4 * cfg.crop)
+    shown_hr = shown[-1] if use_hr else resized(shown[0], 4 * cfg.crop, 4 * cfg.crop)
     tuned = finetuned(nets)
     groups = [
         {"params": [*net.modulation.parameters(), *net.unet.parameters()], "lr": cfg.learning_rate},
@@ -625,7 +644,7 @@ def train(cfg: Config, rt: Runtime) -> None:
             cfg, rt, net.enlarger, learned, out / "enlarger.pt", cfg.enlarger_steps, began=began,
             extractors=state["config"], calibration=state["calibration"],
         )  # fmt: skip
-        for lr_ref, hr, draw in run.batches(*crops[1:]):
+        for lr_ref, hr, draw in run.batches(crops[1], crops[-1]):
             with rt.autocast(cfg.bf16):
                 losses = enlarger_loss(net, lr_ref, hr, draw)
             run.update(losses)

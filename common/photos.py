@@ -61,12 +61,14 @@ def decode(items: Sequence[Item], target: Path, read: Callable[..., np.ndarray])
         folder.claim([target, index_file])
     with replacing(target) as temporary, open(temporary, "wb") as pixels:
         photos = in_parallel(work, items, min(8, os.cpu_count() or 1))
-        for photo in tqdm(photos, "decoding photos", len(items), disable=not main or None):
+        shown = tqdm(photos, "decoding photos", len(items), disable=not main or None)
+        for item, photo in zip(items, shown, strict=True):
             if isinstance(photo, str):
                 bad.append(photo)
                 continue
             pixels.write(np.ascontiguousarray(photo).data)
-            table.append((0, start, *photo.shape))
+            folder_of = (item if isinstance(item, Path) else item[0]).parent
+            table.append((0, start, *photo.shape, zlib.crc32(str(folder_of).encode())))
             start += photo.size
         first = "".join(bad[:1])
         require(len(table) > 0, f"no photo can be read of {len(items)} ({first}).")
@@ -93,7 +95,8 @@ class Photos:
     read from there. Each crop of a packed file counts as a photo. Unreadable photos are left out.
     """
 
-    table: np.ndarray  # int64 (N, 5): number of the map, start of the photo in it, C, H, W
+    # int64 (N, 6): number of the map, start of the photo in it, C, H, W, number of its folder
+    table: np.ndarray
 
     def __init__(
         self,
@@ -105,14 +108,16 @@ class Photos:
         packs = [open_pack(x) for x in items if isinstance(x, Path) and x.suffix == ".npy"]
         photos = [x for x in items if not isinstance(x, Path) or x.suffix != ".npy"]
         self.maps = [pack.reshape(-1) for pack in packs]
-        rows = [
-            (i, k * p[0].size, *p.shape[1:]) for i, p in enumerate(packs) for k in range(len(p))
+        rows = [  # the folder of a packed crop is not known: each gets another negative number
+            (i, k * p[0].size, *p.shape[1:], -(i << 40) - k - 1)
+            for i, p in enumerate(packs)
+            for k in range(len(p))
         ]
-        self.table = np.array(rows, np.int64).reshape(-1, 5)
+        self.table = np.array(rows, np.int64).reshape(-1, 6)
         if photos:
             files = [f for x in photos for f in (x if isinstance(x, tuple) else (x,))]
             facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-            key = zlib.crc32(json.dumps(facts).encode())
+            key = zlib.crc32(json.dumps({"columns": 6, "files": facts}).encode())
             pixels = folder / f"realdgen-{key:08x}.pixels"
             if local_rank() == 0 and not pixels.is_file():
                 decode(photos, pixels, read)
@@ -126,7 +131,7 @@ class Photos:
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Photo of a row of the table, uint8 (C, H, W)."""
-        i, start, C, H, W = self.table[index].tolist()
+        i, start, C, H, W, _ = self.table[index].tolist()
         return self.maps[i][start : start + C * H * W].reshape(C, H, W)
 
 
@@ -141,7 +146,8 @@ class Crops:
 
     A crop has `scale` times as many pixels a side as the value `crop` of `flag`. Photos are those
     of the table's `rows`; smaller ones than a crop are left out. UserError if none remains.
-    Crops of the same rows that differ in `place` are of the same photos at other places.
+    Crops of the same rows that differ in `other` show other photos of the same folders, or other
+    places of a photo that is alone in its folder.
     """
 
     grid = 8  # crops begin at its multiples, so that blocks of JPEG begin at the edge of a crop
@@ -156,12 +162,12 @@ class Crops:
         scale: float = 1,
         flag: str = "--crop",
         rows: np.ndarray | None = None,
-        place: int = 0,
+        other: int = 0,
     ) -> None:
         self.photos, self.size, self.batch_size = photos, int(scale * crop), batch_size
-        self.key, self.place = (seed, stream), place
+        self.key, self.other = (seed, stream), other
         rows = np.arange(len(photos.table)) if rows is None else rows
-        sides = photos.table[rows, 3:].min(axis=1)
+        sides = photos.table[rows, 3:5].min(axis=1)
         self.rows = rows[sides >= self.size]
         self.left_out = len(rows) - len(self.rows)
         most = int(sides.max() / scale) // 16 * 16
@@ -173,15 +179,24 @@ class Crops:
         """A crop (C, size, size), turned in one of 8 ways."""
         return dihedral(crop, draw)
 
+    def neighbour(self, number: int, k: int) -> int:
+        """Number of the k-th other photo in the folder of a photo; itself if it is alone."""
+        folders = self.photos.table[self.rows, 5]
+        same = np.flatnonzero(folders == folders[number])
+        start = np.searchsorted(same, number) + 1 + k % max(1, len(same) - 1)
+        return int(same[start % len(same)])
+
     def batch(self, i: int, count: int) -> Tensor:
         """Batch i, uint8 (count, C, size, size)."""
         draws = torch.randint(2**30, (count, 4), generator=make_generator(*self.key, i))
-        if self.place:
-            draw = make_generator(*self.key, i, self.place)
-            draws[:, 1:] = torch.randint(2**30, (count, 3), generator=draw)
+        numbers = (draws[:, 0] % len(self.rows)).tolist()
+        if self.other:
+            draw = make_generator(*self.key, i, self.other)
+            draws = torch.randint(2**30, (count, 4), generator=draw)
+            numbers = list(map(self.neighbour, numbers, draws[:, 0].tolist()))
         crops = []
-        for index, *place, draw in draws.tolist():
-            photo = self.photos[self.rows[index % len(self.rows)]]
+        for number, (_, *place, draw) in zip(numbers, draws.tolist(), strict=True):
+            photo = self.photos[self.rows[number]]
             ends = [n - self.size + 1 for n in photo.shape[1:]]
             y, x = (p % n // self.grid * self.grid for p, n in zip(place, ends, strict=True))
             crop = torch.tensor(photo[:, y : y + self.size, x : x + self.size])

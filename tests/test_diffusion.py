@@ -226,26 +226,33 @@ def test_real_example_reads_an_lr_image_at_four_times_its_size():
 
 
 def test_a_real_lr_image_is_made_of_another_hr_image_than_its_own_mean(monkeypatch):
-    """S gets the error that it makes on another photo; F_deg is that of another place."""
+    """S gets the error that it makes on another photo; F_deg is that of other photos."""
     net, lr, hr, lr_ref = built(), *(uniform(3, 3, side, side) for side in (16, 64, 32))
-    seen: list[Tensor] = []
 
     def coded(x: Tensor) -> Tensor:
-        seen.append(x)
         return x.mean((2, 3)).repeat(1, 6)[:, :16]
 
     monkeypatch.setattr(net.extractors.e_deg, "forward", coded)
     means = [torch.full((3, 3, 64, 64), value) for value in (0.25, 0.5)]  # of lr, of the photos
     monkeypatch.setattr(net.enlarger, "forward", lambda x: torch.cat(means))
     x_0, degradation, content, lr_hat = diffusion.back_translated_example(
-        net, lr, lr_ref, hr, make_generator(0)
+        net, lr, [lr_ref], hr, make_generator(0)
     )
-    assert torch.equal(x_0, lr) and torch.equal(seen[0], lr_ref)
-    assert torch.equal(degradation, lr_ref.mean((2, 3)).repeat(1, 6)[:, :16])
+    assert torch.equal(x_0, lr)
+    assert torch.equal(degradation, coded(lr_ref))
     expected = (0.25 + hr - 0.5).clamp(0, 1)  # both means are flat, so the error is not scaled
     torch.testing.assert_close(content, net.extractors.content(expected))
     start = net.extractors.reconstruct(degradation, expected, content).clamp(0, 1)
     torch.testing.assert_close(lr_hat, start)
+
+
+def test_f_deg_in_training_is_the_mean_of_one_up_to_all_references(monkeypatch):
+    net = built()
+    monkeypatch.setattr(net.extractors.e_deg, "forward", lambda x: x.mean((2, 3)))
+    lr_refs = [torch.full((400, 3, 8, 8), 6.0 * 2**k) for k in range(3)]  # 6, 12, 24
+    means = diffusion.mean_degradation(net, lr_refs, make_generator(0))
+    values, counts = means.unique(return_counts=True)
+    assert values.tolist() == [6, 9, 14] and (counts > 3 * 100).all()
 
 
 def test_the_error_of_s_is_scaled_by_the_root_of_local_detail(monkeypatch):

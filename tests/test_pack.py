@@ -216,19 +216,31 @@ def test_crops_keep_to_the_blocks_of_jpeg(tmp_path):
     assert set(tops) == {0, 8, 16, 24} and set(lefts) == {0, 8, 16, 24, 32}
 
 
-def test_crops_of_another_place_are_of_the_same_photos(tmp_path):
-    """The red level names the photo; the others the place."""
+def test_other_crops_are_of_other_photos_in_the_folder(tmp_path):
+    """The red level names the photo; the others the place. One photo is alone in its folder."""
     y, x = torch.meshgrid(torch.arange(48), torch.arange(48), indexing="ij")
-    files = [tmp_path / f"{i}.png" for i in range(4)]
+    files = [tmp_path / f"{name}.png" for name in ("a/0", "b/0", "a/1", "a/2")]
     for i, file in enumerate(files):
         save_image(file, torch.stack([torch.full_like(y, 60 * i), y, x]) / 255)
     photos = Photos(files, tmp_path / "decoded", CPU)
-    here, there = (Crops(photos, 16, 4, 0, scale=1 + k, place=k).batch(5, 40) for k in (0, 1))
-    assert there.shape == (40, 3, 32, 32)
-    assert torch.equal(here[:, 0, 0, 0], there[:, 0, 0, 0])
-    assert here[:, 0, 0, 0].unique().tolist() == [0, 60, 120, 180]
-    corners = [batch[:, 1:].amin((2, 3)).tolist() for batch in (here, there)]
-    assert sum(a == b for a, b in zip(*corners, strict=True)) < 20
+    here, there, third = (
+        Crops(photos, 16, 4, 0, scale=1 + min(k, 1), other=k).batch(5, 200) for k in (0, 1, 2)
+    )
+    assert there.shape == (200, 3, 32, 32)
+    names = [(batch[:, 0, 0, 0] // 60).tolist() for batch in (here, there, third)]
+    assert {*zip(*names[:2], strict=True)} == {
+        (1, 1), (0, 2), (0, 3), (2, 0), (2, 3), (3, 0), (3, 2)
+    }  # fmt: skip
+    assert names[1] != names[2]
+    alone = torch.tensor(names[0]) == 1
+    corners = [batch[alone, 1:].amin((2, 3)).tolist() for batch in (here, there)]
+    assert sum(a == b for a, b in zip(*corners, strict=True)) < alone.sum() / 2
+
+
+def test_packed_crops_are_alone(source, tmp_path):
+    """The camera of a packed crop is not known, so its other crops are of itself."""
+    crops = crops_of(source, tmp_path)
+    assert [crops.neighbour(n, 7) for n in range(11)] == [*range(11)]
 
 
 def test_crops_of_some_rows(files, tmp_path):
