@@ -151,7 +151,7 @@ class Run:
         self.preview, self.config = preview, dataclasses.asdict(cfg) | facts
         self.step = 0  # steps done; -1 in trial()
         self.micro_batch, self.micro_batches = 0, 1  # the next one of a step, and their number
-        self.clock, self.images = 0.0, 0  # time of the last line of the log, images since then
+        self.clock, self.images = 0.0, 0.0  # time of the last line of the log, images since then
         self.first: Tensor | None = None  # loss of the first step
         self.high: Tensor | int = 0  # for how many steps in a row the loss has been far above it
         self.stop: list[int] = []  # signals that ask to stop
@@ -247,7 +247,7 @@ class Run:
         streams = [c.batches(numbers(), n, rt.device) for c, n in zip(crops, counts, strict=True)]
         with noted_signals(self.stop, rt, self.progress):
             for number, *images in zip(numbers(), *streams, strict=True):
-                self.images += sum(counts) * rt.world_size
+                self.images += cfg.batch_size * rt.world_size / self.micro_batches
                 yield *images, make_generator(cfg.seed, number, device=rt.device)
         if self.stop:  # in the last step
             raise SystemExit(self.goes_on())
