@@ -330,9 +330,13 @@ def ddpm_loss(
     net: DecoupledDDPM, x_0: Tensor, c: Tensor, cfg: "Config", generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Mean of (eps - eps_theta(x_t, t, c))^2 over random t and eps. Algorithm 1."""
-    # Not in the paper: a t_power above 1 draws more of the small t; 1 is uniform.
-    u = torch.rand(len(x_0), generator=generator, device=x_0.device) ** cfg.t_power
-    t = 1 + (u * cfg.t_max).long().clamp(max=cfg.t_max - 1)
+    # Not in the paper: a condition serves several draws, because it costs more than the U-Net.
+    x_0, c = (v.repeat_interleave(cfg.draws, dim=0) for v in (x_0, c))
+    u = torch.rand(len(x_0), generator=generator, device=x_0.device)
+    t = u * cfg.t_max + 1
+    if cfg.small_t:  # Not in the paper: log t is uniform, since generation needs the small t.
+        t = (cfg.t_max + 1) ** u
+    t = t.long().clamp(1, cfg.t_max)
     eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
     x_t = q_sample(to_signed(x_0), t, eps)
     eps_pred = net(x_t, t, c).float()
@@ -510,7 +514,8 @@ class Config(TrainingConfig):
     enlarger_learning_rate: float = 1e-3
     finetune_learning_rate: float = 1e-6  # of parts of the extractors; 0 freezes them
     t_max: int = 500  # largest step of noise
-    t_power: float = 1.0  # t = t_max * u^t_power, u uniform
+    small_t: bool = False  # draw log t uniformly, not t
+    draws: int = 1  # of noise for each image in a step
     widths: tuple[int, ...] = (128, 256, 512, 512)  # channels of the U-Net per resolution
     blocks: int = 2  # residual blocks per resolution
     attention: tuple[int, ...] = (2, 3)  # resolutions with attention
@@ -534,7 +539,8 @@ PRESETS: dict[str, dict] = {
     | {
         "as_printed": False,
         "recipes": ("realesrgan", "camera", "wide"),
-        "t_power": 3.0,
+        "small_t": True,
+        "draws": 4,
         "cooldown": 0.5,
     },
     "paper": {},
@@ -543,7 +549,7 @@ PRESETS: dict[str, dict] = {
 RANGES = TRAINING_RANGES | {
     "steps": (0, 2**31), "batch_size": (2, 2**20), "crop": (16, 2**12), "learning_rate": (0, 1),
     "finetune_learning_rate": (0, 1), "enlarger_learning_rate": (0, 1),
-    "t_max": (1, 1000), "t_power": (0.01, 100),
+    "t_max": (1, 1000), "draws": (1, 256),
     "widths": (1, 2**12), "blocks": (1, 64), "attention": (0, 15), "mod_channels": (1, 2**12),
     "cond_channels": (1, 2**12), "enlarger_steps": (0, 2**31), "enlarger_channels": (1, 2**12),
     "enlarger_blocks": (0, 256),

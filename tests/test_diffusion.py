@@ -1,6 +1,7 @@
 """diffusion.py: the noise schedule and its steps in closed form, the U-Net, the training."""
 
 import itertools
+import math
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -312,20 +313,23 @@ def test_synthetic_example_takes_degradation_from_another_scene(monkeypatch):
     assert lr.shape == (3, 3, 16, 16) and 0 <= lr.min() and lr.max() <= 1
 
 
-@pytest.mark.parametrize("t_power", [1.0, 2.0])
-def test_ddpm_loss_of_an_exact_network_is_zero_and_all_steps_are_drawn(t_power):
-    x_0, steps = uniform(4000, 3, 1, 1), []
+@pytest.mark.parametrize("small_t", [False, True])
+@pytest.mark.parametrize("draws", [1, 2])
+def test_ddpm_loss_of_an_exact_network_is_zero_and_all_steps_are_drawn(small_t, draws):
+    x_0, steps = uniform(4000 // draws, 3, 1, 1), []
 
     def exact(x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         steps.append(t)
+        assert len(x_t) == len(t) == len(c) == 4000
         alpha_bar = diffusion.alpha_bar(t)
-        return (x_t - alpha_bar.sqrt() * diffusion.to_signed(x_0)) / (1 - alpha_bar).sqrt()
+        return (x_t - alpha_bar.sqrt() * diffusion.to_signed(c)) / (1 - alpha_bar).sqrt()
 
-    cfg = replace(TINY, t_max=20, t_power=t_power)
+    cfg = replace(TINY, t_max=20, small_t=small_t, draws=draws)
     loss = diffusion.ddpm_loss(exact, x_0, x_0, cfg, make_generator(0))["loss"]
     assert loss < 1e-6
     assert steps[0].unique().tolist() == list(range(1, 21))
-    assert (steps[0] <= 5).float().mean() == pytest.approx(0.25 ** (1 / t_power), abs=0.03)
+    expected = math.log(6) / math.log(21) if small_t else 0.25
+    assert (steps[0] <= 5).float().mean() == pytest.approx(expected, abs=0.03)
 
 
 def test_loss_falls_on_one_batch():
