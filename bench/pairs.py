@@ -53,8 +53,8 @@ def camera_of(name: str) -> str:
 # release; {0} is the scale, {1} is Test or Train. The groups in brackets make the name of a pair.
 LAYOUTS = (
     ("RealSR", r"(?:.*/)?[^/]+/{1}/{0}/([^/]+)_HR", r"(?:.*/)?[^/]+/{1}/{0}/([^/]+)_LR{0}"),
-    ("DRealSR", r"(?:.*/)?{1}_x{0}/(?i:{1})_HR/([^/]+)_x{0}",
-     r"(?:.*/)?{1}_x{0}/(?i:{1})_LR/([^/]+)_x1"),
+    ("DRealSR", r"(?:(?:.*/)?{1}_x{0}/)?(?i:{1})_HR/([^/]+)_x{0}",
+     r"(?:(?:.*/)?{1}_x{0}/)?(?i:{1})_LR/([^/]+)_x1"),
     ("RealVSR", r"GT_(?i:{1})/([^/]+)/(\d+)", r"LQ_(?i:{1})/([^/]+)/(\d+)"),
     ("", r"(?i:HR|GT|test_HR)/(.+)", r"(?i:LR|LQ|test_LR)/(.+)x{0}"),
     ("", r"(?i:HR|GT|test_HR)/(.+)", r"(?i:LR|LQ|test_LR)/(.+)"),

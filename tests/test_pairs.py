@@ -97,6 +97,7 @@ def test_published_sets_are_read_as_they_are(tmp_path, layout, full):
         ("gt/{}.png", "lq/{}.png", ["a", "bx4"]),
         ("HR/{}.bmp", "LR/{}.png", ["a/1", "b/2"]),
         ("hr/{}.png", "lr/{}x4.png", ["0001", "a/b", "cx2"]),
+        ("test_HR/{}_x4.png", "test_LR/{}_x1.png", ["Canon_1", "P2"]),  # DRealSR/Test_x4 itself
     ],
 )
 def test_pairs_are_found_as_others_lay_them_out(tmp_path, hr, lr, names):
