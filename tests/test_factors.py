@@ -5,17 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from drawn import scenes
+from drawn import inputs_of, scenes
 from scipy import ndimage
 
 import degrade
 import generate
 from bench import factors
-from bench.inputs import Config, Inputs, resolved
 from common.images import resized, save_image
-from common.runtime import Runtime, make_generator
-
-CPU = Runtime(torch.device("cpu"))
+from common.runtime import make_generator
 
 
 def true_lr(hr, lr_ref, theta, seeds):
@@ -80,8 +77,7 @@ def test_a_network_that_obeys_its_reference_scores_high_another_one_near_0(
     monkeypatch.setattr(degrade, "degrade", remember)
     monkeypatch.setattr(generate, "generate", fake_generate)
     sampler = generate.Sampler("light", 7, 5, 0.5, candidates=4, grain=obeys)
-    cfg = Config(**vars(sampler), hr=(str(tmp_path),), t_starts=(0, 9), crop=48)
-    inputs = Inputs(resolved(cfg, CPU), CPU)
+    inputs = inputs_of(**vars(sampler), hr=(str(tmp_path),), t_starts=(0, 9), crop=48)
     rows = factors.table_factors("factors", inputs)()[0]["rows"]
     alone = replace(sampler, candidates=1)
     no_diffusion = replace(alone, t_start=0, start="reconstruct")

@@ -7,19 +7,15 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from common import UserError
 from common.files import photo_names, replacing, write_text
 from common.folder import HEADER, RECORD, close_all, out_folder
 from common.pairs import PairFolder
-from common.runtime import Runtime
 from tests.commands import assert_refused, run, start
-from tests.drawn import photo, write, write_pairs
+from tests.drawn import few_draws_of_theta, photo, write, write_pairs
 from tests.test_scripts import TINY
-
-CPU = Runtime(torch.device("cpu"))
-REPO = Path(__file__).resolve().parents[1]
+from tests.tiny import CPU, REPO
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +135,7 @@ COMMANDS = {
     "diffusion": f"{DIFFUSION} --checkpoint {WEIGHTS} --out OUT",
     "sr": f"{SR} --out OUT",
     "upscale": "bench.sr --sr fsrcnn --upscale lr --start-from net.safetensors --out OUT",
-    "benchmark": "benchmark.py --table mtf --pairs pairs --hr hr --out OUT",
+    "benchmark": "benchmark.py --table mtf --pairs pairs --images 2 --num-steps 1 --out OUT",
     "pack": "tools.pack --photos hr --size 32 --out OUT/hr.npy",
     "shards": "tools.shards --pairs made --out OUT",
     "report": "tools.report --pairs OUT",
@@ -171,8 +167,9 @@ def written(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_no_command_touches_a_file_that_it_has_not_made(inputs, tmp_path, name):
+def test_no_command_touches_a_file_that_it_has_not_made(inputs, tmp_path, name, monkeypatch):
     """A file of the user at each name that the command writes, and then at all of them."""
+    few_draws_of_theta(monkeypatch)
     script, *flags = COMMANDS[name].split()
 
     def command(out: Path):

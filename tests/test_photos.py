@@ -5,7 +5,6 @@ import io
 import itertools
 import os
 import struct
-import subprocess
 import sys
 import threading
 import types
@@ -36,11 +35,10 @@ from common.images import (
     to_uint8,
 )
 from common.photos import Photos
-from common.runtime import Runtime, make_generator
+from common.runtime import make_generator
+from tests.commands import PEAK, in_another, peak
+from tests.tiny import CPU, REPO
 from tools import pack
-
-REPO = Path(__file__).resolve().parents[1]
-CPU = Runtime(torch.device("cpu"))
 
 
 def drawn_pixels(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -360,7 +358,19 @@ def test_a_photo_may_be_large_and_one_that_is_too_large_is_not_decoded(tmp_path,
         load_image(tmp_path / "x.png")
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux")
+def peaks_of_reading(*files: Path) -> list[float]:
+    """The most memory, in bytes a pixel, that reading files as 8 bits and as numbers takes."""
+    load_image(REPO / "data/sample/hr/coffee.jpg")
+    before, peaks = peak(), []
+    for read in (load_pixels, load_image):
+        for file in files:
+            x = None
+            x = read(file)
+        peaks.append((peak() - before) / x[0].numel())
+    return peaks
+
+
+@pytest.mark.skipif(not PEAK.is_file(), reason="needs Linux")
 def test_reading_a_photo_takes_8_bytes_a_pixel_and_17_as_numbers(tmp_path):
     pixels = np.tile(drawn_pixels(100, 100, 4), (40, 30, 1))  # 12 megapixels
     Image.fromarray(pixels).save(tmp_path / "alpha.png", compress_level=1)
@@ -368,27 +378,8 @@ def test_reading_a_photo_takes_8_bytes_a_pixel_and_17_as_numbers(tmp_path):
     exif[0x0112] = 6
     profile = icc_profile(b"RGB ", P3)
     Image.fromarray(pixels[..., :3]).save(tmp_path / "x.jpg", exif=exif, icc_profile=profile)
-    code = """
-import sys, torch
-from common import images
-torch.set_num_threads(1)
-def peak():
-    (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
-images.load_image(sys.argv[1])
-before = peak()
-for read in (images.load_pixels, images.load_image):
-    for file in sys.argv[2:]:
-        x = None
-        x = read(file)
-    print((peak() - before) / x[0].numel())
-"""
-    files = [str(REPO / "data/sample/hr/coffee.jpg"), "alpha.png", "x.jpg"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *(str(tmp_path / file) for file in files)],
-        cwd=REPO, capture_output=True, text=True,
-    )  # fmt: skip
-    eight_bits, numbers = map(float, done.stdout.split())
+    files = tmp_path / "alpha.png", tmp_path / "x.jpg"
+    eight_bits, numbers = in_another(peaks_of_reading, *files)
     assert 3 < eight_bits < 9 and 12 < numbers < 17
 
 
@@ -573,17 +564,6 @@ def test_what_reading_loses_is_counted_in_one_sentence(tmp_path, capsys):
     assert capsys.readouterr().out == expected + "\n"
     load_image(tmp_path / "whole.jpg")
     assert lost_sentence() == ""
-
-
-def test_old_decoded_photos_are_removed_and_no_other_file(tmp_path):
-    for i in range(2):
-        Image.fromarray(drawn_pixels(24, 31, 3, i)).save(tmp_path / "x.png")
-        touch(tmp_path / "decoded", "mine.npy", "mine.tmp", "a.pixels", ".realdgen-1-2.tmp")
-        Photos([tmp_path / "x.png"], tmp_path / "decoded", CPU)
-    names = {file.name for file in (tmp_path / "decoded").iterdir()}
-    rest = names - {"a.pixels", "mine.npy", "mine.tmp"}
-    assert len(names) == 5 and all(name.startswith("realdgen-") for name in rest)
-    assert sorted(Path(name).suffix for name in rest) == [".npy", ".pixels"]
 
 
 # ---- damage, and writing ----------------------------------------------------------------------

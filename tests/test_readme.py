@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from common.cli import parse_args
 from common.images import save_image
 from tests import commands
+from tests.tiny import REPO
 
-REPO = Path(__file__).resolve().parents[1]
 SOURCES = [REPO / "README.md", REPO / "data/README.md", *sorted(REPO.glob("*.py"))]
 SOURCES += [*sorted(REPO.glob("bench/*.py")), *sorted(REPO.glob("tools/*.py"))]
 LAUNCHER = r"^(?: *|.*[.:] `|`)(?:python|torchrun --nproc_per_node=\d+) "
@@ -104,7 +104,11 @@ def pasted(word: str) -> dict:
 
 
 def test_the_snippet_on_tensors_runs_as_pasted(tmp_path, monkeypatch):
-    (tmp_path / "data").symlink_to(REPO / "data")
+    """On a smaller photo of the same name."""
+    (tmp_path / "data/sample/hr").mkdir(parents=True)
+    (tmp_path / "data/sample/lr").symlink_to(REPO / "data/sample/lr")
+    with Image.open(REPO / "data/sample/hr/coffee.jpg") as file:
+        file.crop((100, 80, 230, 210)).save(tmp_path / "data/sample/hr/coffee.jpg", quality=95)
     monkeypatch.chdir(tmp_path)
     names = pasted("generate.generate")
     with Image.open("data/sample/hr/coffee.jpg") as file:
