@@ -23,6 +23,7 @@ from bench.pairs import stored_sizes
 from common import UserError, images
 from common.cli import launch
 from common.files import list_images, photo_formats, photo_names, photo_suffixes, replacing
+from common.folder import RECORD, close_all, out_folder
 from common.images import (
     MAX_PIXELS,
     crop_to_multiple,
@@ -179,18 +180,27 @@ def test_all_photos_are_opened_as_one_of_the_listed_formats():
 
 
 def test_names_of_photos_depend_on_their_path_below_the_folder_given(tmp_path):
-    x, y = tmp_path / "x", tmp_path / "y"
-    files = [x / "a.png", x / "b" / "a.jpg", x / "b.c.png", y / "B" / "z, 1.png"]
-    folders = [str(x), str(y)]
-    assert photo_names(files, folders) == ["a", "b_a", "b.c", "B_z_1"]
-    assert photo_names(files[1:], folders) == ["b_a", "b.c", "B_z_1"]
-    assert photo_names(files[1:2], [str(files[1])]) == ["a"]
-    # They are never equal, apart from upper and lower case.
-    names = ("a.png", "A.jpg", "a.webp", "b/c.png", "b_C.png")
-    files = [folder / name for folder in (x, y) for name in names]
-    named = photo_names(files, folders)
-    assert len({name.casefold() for name in named}) == len(files)
-    assert photo_names(files[::-1], folders) == named[::-1]
+    """Neither on how the folder was typed, nor on the other photos, nor on later folders."""
+    files = ("a.png", "b/a.jpg", "b.c.png", "B/z, 1.png", "sub/b.png", "sub/B.jpg", "A.jpg",
+             "a.webp", "b_A.png", "x" * 250 + ".png")  # fmt: skip
+
+    def names_of(given: list[str], *files: str) -> list[str]:
+        return photo_names([Path(file) for file in files], given)
+
+    first, *rest = (
+        names_of([top], *(f"{top}/{f}" for f in files)) for top in ("hr", "/d/hr", "../x/hr")
+    )
+    assert rest == [first, first] and max(map(len, first)) < 220
+    assert names_of(["hr"], *(f"hr/{f}" for f in files[:4])) == ["a", "b_a", "b.c", "B_z_1"]
+    assert names_of(["hr"], *(f"hr/{f}" for f in files[1:4])) == ["b_a", "b.c", "B_z_1"]
+    assert names_of(["hr/b/a.jpg"], "hr/b/a.jpg") == ["a"]
+    hr = [f"hr/{f}" for f in files]
+    more = names_of(["hr", "other"], *hr, "other/a.png", "other/new.png")
+    assert more[:-2] == first and more[-2].startswith("a-") and more[-1] == "new"
+    assert names_of(["hr", "hr/sub"], *hr) == first
+    # They are never equal, apart from upper and lower case, and their order does not matter.
+    assert len({name.casefold() for name in more}) == len(more)
+    assert names_of(["hr"], *hr[::-1]) == first[::-1]
 
 
 @pytest.mark.parametrize("name", [b"caf\xe9.png", "日本語.png".encode()])
@@ -598,17 +608,21 @@ def test_an_image_of_8_bits_survives_a_round_trip(tmp_path):
     assert (load_image(tmp_path / "x.png").flatten() * 255).tolist() == [0, 0, 255]
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
-    path = tmp_path / "x.txt"
-    path.write_text("old")
-    for content in ("half of the ne", "new"):
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, inside):
+    """Also in a folder of results."""
+    path, others = tmp_path / "x.txt", {RECORD} if inside else set()
+    if inside:
+        out_folder(tmp_path, CPU)
+    for content in ("old", "half of the ne", "new"):
         with contextlib.suppress(RuntimeError), replacing(path) as temporary:
             temporary.write_text(content)
-            assert path.read_text() == "old"
-            if content != "new":
+            assert content == "old" or path.read_text() == "old"
+            if content.startswith("half"):
                 raise RuntimeError("the disk is full")
-        assert list(tmp_path.iterdir()) == [path]
+        assert {file.name for file in tmp_path.iterdir()} == {path.name, *others}
         assert path.read_text() == ("new" if content == "new" else "old")
+    close_all()
 
 
 def test_images_are_cut_to_a_multiple_of_the_scale():
