@@ -108,7 +108,7 @@ def test_the_snippet_on_tensors_runs_as_pasted(tmp_path, monkeypatch):
     (tmp_path / "data/sample/hr").mkdir(parents=True)
     (tmp_path / "data/sample/lr").symlink_to(REPO / "data/sample/lr")
     with Image.open(REPO / "data/sample/hr/coffee.jpg") as file:
-        file.crop((100, 80, 230, 210)).save(tmp_path / "data/sample/hr/coffee.jpg", quality=95)
+        file.crop((100, 80, 232, 208)).save(tmp_path / "data/sample/hr/coffee.jpg", quality=95)
     monkeypatch.chdir(tmp_path)
     names = pasted("generate.generate")
     with Image.open("data/sample/hr/coffee.jpg") as file:

@@ -41,14 +41,19 @@ def test_the_divergence_of_two_gaussians_is_that_of_the_closed_form():
     assert remainder.histogram_kld(a, 10 / 255 * normal(200_000, seed=2)) < 0.002
 
 
-def test_other_lr_is_told_apart_by_its_noise_and_equal_lr_is_not():
+@pytest.fixture
+def fewer_steps(monkeypatch):
+    monkeypatch.setattr(remainder, "PROBE_STEPS", 100)
+
+
+def test_other_lr_is_told_apart_by_its_noise_and_equal_lr_is_not(fewer_steps):
     real = scenes(8, 64)
     noise = 8 / 255 * normal(8, 3, 64, 64)
     assert remainder.told_apart(real, real + noise, 0) > 0.9
     assert remainder.told_apart(real, real, 0) == pytest.approx(0.5, abs=0.01)
 
 
-def test_a_condition_that_holds_the_remainder_shows_it_and_another_one_does_not():
+def test_a_condition_that_holds_the_remainder_shows_it_and_another_one_does_not(fewer_steps):
     left = 5 / 255 * normal(12, 3, 128, 128)
     shows = torch.cat([normal(12, 2, 128, 128), 3 * left - 1], dim=1)
     assert remainder.predicted_share(shows, left, 0) > 0.9
