@@ -66,7 +66,7 @@ def test_the_figure_shows_every_test_and_every_image(tmp_path, monkeypatch):
     for i, photo in enumerate(scenes(8)):
         save_image(tmp_path / "photos" / f"{i}.png", photo)
     folders = {"pairs": (str(write_pairs(tmp_path / "RealSR")),), "hr": (str(tmp_path / "photos"),)}
-    inputs = inputs_of(**folders, out=str(tmp_path / "out"), crop=32, sr_steps=40, images=8)
+    inputs = inputs_of(**folders, out=str(tmp_path / "out"), crop=32, sr_steps=20, images=8)
     result, text = figure1.table_figure1("figure1", inputs)()
     tests = result["tests"]
     assert [test["place"] for test in tests[:9]] == GRID and tests[9]["name"] == "RealSR"
