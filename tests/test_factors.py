@@ -5,14 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from drawn import inputs_of, scenes
+from drawn import scenes
 from scipy import ndimage
 
 import degrade
 import generate
 from bench import factors
+from bench.inputs import Config, Inputs, resolved
 from common.images import resized, save_image
-from common.runtime import make_generator
+from common.runtime import Runtime, make_generator
+
+CPU = Runtime(torch.device("cpu"))
 
 
 def true_lr(hr, lr_ref, theta, seeds):
@@ -77,7 +80,8 @@ def test_a_network_that_obeys_its_reference_scores_high_another_one_near_0(
     monkeypatch.setattr(degrade, "degrade", remember)
     monkeypatch.setattr(generate, "generate", fake_generate)
     sampler = generate.Sampler("light", 7, 5, 0.5, candidates=4, grain=obeys)
-    inputs = inputs_of(**vars(sampler), hr=(str(tmp_path),), t_starts=(0, 9), crop=48)
+    cfg = Config(**vars(sampler), hr=(str(tmp_path),), t_starts=(0, 9), crop=48)
+    inputs = Inputs(resolved(cfg, CPU), CPU)
     rows = factors.table_factors("factors", inputs)()[0]["rows"]
     alone = replace(sampler, candidates=1)
     no_diffusion = replace(alone, t_start=0, start="reconstruct")

@@ -17,11 +17,11 @@ import benchmark
 import diffusion
 import generate
 from bench import control, downstream, factors, figure1, generated, leakage, pairs, remainder, sr
-from bench.inputs import AS_PRINTED, SYNDIFF, Config
+from bench.inputs import AS_PRINTED, SYNDIFF, Config, Inputs, resolved
 from common import UserError
 from common.files import find_photos
 from common.runtime import print_once
-from tests.tiny import config_of, save_net, untrained
+from tests.tiny import CPU, config_of, save_net, untrained
 
 
 def write_weights(path, as_printed=True, **changes):
@@ -289,9 +289,9 @@ def test_weights_as_printed_are_sampled_as_printed_unless_a_flag_says_else(
     # The benchmark takes such weights alike; weights of another kind keep the sampler.
     monkeypatch.chdir(workplace)
     common = {"pairs": ("set",), "hr": ("data/hr",), "device": "cpu"}
-    inputs = inputs_of(checkpoint=str(AS_PRINTED), **common)
+    inputs = Inputs(resolved(Config(checkpoint=str(AS_PRINTED), **common), CPU), CPU)
     assert inputs.sampler == generate.Sampler(**generate.PRESETS["paper"])
-    assert inputs_of(**common).sampler == generate.Sampler()
+    assert Inputs(resolved(Config(**common), CPU), CPU).sampler == generate.Sampler()
 
 
 def test_rows_of_table_4_differ_in_nothing_but_the_ablation(workplace, monkeypatch):
