@@ -18,3 +18,9 @@ def shared() -> Path:
     if not (folder / "photos").is_dir():
         pytest.skip(f"no real photos in {folder} (set REALDGEN_SHARED)")
     return folder
+
+
+@pytest.fixture
+def no_metric_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LPIPS, DISTS, FID and the like have no weights."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights"))

@@ -10,8 +10,9 @@ from scipy import ndimage
 
 import additions
 import degrade
+from bench.inputs import Config, Inputs, resolved
 from common.images import save_image
-from common.runtime import make_generator
+from common.runtime import Runtime, make_generator
 
 
 def write(path, pixels):
@@ -82,6 +83,26 @@ def bicubic_for_realdgen(monkeypatch):
     monkeypatch.setattr("generate.generate", fake_generate)
     monkeypatch.setattr("generate.degradation_of", lambda net, lr: lr.mean((1, 2))[None])
     return samplers
+
+
+def inputs_of(**flags):
+    """What the tables of the benchmark get with these flags, on a CPU."""
+    rt = Runtime(torch.device("cpu"))
+    return Inputs(resolved(Config(**flags), rt), rt)
+
+
+def few_draws_of_theta(monkeypatch):
+    """At most 99 in a call; mtf.png shows the range of 1000, which takes seconds."""
+    drawn = degrade.sample_degradation
+    monkeypatch.setattr(
+        degrade, "sample_degradation", lambda n, *a, **k: drawn(min(n, 99), *a, **k)
+    )
+
+
+def psnr_y(a, b):
+    """PSNR of luma of 8-bit images (H, W, 3), by numpy."""
+    luma = (a.astype(float) - b.astype(float)) @ np.array([65.481, 128.553, 24.966]) / 255
+    return 20 * np.log10(255) - 10 * np.log10((luma**2).mean())
 
 
 def noise_in_bands(noise):

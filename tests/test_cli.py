@@ -15,9 +15,7 @@ from common import UserError, cli
 from common.cli import check_ranges, from_dict, launch, parse_args
 from common.images import save_image
 from common.runtime import Runtime
-
-REPO = Path(__file__).resolve().parents[1]
-CPU = Runtime(torch.device("cpu"))
+from tests.tiny import CPU
 
 
 @dataclass(frozen=True)

@@ -3,24 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from drawn import bicubic_for_realdgen, write_sharpened_pairs
+from drawn import bicubic_for_realdgen, inputs_of, write_sharpened_pairs
 
 from bench import control
-from bench.inputs import Config, Inputs, resolved
 from common.images import load_image
-from common.runtime import Runtime
-
-CPU = Runtime(torch.device("cpu"))
 
 
 @pytest.fixture
-def inputs(tmp_path, monkeypatch):
+def inputs(tmp_path, monkeypatch, no_metric_weights):
     write_sharpened_pairs(tmp_path / "set")
     bicubic_for_realdgen(monkeypatch)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
-    cfg = Config(pairs=(str(tmp_path / "set"),), hr=(str(tmp_path / "set/HR"),),
+    return inputs_of(pairs=(str(tmp_path / "set"),), hr=(str(tmp_path / "set/HR"),),
                  out=str(tmp_path / "out"), crop=32, sr_steps=2, t_starts=(0,))  # fmt: skip
-    return Inputs(resolved(cfg, CPU), CPU)
 
 
 def test_only_the_lr_differs_and_nothing_of_the_tested_half_is_in_it(inputs, tmp_path):

@@ -24,7 +24,7 @@ from bench import kernels
 from common.images import load_image, save_image, to_uint8
 from common.runtime import make_generator
 from degrade import Degradation
-from tests.commands import assert_refused, files_of, run, start
+from tests.commands import assert_refused, files_of, rows_of, run, start, times_of
 from tests.drawn import noise_in_bands
 from tests.fake_cuda import fake_cuda
 
@@ -705,14 +705,10 @@ def degraded(folder: Path, *more: object) -> str:
     return done.stdout
 
 
-def table(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
-
-
 def names(out: Path) -> set[str]:
     """The names of the LR files, which are those of the table and of the HR files."""
     found = {file.stem for file in (out / "lr").iterdir()}
-    assert sorted(found) == sorted(Path(row["lr"]).stem for row in table(out))
+    assert sorted(found) == sorted(Path(row["lr"]).stem for row in rows_of(out))
     assert found == {file.stem for file in (out / "hr").iterdir()}
     return found
 
@@ -730,17 +726,17 @@ def test_the_command_writes_pairs_that_replay_and_a_second_run_changes_nothing(p
     printed = degraded(tmp_path, "--out", out)
     assert "2 pairs" in printed and "2 images skipped" in printed
     assert "c.jpg" in printed and "tiny.png" in printed
-    assert [Path(row["source"]).name for row in table(out)] == ["a.png", "b.png"]
-    files = {row[side] for row in table(out) for side in ("hr", "lr")}
+    assert [Path(row["source"]).name for row in rows_of(out)] == ["a.png", "b.png"]
+    files = {row[side] for row in rows_of(out) for side in ("hr", "lr")}
     assert set(files_of(out)) == files | {"pairs.jsonl", "preview.png"}
-    for row, shape in zip(table(out), [(3, 64, 48), (3, 40, 44)], strict=True):
+    for row, shape in zip(rows_of(out), [(3, 64, 48), (3, 40, 44)], strict=True):
         assert load_image(out / row["hr"]).shape == shape
         assert_replays(out, row)
     before = files_of(out)
-    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    times = times_of(out / "lr"), times_of(out / "hr")
     degraded(tmp_path, "--out", out)
     assert files_of(out) == before
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.png")} == times
+    assert (times_of(out / "lr"), times_of(out / "hr")) == times
 
 
 def test_the_folder_holds_what_the_last_command_asked_for(tmp_path):
@@ -762,7 +758,7 @@ def test_the_folder_holds_what_the_last_command_asked_for(tmp_path):
     (out / "lr" / "a_1.png").unlink()
     degraded(tmp_path, "--recipe", "wide", "--per-image", 2)
     assert names(out) == eight
-    for row in table(out):
+    for row in rows_of(out):
         assert_replays(out, row)
     (photos / "a.png").write_text("not an image any more")
     (photos / "c.png").unlink()

@@ -19,44 +19,15 @@ import extractors
 from common import UserError
 from common.checkpoint import load_checkpoint
 from common.images import resized, save_image
-from common.runtime import Runtime, make_generator
+from common.runtime import make_generator
 from diffusion import ALPHAS_CUMPROD, BETAS, Config
 from tests.fake_cuda import counted_memory, fake_cuda, training_memory
-
-CPU = Runtime(torch.device("cpu"))
-STAGE_1 = extractors.Config(
-    compile=False, vq_channels=8, vq_multipliers=(1, 2, 2), vq_blocks=1, vq_codes=16,
-    deg_channels=8, deg_blocks=1, deg_dim=16, mod_channels=8, as_printed=False,
-)  # fmt: skip
-TINY = Config(
-    compile=False, batch_size=4, crop=16, widths=(8, 16), blocks=1, attention=(1,), mod_channels=8,
-    cond_channels=4, recipes=("realesrgan", "light", "camera"), as_printed=False, bf16=False,
-    enlarger_steps=1, enlarger_channels=8, enlarger_blocks=1,
-)  # fmt: skip
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=make_generator(seed, *shape))
-
-
-def uniform(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(*shape, generator=make_generator(seed, *shape))
+from tests.tiny import CPU, STAGE_1, built, config_of, equal, normal, uniform
+from tests.tiny import STAGE_2 as TINY
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
     return [make_generator(seed) for seed in seeds]
-
-
-def built(**changes: object) -> diffusion.DecoupledDDPM:
-    """A tiny model in which no weight is zero, so that every layer has an effect."""
-    torch.manual_seed(0)
-    cfg = replace(TINY, **changes)  # type: ignore[arg-type]
-    stage_1 = replace(STAGE_1, as_printed=cfg.as_printed)
-    net = diffusion.DecoupledDDPM(extractors.Extractors(stage_1), stage_1, cfg)
-    with torch.no_grad():
-        for p in net.parameters():
-            p += 0.05 * torch.randn(p.shape)
-    return net
 
 
 # ---- noise schedule ---------------------------------------------------------------------------
@@ -375,8 +346,7 @@ def test_training_goes_on_from_given_weights_with_the_extractors_of_stage_1(tmp_
     before = train(cfg, **frozen)["ema"]
     frozen |= {"enlarger_steps": 0}
     changed = {k: v + 0.1 for k, v in before.items()}
-    config = asdict(cfg) | {"extractors": asdict(STAGE_1)}
-    torch.save({"ema": changed, "config": config}, tmp_path / "a.pt")
+    torch.save({"ema": changed, "config": config_of()}, tmp_path / "a.pt")
     given = frozen | {"start_from": str(tmp_path / "a.pt"), "out": str(tmp_path / "b")}
     for key, value in train(cfg, **given)["net"].items():
         expected = before if key.startswith("extractors.") else changed
@@ -405,9 +375,9 @@ def test_training_resumes_exactly_and_its_checkpoint_rebuilds_the_model(tmp_path
     train(cfg, steps=1, out=str(tmp_path / "twice"))
     twice = train(cfg, steps=2, out=str(tmp_path / "twice"))
     for kind in ("net", "ema"):
-        assert all(torch.equal(v, twice[kind][k]) for k, v in once[kind].items())
+        assert equal(once[kind], twice[kind])
     net = diffusion.load(once, "last.pt")
-    assert all(torch.equal(v, once["ema"][k]) for k, v in net.state_dict().items())
+    assert equal(net.state_dict(), once["ema"])
     assert net.without == ("degradation",)
 
 
@@ -417,9 +387,9 @@ def test_training_resumes_exactly_and_its_checkpoint_rebuilds_the_model(tmp_path
     ids=str,
 )
 def test_a_checkpoint_s_configuration_is_not_believed(change):
-    stored = asdict(TINY) | {"extractors": asdict(STAGE_1)}
+    state = {"ema": built().state_dict(), "config": config_of() | change}
     with pytest.raises(UserError, match="x.pt: "):
-        diffusion.load({"ema": built().state_dict(), "config": stored | change}, "x.pt")
+        diffusion.load(state, "x.pt")
 
 
 def test_a_run_is_not_continued_with_other_stage_1_weights(tmp_path, cfg):

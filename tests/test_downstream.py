@@ -7,30 +7,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from drawn import photo, write, write_pairs
+from drawn import inputs_of, photo, write, write_pairs
 from PIL import Image
 
 import generate
 from bench import downstream, pairs, sr
-from bench.inputs import SOURCES, Config, Inputs, resolved
+from bench.inputs import SOURCES, Config
 from common.checkpoint import save_weights
 from common.files import list_images
 from common.images import load_image, save_image
-from common.runtime import Runtime
+from tests.tiny import CPU
 
-CPU = Runtime(torch.device("cpu"))
 SHIPPED = Path(generate.__file__).parent / "data/pretrained"
 
 
-def inputs_of(tmp_path, **flags):
+def small_inputs(tmp_path, **flags):
     given = {"pairs": (str(tmp_path / "RealSR"),), "hr": (str(tmp_path / "photos"),),
              "out": str(tmp_path / "out"), "sr_steps": 3, "device": "cpu"}  # fmt: skip
-    return Inputs(resolved(Config(**given | flags), CPU), CPU)
+    return inputs_of(**given | flags)
 
 
 @pytest.fixture
-def table_1(tmp_path, monkeypatch):
+def table_1(tmp_path, monkeypatch, no_metric_weights):
     """A small Table 1, whose RealDGen writes bicubic pairs; values, text, configs of generate."""
     configs = []
 
@@ -42,11 +40,10 @@ def table_1(tmp_path, monkeypatch):
             lr = pairs.resized_by_pillow(hr[None], *(side // 4 for side in hr.shape[1:]))[0]
             save_image(Path(cfg.out) / "lr" / f"{file.stem}.png", lr)
 
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
     monkeypatch.setattr(generate, "main", fake_main)
     write_pairs(tmp_path / "RealSR")
     write(tmp_path / "photos" / "x.png", photo(3, 192))
-    inputs = inputs_of(tmp_path, seeds=2, data=("bicubic", "realdgen", "paired"))
+    inputs = small_inputs(tmp_path, seeds=2, data=("bicubic", "realdgen", "paired"))
     values, text = downstream.table_downstream("1", inputs)()
     return values, text, configs
 
@@ -111,7 +108,7 @@ def test_a_network_starts_from_the_weights_of_its_kind(tmp_path, monkeypatch):
         save_weights(file, weights, config=asdict(sr.Config(sr=file.stem)))
     begun = []
     monkeypatch.setattr(sr, "train", lambda cfg, rt: begun.append(cfg.start_from) or files[0])
-    inputs = inputs_of(tmp_path, sr_start_from=(str(files[1]),))
+    inputs = small_inputs(tmp_path, sr_start_from=(str(files[1]),))
     for network in ("fsrcnn", "swinir-l"):
         downstream.train_network(network, {"recipe": "light"}, "a", 0, tmp_path, inputs)
     assert begun == ["", str(files[1])]
@@ -165,7 +162,7 @@ def test_rows_with_equal_values_of_different_settings_have_folders_of_their_own(
     """T=4 of Table 3 and K=4 of Table 7: once both wrote to realdgen_4."""
     write_pairs(tmp_path / "RealSR")
     write(tmp_path / "photos/x.png", photo(3, 192))
-    inputs, outs = inputs_of(tmp_path, t_starts=(1, 4)), []
+    inputs, outs = small_inputs(tmp_path, t_starts=(1, 4)), []
     monkeypatch.setattr(generate, "main", lambda cfg, rt: outs.append(cfg.out))
     for table in "37":
         for row in downstream.rows_of(table, inputs.cfg, ["RealSR"]):
@@ -179,7 +176,7 @@ def test_what_was_made_of_other_photos_weights_or_settings_is_not_used_again(tmp
     shipped = str(SHIPPED / "diffusion.safetensors")
 
     def key(**flags):
-        return downstream.folder_of(inputs_of(tmp_path, checkpoint=shipped, **flags))
+        return downstream.folder_of(small_inputs(tmp_path, checkpoint=shipped, **flags))
 
     keys = [key(), key(t_start=7), key(seed=1), key(start="light")]
     assert key(seeds=3) == keys[0]
@@ -195,7 +192,7 @@ def test_what_was_made_of_other_photos_weights_or_settings_is_not_used_again(tmp
 
 
 def test_steps_of_one_network_do_not_depend_on_another(tmp_path):
-    alone, both = (inputs_of(tmp_path, sr=sr, sr_steps=0).cfg
+    alone, both = (small_inputs(tmp_path, sr=sr, sr_steps=0).cfg
                    for sr in (("fsrcnn",), ("fsrcnn", "swinir")))  # fmt: skip
     steps = sr.PRESETS["smoke"]["steps"]
     assert downstream.steps_of("fsrcnn", alone) == downstream.steps_of("fsrcnn", both) == steps

@@ -17,17 +17,13 @@ import extractors
 from common import UserError
 from common.checkpoint import count_parameters, load_checkpoint
 from common.images import resized, save_image
-from common.runtime import Runtime, make_generator
+from common.runtime import make_generator
 from extractors import Config, Extractors
 from tests.commands import assert_refused, run
 from tests.fake_cuda import counted_memory, fake_cuda, training_memory
+from tests.tiny import CPU, equal, moved
+from tests.tiny import STAGE_1 as TINY
 
-CPU = Runtime(torch.device("cpu"))
-TINY = Config(
-    compile=False, batch_size=6, crop=64, vq_crop=64, vq_channels=8, vq_multipliers=(1, 2, 2),
-    vq_blocks=1, vq_codes=16, deg_channels=8, deg_blocks=1, deg_dim=16, mod_channels=8,
-    num_samples=2, recipes=("realesrgan", "light", "camera"), as_printed=False, bf16=False,
-)  # fmt: skip
 TRAINED_WITH_E_DEG = ("e_deg.", "rec_lr.", "head.")
 
 
@@ -43,11 +39,7 @@ def drawn_batch(batch: int, height: int, width: int) -> Tensor:
 def built(**changes: object) -> Extractors:
     """A tiny network in which no weight is zero, so that every layer has an effect."""
     torch.manual_seed(0)
-    net = Extractors(replace(TINY, **changes))  # type: ignore[arg-type]
-    with torch.no_grad():
-        for p in net.parameters():
-            p += 0.02 * torch.randn(p.shape)
-    return net
+    return moved(Extractors(replace(TINY, **changes)), 0.02)  # type: ignore[arg-type]
 
 
 def named(net: nn.Module, *prefixes: str) -> set[str]:
@@ -573,7 +565,7 @@ def test_training_resumes_exactly_and_each_phase_moves_its_own_weights(tmp_path,
             extractors.train(replace(cfg, out=str(tmp_path / out), steps=steps), CPU)
     once, twice = (load_checkpoint(tmp_path / out / "vqvae.pt") for out in ("once", "twice"))
     for kind in ("net", "ema"):
-        assert all(torch.equal(v, twice[kind][k]) for k, v in once[kind].items())
+        assert equal(once[kind], twice[kind])
     # Each phase starts from the average of the one before it.
     files = [tmp_path / "once" / f"{name}.pt" for name in ("vqvae", "content", "last")]
     phases, net = [load_checkpoint(file) for file in files], Extractors(cfg)

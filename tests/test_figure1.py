@@ -3,19 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from drawn import bicubic_for_realdgen, scenes, write_pairs
+from drawn import bicubic_for_realdgen, inputs_of, scenes, write_pairs
 from PIL import Image
 
 import degrade
 import generate
 from bench import factors, figure1
 from bench.figure1 import GRID
-from bench.inputs import Config, Inputs, resolved
 from bench.pairs import find_pairs
 from common.images import save_image
-from common.runtime import Runtime, make_generator
-
-CPU = Runtime(torch.device("cpu"))
+from common.runtime import make_generator
 
 
 def test_a_set_has_its_blur_and_its_noise_and_nothing_else(tmp_path):
@@ -68,9 +65,8 @@ def test_the_figure_shows_every_test_and_every_image(tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "degradation_of", degradation_of)
     for i, photo in enumerate(scenes(8)):
         save_image(tmp_path / "photos" / f"{i}.png", photo)
-    cfg = Config(pairs=(str(write_pairs(tmp_path / "RealSR")),), hr=(str(tmp_path / "photos"),),
-                 out=str(tmp_path / "out"), crop=32, sr_steps=40, images=8)  # fmt: skip
-    inputs = Inputs(resolved(cfg, CPU), CPU)
+    folders = {"pairs": (str(write_pairs(tmp_path / "RealSR")),), "hr": (str(tmp_path / "photos"),)}
+    inputs = inputs_of(**folders, out=str(tmp_path / "out"), crop=32, sr_steps=20, images=8)
     result, text = figure1.table_figure1("figure1", inputs)()
     tests = result["tests"]
     assert [test["place"] for test in tests[:9]] == GRID and tests[9]["name"] == "RealSR"

@@ -7,19 +7,15 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from common import UserError
-from common.files import photo_names, replacing, write_text
+from common.files import write_text
 from common.folder import HEADER, RECORD, close_all, out_folder
 from common.pairs import PairFolder
-from common.runtime import Runtime
 from tests.commands import assert_refused, run, start
-from tests.drawn import photo, write, write_pairs
+from tests.drawn import few_draws_of_theta, photo, write, write_pairs
 from tests.test_scripts import TINY
-
-CPU = Runtime(torch.device("cpu"))
-REPO = Path(__file__).resolve().parents[1]
+from tests.tiny import CPU, REPO
 
 
 @pytest.fixture(autouse=True)
@@ -97,35 +93,6 @@ def test_links_do_not_lead_out_of_the_folder(tmp_path):
     assert out_folder(tmp_path / "same", CPU) is folder
 
 
-def test_an_error_while_writing_leaves_the_old_file(tmp_path):
-    out_folder(tmp_path / "out", CPU)
-    write_text(tmp_path / "out/x.txt", "one")
-    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "out/x.txt") as temporary:
-        temporary.write_text("half")
-        raise ZeroDivisionError
-    assert (tmp_path / "out/x.txt").read_text() == "one"
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"x.txt", RECORD}
-
-
-# ---- names --------------------------------------------------------------------------------------
-
-
-def names_of(given: list[str], *files: str) -> list[str]:
-    return photo_names([Path(file) for file in files], given)
-
-
-def test_names_do_not_depend_on_how_a_folder_was_typed_nor_on_later_folders():
-    files = ("a.png", "sub/b.png", "sub/B.jpg", "x" * 250 + ".png")
-    first = [names_of([top], *(f"{top}/{f}" for f in files)) for top in ("hr", "/d/hr", "../x/hr")]
-    assert first[0] == first[1] == first[2] and first[0][:1] == ["a"]
-    assert len(set(first[0])) == 4 and max(map(len, first[0])) < 220
-    more = names_of(["hr", "other"], *(f"hr/{f}" for f in files), "other/a.png", "other/new.png")
-    assert more[:4] == first[0] and more[5] == "new"
-    assert more[4].startswith("a-") and len(set(more)) == 6
-    nested = names_of(["hr", "hr/sub"], *(f"hr/{f}" for f in files))
-    assert nested == first[0]
-
-
 # ---- every command -----------------------------------------------------------------------------
 
 WEIGHTS = REPO / "data/pretrained/extractors.safetensors"
@@ -139,7 +106,7 @@ COMMANDS = {
     "diffusion": f"{DIFFUSION} --checkpoint {WEIGHTS} --out OUT",
     "sr": f"{SR} --out OUT",
     "upscale": "bench.sr --sr fsrcnn --upscale lr --start-from net.safetensors --out OUT",
-    "benchmark": "benchmark.py --table mtf --pairs pairs --hr hr --out OUT",
+    "benchmark": "benchmark.py --table mtf --pairs pairs --images 2 --num-steps 1 --out OUT",
     "pack": "tools.pack --photos hr --size 32 --out OUT/hr.npy",
     "shards": "tools.shards --pairs made --out OUT",
     "report": "tools.report --pairs OUT",
@@ -171,8 +138,9 @@ def written(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_no_command_touches_a_file_that_it_has_not_made(inputs, tmp_path, name):
+def test_no_command_touches_a_file_that_it_has_not_made(inputs, tmp_path, name, monkeypatch):
     """A file of the user at each name that the command writes, and then at all of them."""
+    few_draws_of_theta(monkeypatch)
     script, *flags = COMMANDS[name].split()
 
     def command(out: Path):

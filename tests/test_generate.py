@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from scipy import stats
 from torch import Tensor
@@ -31,29 +30,24 @@ from common import UserError, runtime, tiles
 from common.checkpoint import load_checkpoint
 from common.images import load_image, resized, save_image, to_uint8
 from common.runtime import Runtime, make_generator
-from common.tiles import in_tiles
 from generate import Sampler
-from tests.commands import FORKSERVER, assert_refused, files_of, run, run_two, start
+from tests.commands import (
+    FORKSERVER,
+    assert_refused,
+    files_of,
+    rows_of,
+    run,
+    run_two,
+    start,
+    times_of,
+)
 from tests.drawn import noise_in_bands
 from tests.fake_cuda import fake_cuda
+from tests.tiny import CONFIG, CPU, STAGE_1, STAGE_2, built, save_net, uniform, untrained
 
-REPO = Path(__file__).resolve().parents[1]
-STAGE_1 = extractors.Config(
-    as_printed=False, compile=False, vq_channels=8, vq_multipliers=(1, 2, 2), vq_blocks=1,
-    vq_codes=16, deg_channels=8, deg_blocks=1, deg_dim=16, mod_channels=8,
-)  # fmt: skip
-STAGE_2 = diffusion.Config(
-    as_printed=False, compile=False, widths=(8, 16), blocks=1, attention=(1,), mod_channels=8,
-    cond_channels=4,
-)  # fmt: skip
-CONFIG = asdict(STAGE_2) | {"extractors": asdict(STAGE_1)}
 CALIBRATION = additions.Calibration((1.07, 1.02, 0.94, 0.79, 0.62), faint=3.0, uncompressed=88)
 # LR is the output of Rec_lr
 PLAIN = Sampler(t_start=0, grain=False)
-
-
-def uniform(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(*shape, generator=make_generator(seed, *shape))
 
 
 def save_waves(path: Path, height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -68,22 +62,16 @@ def save_waves(path: Path, height: int, width: int, seed: int = 0) -> np.ndarray
 
 @pytest.fixture(scope="module")
 def net():
-    """A tiny untrained model. Its weights are moved, because some are initialised to zero."""
-    torch.manual_seed(0)
-    net = diffusion.DecoupledDDPM(extractors.Extractors(STAGE_1), STAGE_1, STAGE_2)
-    with torch.no_grad():
-        for p in net.parameters():
-            p += 0.05 * torch.randn(p.shape)
+    """A tiny untrained model."""
+    net = built()
     net.calibration = CALIBRATION
     return net.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(net, tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "last.pt"
     config = CONFIG | {"calibration": asdict(CALIBRATION)}
-    torch.save({"ema": net.state_dict(), "config": config}, path)
-    return path
+    return save_net(tmp_path_factory.mktemp("weights") / "last.pt", net, config)
 
 
 # ---- the method -------------------------------------------------------------------------------
@@ -210,6 +198,7 @@ def test_lr_hat_is_softened_by_the_amplitudes_of_the_weights(net, monkeypatch):
     """In the spectrum of noise, which has all frequencies."""
     lr_hat = 0.5 + 0.08 * torch.randn(1, 3, 128, 128, generator=make_generator(0))
     monkeypatch.setattr(net.extractors, "reconstruct", lambda *_: lr_hat)
+    monkeypatch.setattr(net.extractors, "content", lambda hr, *_: hr[..., ::4, ::4])  # not read
     hr, lr_ref = uniform(1, 3, 512, 512), [uniform(3, 40, 40)]
     made = []
     for calibration in (CALIBRATION, additions.Calibration()):
@@ -280,24 +269,6 @@ def test_coloured_noise_has_its_std_in_each_band():
 
 
 # ---- tiles ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [(16, 16), (17, 40), (41, 71)])
-def test_tiles_of_a_local_function_are_the_whole_without_seams(monkeypatch, size):
-    """The function darkens edges, but those of a tile have next to no weight."""
-    monkeypatch.setattr(tiles, "TILE", 24)
-    monkeypatch.setattr(tiles, "OVERLAP", 8)
-    sides = []
-
-    def function(hr: Tensor, x: Tensor) -> Tensor:
-        sides.extend(x.shape[2:])
-        return F.avg_pool2d(hr, 4) + F.avg_pool2d(x, 3, 1, 1)
-
-    h, w = size
-    hr, x = uniform(2, 3, 4 * h, 4 * w), torch.ones(2, 3, h, w)
-    made = in_tiles(function, size, hr, x)
-    assert max(sides) <= 24
-    torch.testing.assert_close(made, function(hr, x), atol=2e-3, rtol=0)
 
 
 def test_a_tiled_image_has_no_seams(net, monkeypatch):
@@ -382,7 +353,7 @@ def test_f_deg_of_a_folder_is_averaged_from_the_reference_on(net, tmp_path):
 
     def mean(r: int, average: int) -> Tensor:
         references = generate.References(files, [str(tmp_path)], net, average)
-        references.code(lambda: set(references.averaged(r)), Runtime(torch.device("cpu")))
+        references.code(lambda: set(references.averaged(r)), CPU)
         return references.mean_degradation(r)[0]
 
     first, second, third, _, alone = (
@@ -422,7 +393,7 @@ class Coded:
 
 
 def test_processes_share_the_references_that_are_needed(net, tmp_path, monkeypatch):
-    alone = Coded(tmp_path, monkeypatch).references(net, Runtime(torch.device("cpu")), range(40))
+    alone = Coded(tmp_path, monkeypatch).references(net, CPU, range(40))
     coded = Coded(tmp_path, monkeypatch)
     values, barrier = [None, None], threading.Barrier(2, timeout=60)
 
@@ -457,7 +428,7 @@ def test_each_core_codes_another_reference(net, tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "degradation_of", together)
     torch.set_num_threads(2)
     try:
-        coded.references(net, Runtime(torch.device("cpu")), range(20))
+        coded.references(net, CPU, range(20))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
@@ -470,7 +441,7 @@ def test_a_gpu_codes_references_in_batches_and_is_waited_for_once_for_each(tmp_p
     monkeypatch.setattr(runtime, "BATCH", 16 * 16**2)
     with fake_cuda() as launches, torch.no_grad():
         with torch.device("cuda:0"):
-            net = diffusion.DecoupledDDPM(extractors.Extractors(STAGE_1), STAGE_1, STAGE_2)
+            net = untrained()
         rt = Runtime(torch.device("cuda:0"))
         references = coded.references(net, rt, range(39))
     assert coded.batches == [16, 16, 7]
@@ -510,14 +481,6 @@ def waited_for(condition: Callable[[], object], seconds: float = 60) -> bool:
     while not (fulfilled := bool(condition())) and time.monotonic() < deadline:
         time.sleep(0.005)
     return fulfilled
-
-
-def times_of(folder: Path) -> dict[str, int]:
-    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*")}
-
-
-def rows_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
 
 
 def pixels_of(path: Path) -> np.ndarray:
@@ -919,8 +882,7 @@ def test_a_gpu_is_asked_for_no_more_launches_by_a_batch_and_never_waited_for():
     for B in (1, 16):
         with fake_cuda() as launches, torch.no_grad():
             with torch.device("cuda:0"):
-                nets = extractors.Extractors(STAGE_1)
-                net = diffusion.DecoupledDDPM(nets, STAGE_1, STAGE_2)
+                net = untrained()
                 hr = torch.zeros(B, 3, 512, 512)
                 degradations = [torch.zeros(STAGE_1.deg_dim) for _ in range(B)]
             before = launches.total()

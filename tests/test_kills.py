@@ -21,8 +21,8 @@ from degrade import Degradation, degrade
 from tests.commands import files_of, run, start
 from tests.drawn import photo, write
 from tests.test_folder import WEIGHTS
-from tests.test_generate import CONFIG, net  # noqa: F401  (a fixture)
 from tests.test_scripts import TINY
+from tests.tiny import CONFIG, built, save_net
 
 COUNTS = [3, pytest.param(20, marks=pytest.mark.slow)]
 SIDES = ("hr", "lr")
@@ -33,14 +33,14 @@ def pixels(path: Path) -> np.ndarray:
 
 
 @pytest.fixture
-def folder(tmp_path, net) -> Path:  # noqa: F811
+def folder(tmp_path) -> Path:
     """Two folders of photos with the same names, references, and small weights."""
     for i in range(8):
         for number, name in enumerate(("hr", "other")):
             write(tmp_path / f"{name}/{i}.png", photo(i + 20 * number, 96))
     for i in range(2):
         write(tmp_path / f"lr/{i}.png", photo(40 + i, 64))
-    torch.save({"ema": net.state_dict(), "config": CONFIG}, tmp_path / "net.pt")
+    save_net(tmp_path / "net.pt", built(), CONFIG)
     return tmp_path
 
 

@@ -6,16 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from drawn import fake_net
+from drawn import fake_net, inputs_of
 from drawn import scenes as drawn
 
 import degrade
 from bench import factors, leakage
-from bench.inputs import Config, Inputs, resolved
 from common.images import save_image, to_uint8
-from common.runtime import Runtime, make_generator
+from common.runtime import make_generator
 
-CPU = Runtime(torch.device("cpu"))
 CAMERAS = {"soft": ("blur", 1.5), "grainy": ("noise", 6.0), "sharp": ("sharpen", 1.2)}
 
 
@@ -42,11 +40,11 @@ def planted():
     return scenes
 
 
-def inputs_with(monkeypatch, methods, **flags):
+def inputs_with(monkeypatch, methods, crop=48, **flags):
     """Inputs of these flags, with these methods in place of all others."""
     monkeypatch.setattr(leakage, "syntheses", lambda net, sampler: methods)
     monkeypatch.setattr("generate.load_generator", lambda *_: fake_net())
-    return Inputs(resolved(Config(crop=48, **flags), CPU), CPU)
+    return inputs_of(crop=crop, **flags)
 
 
 def test_hr_and_lr_keep_the_same_middle_and_small_cameras_are_left_out(
@@ -59,8 +57,7 @@ def test_hr_and_lr_keep_the_same_middle_and_small_cameras_are_left_out(
         save_image(tmp_path / f"set/LR/{name}.png", lr)
         hr = F.interpolate(lr[None], scale_factor=4)[0]
         save_image(tmp_path / f"set/HR/{name}.png", hr)
-    inputs = inputs_with(monkeypatch, {}, pairs=(str(tmp_path / "set"),))
-    inputs.cfg = resolved(Config(crop=32, pairs=inputs.cfg.pairs), CPU)
+    inputs = inputs_with(monkeypatch, {}, crop=32, pairs=(str(tmp_path / "set"),))
     scenes, left_out = leakage.scenes_of("set", inputs)
     assert [scene.half for scene in scenes] == [0, 1, 0, 1, 0] and left_out == ["set b (1)"]
     for scene in scenes:

@@ -16,6 +16,7 @@ from bench import metrics
 from common import UserError
 from common.images import load_image, save_image, to_uint8
 from common.runtime import make_generator
+from tests.drawn import psnr_y
 
 LOADERS = (metrics.perceptual_net, metrics.inception, metrics.clip)
 
@@ -264,13 +265,6 @@ def test_clip_gets_normalised_images_of_its_size(no_weights, monkeypatch):
 
 
 # ---- two folders of images ----------------------------------------------------------------------
-
-
-def psnr_y(a, b):
-    """PSNR of luma of 8-bit images (H, W, 3), by numpy."""
-    weights = np.array([65.481, 128.553, 24.966]) / 255
-    difference = (a.astype(float) - b.astype(float)) @ weights
-    return 20 * np.log10(255) - 10 * np.log10((difference**2).mean())
 
 
 def write_folders(folder, sizes=((40, 50), (36, 33))):

@@ -4,29 +4,23 @@ from functools import partial
 
 import numpy as np
 import pytest
-import torch
-from drawn import bicubic_for_realdgen, write_pairs, write_sharpened_pairs
+from drawn import bicubic_for_realdgen, few_draws_of_theta, inputs_of, write_sharpened_pairs
 from PIL import Image
 
 from bench import mtf
-from bench.inputs import Config, Inputs, resolved
-from common import UserError
-from common.runtime import Runtime
-
-CPU = Runtime(torch.device("cpu"))
 
 
 @pytest.fixture
-def inputs_of(tmp_path, monkeypatch):
+def inputs(tmp_path, monkeypatch):
     """Inputs with sharpened real LR of two cameras, for some flags."""
     folder = write_sharpened_pairs(tmp_path / "set")
     bicubic_for_realdgen(monkeypatch)
-    config = partial(Config, pairs=(str(folder),), out=str(tmp_path / "out"), t_starts=(0,))
-    return lambda **flags: Inputs(resolved(config(**flags), CPU), CPU)
+    few_draws_of_theta(monkeypatch)
+    return partial(inputs_of, pairs=(str(folder),), out=str(tmp_path / "out"), t_starts=(0,))
 
 
-def test_the_transfer_function_of_sharpened_lr_is_raised(inputs_of):
-    inputs = inputs_of()
+def test_the_transfer_function_of_sharpened_lr_is_raised(inputs):
+    inputs = inputs()
     values, text = mtf.table_mtf("mtf", inputs)()
     curves = values["set"]["curves"]
     assert curves["bicubic"][12] == pytest.approx(0.9, abs=0.03)  # .3 cycles
@@ -40,12 +34,6 @@ def test_the_transfer_function_of_sharpened_lr_is_raised(inputs_of):
         assert picture.width > 300
 
 
-def test_a_scene_that_is_alone_among_the_chosen_ones_has_no_mean_of_others(inputs_of):
-    found = mtf.table_mtf("mtf", inputs_of(images=4))()[0]["set"]  # three of A, one of B
+def test_a_scene_that_is_alone_among_the_chosen_ones_has_no_mean_of_others(inputs):
+    found = mtf.table_mtf("mtf", inputs(images=4))()[0]["set"]  # three of A, one of B
     assert found["n"]["RealDGen"] == 4 and found["n"]["RealDGen, mean F_deg"] == 3
-
-
-def test_a_set_without_other_scenes_is_one_sentence(tmp_path):
-    cfg = Config(pairs=(str(write_pairs(tmp_path / "x", ["a_1", "b_1"])),), table=("mtf",))
-    with pytest.raises(UserError, match="--pairs x: no camera has two pairs"):
-        mtf.table_mtf("mtf", Inputs(resolved(cfg, CPU), CPU))

@@ -18,9 +18,8 @@ from common.images import load_image, save_image, to_uint8
 from common.photos import Crops, Photos, dihedral, read_photo
 from common.runtime import Runtime, make_generator
 from tests.commands import FORKSERVER, assert_refused, run
+from tests.tiny import CPU
 from tools import pack
-
-CPU = Runtime(torch.device("cpu"))
 
 
 def noise(height: int, width: int, seed: int = 0) -> Tensor:
@@ -96,18 +95,24 @@ def test_photos_are_decoded_once_and_left_on_the_disk(photos, files, tmp_path, m
 
 
 @pytest.mark.parametrize("change", ["pixels", "another", "fewer", "order"])
-def test_photos_that_changed_are_decoded_anew_and_the_old_file_is_removed(files, tmp_path, change):
-    Photos(files, tmp_path / "decoded", CPU)
-    old = names(tmp_path / "decoded")
+def test_photos_that_changed_are_decoded_anew_and_only_old_files_are_removed(
+    files, tmp_path, change
+):
+    folder, mine = tmp_path / "decoded", {"mine.npy", "mine.tmp", "a.pixels"}
+    Photos(files, folder, CPU)
+    old = names(folder)
+    for name in (*mine, ".realdgen-1-2.tmp"):
+        (folder / name).touch()
     if change == "pixels":
         save_image(files[0], noise(40, 40))
         os.utime(files[0], ns=(0, files[0].stat().st_mtime_ns + 10**9))
     else:
         changed = {"another": [*files, files[0]], "fewer": files[1:], "order": files[::-1]}
         files = changed[change]
-    assert_equal_photos(Photos(files, tmp_path / "decoded", CPU), files)
-    assert len(old) == len(names(tmp_path / "decoded")) == 2
-    assert not old & names(tmp_path / "decoded")
+    assert_equal_photos(Photos(files, folder, CPU), files)
+    new = names(folder) - mine
+    assert mine < names(folder) and not old & new
+    assert sorted(Path(name).suffix for name in new) == [".npy", ".pixels"]
 
 
 def test_bad_photos_are_skipped_and_small_ones_left_out_of_the_crops(files, tmp_path, capsys):
@@ -208,12 +213,20 @@ def test_crops_are_parts_of_all_photos_and_packed_crops_turned_in_8_ways(source,
     assert all(isinstance(pixels, np.memmap) for pixels in crops.photos.maps)
 
 
-def test_crops_keep_to_the_blocks_of_jpeg(tmp_path):
-    y, x = torch.meshgrid(torch.arange(41), torch.arange(50), indexing="ij")
-    save_image(tmp_path / "a.png", torch.stack([y, x, x]) / 255)
-    drawn = Crops(Photos([tmp_path / "a.png"], tmp_path / "decoded", CPU), 16, 4, 0).batch(0, 60)
-    tops, lefts, _ = drawn.amin((2, 3)).T.tolist()
-    assert set(tops) == {0, 8, 16, 24} and set(lefts) == {0, 8, 16, 24, 32}
+@pytest.mark.parametrize("scale", [1, 4])
+def test_crops_are_turned_all_eight_ways_and_keep_to_the_blocks_of_jpeg(tmp_path, scale):
+    size = 16 * scale
+    y, x = torch.meshgrid(torch.arange(size + 25), torch.arange(size + 34), indexing="ij")
+    image = torch.stack([y, x, 0 * x]).byte()
+    save_image(tmp_path / "a.png", image / 255)
+    photos, turns, corners = Photos([tmp_path / "a.png"], tmp_path / "decoded", CPU), set(), []
+    for crop in Crops(photos, 16, 4, 0, scale=scale).batch(0, 100):
+        top, left = crop[:2].amin((1, 2)).tolist()
+        original = image[:, top : top + size, left : left + size]
+        turns |= {k for k in range(8) if torch.equal(dihedral(original, k), crop)}
+        corners.append((top, left))
+    tops, lefts = map(set, zip(*corners, strict=True))
+    assert tops == {0, 8, 16, 24} and lefts == {0, 8, 16, 24, 32} and turns == {*range(8)}
 
 
 def test_other_crops_are_of_other_photos_in_the_folder(tmp_path):

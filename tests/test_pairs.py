@@ -2,8 +2,8 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
-import bicubic_rows
 import numpy as np
 import pytest
 import torch
@@ -11,6 +11,8 @@ from drawn import photo, write, write_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
+from skimage.color import rgb2ycbcr
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from bench import downstream, generated, pairs
 from bench.pairs import camera_of, evaluate, find_pairs, load_hr, load_lr, other_scenes
@@ -188,19 +190,32 @@ def test_the_mean_degradation_is_that_of_the_other_scenes_of_the_camera(tmp_path
     torch.testing.assert_close(torch.stack([one[0], one[1]]), torch.stack([means[2]] * 2))
 
 
+COLUMNS = ("PSNR RGB", "PSNR Y", "SSIM RGB", "SSIM Y")
+
+
+def by_scikit_image(real, resized):
+    """COLUMNS of two Pillow images, without code of the project."""
+    rgb = [np.asarray(image, np.float64) for image in (real, resized)]
+    y = [rgb2ycbcr(x / 255)[..., 0] for x in rgb]
+    psnr = partial(peak_signal_noise_ratio, data_range=255)
+    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    ssim = partial(structural_similarity, data_range=255, **window)
+    return [psnr(*rgb), psnr(*y), ssim(*rgb, channel_axis=2), ssim(*y)]
+
+
 @pytest.mark.parametrize("name", ["RealSR", "DRealSR"])
 def test_bicubic_rows_of_the_shared_pairs_are_reproduced_without_our_code(shared, name):
-    """As `python tests/bicubic_rows.py` prints them, of every fifth pair."""
-    found = find_pairs(shared / "photos/pairs" / name)[0][::5]
-    expected = bicubic_rows.rows(shared / "photos/pairs" / name, step=5)
-    columns = bicubic_rows.COLUMNS
-    values = {
-        "bicubic": evaluate(generated.on_pairs(generated.bicubic, 0), found, columns, CPU, 8),
-        "bicubic enlargement": evaluate(
-            downstream.enlarging(None), found, columns, CPU, upwards=True
-        ),
-    }
-    for row, numbers in expected.items():
-        mean = [values[row]["mean"][column] for column in columns]
+    """Of every fifth pair: Pillow resizes, scikit-image measures."""
+    folder, expected = shared / "photos/pairs" / name, []
+    larger = {file.stem: file for file in (folder / "HR").iterdir()}
+    for file in sorted((folder / "LR").iterdir())[::5]:
+        hr, lr = (Image.open(f).convert("RGB") for f in (larger[file.stem], file))
+        small, large = (a.resize(b.size, Image.Resampling.BICUBIC) for a, b in ((hr, lr), (lr, hr)))
+        expected.append([by_scikit_image(lr, small), by_scikit_image(hr, large)])
+    found = find_pairs(folder)[0][::5]
+    rows = (evaluate(generated.on_pairs(generated.bicubic, 0), found, COLUMNS, CPU, 8),
+            evaluate(downstream.enlarging(None), found, COLUMNS, CPU, upwards=True))  # fmt: skip
+    for row, numbers in zip(rows, np.mean(expected, axis=0), strict=True):
+        mean = [row["mean"][column] for column in COLUMNS]
         np.testing.assert_allclose(mean[:2], numbers[:2], atol=0.01)  # dB
         np.testing.assert_allclose(mean[2:], numbers[2:], atol=0.001)

@@ -5,7 +5,6 @@ import io
 import itertools
 import os
 import struct
-import subprocess
 import sys
 import threading
 import types
@@ -24,6 +23,7 @@ from bench.pairs import stored_sizes
 from common import UserError, images
 from common.cli import launch
 from common.files import list_images, photo_formats, photo_names, photo_suffixes, replacing
+from common.folder import RECORD, close_all, out_folder
 from common.images import (
     MAX_PIXELS,
     crop_to_multiple,
@@ -36,11 +36,10 @@ from common.images import (
     to_uint8,
 )
 from common.photos import Photos
-from common.runtime import Runtime, make_generator
+from common.runtime import make_generator
+from tests.commands import PEAK, in_another, peak
+from tests.tiny import CPU, REPO
 from tools import pack
-
-REPO = Path(__file__).resolve().parents[1]
-CPU = Runtime(torch.device("cpu"))
 
 
 def drawn_pixels(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -181,18 +180,27 @@ def test_all_photos_are_opened_as_one_of_the_listed_formats():
 
 
 def test_names_of_photos_depend_on_their_path_below_the_folder_given(tmp_path):
-    x, y = tmp_path / "x", tmp_path / "y"
-    files = [x / "a.png", x / "b" / "a.jpg", x / "b.c.png", y / "B" / "z, 1.png"]
-    folders = [str(x), str(y)]
-    assert photo_names(files, folders) == ["a", "b_a", "b.c", "B_z_1"]
-    assert photo_names(files[1:], folders) == ["b_a", "b.c", "B_z_1"]
-    assert photo_names(files[1:2], [str(files[1])]) == ["a"]
-    # They are never equal, apart from upper and lower case.
-    names = ("a.png", "A.jpg", "a.webp", "b/c.png", "b_C.png")
-    files = [folder / name for folder in (x, y) for name in names]
-    named = photo_names(files, folders)
-    assert len({name.casefold() for name in named}) == len(files)
-    assert photo_names(files[::-1], folders) == named[::-1]
+    """Neither on how the folder was typed, nor on the other photos, nor on later folders."""
+    files = ("a.png", "b/a.jpg", "b.c.png", "B/z, 1.png", "sub/b.png", "sub/B.jpg", "A.jpg",
+             "a.webp", "b_A.png", "x" * 250 + ".png")  # fmt: skip
+
+    def names_of(given: list[str], *files: str) -> list[str]:
+        return photo_names([Path(file) for file in files], given)
+
+    first, *rest = (
+        names_of([top], *(f"{top}/{f}" for f in files)) for top in ("hr", "/d/hr", "../x/hr")
+    )
+    assert rest == [first, first] and max(map(len, first)) < 220
+    assert names_of(["hr"], *(f"hr/{f}" for f in files[:4])) == ["a", "b_a", "b.c", "B_z_1"]
+    assert names_of(["hr"], *(f"hr/{f}" for f in files[1:4])) == ["b_a", "b.c", "B_z_1"]
+    assert names_of(["hr/b/a.jpg"], "hr/b/a.jpg") == ["a"]
+    hr = [f"hr/{f}" for f in files]
+    more = names_of(["hr", "other"], *hr, "other/a.png", "other/new.png")
+    assert more[:-2] == first and more[-2].startswith("a-") and more[-1] == "new"
+    assert names_of(["hr", "hr/sub"], *hr) == first
+    # They are never equal, apart from upper and lower case, and their order does not matter.
+    assert len({name.casefold() for name in more}) == len(more)
+    assert names_of(["hr"], *hr[::-1]) == first[::-1]
 
 
 @pytest.mark.parametrize("name", [b"caf\xe9.png", "日本語.png".encode()])
@@ -360,7 +368,19 @@ def test_a_photo_may_be_large_and_one_that_is_too_large_is_not_decoded(tmp_path,
         load_image(tmp_path / "x.png")
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux")
+def peaks_of_reading(*files: Path) -> list[float]:
+    """The most memory, in bytes a pixel, that reading files as 8 bits and as numbers takes."""
+    load_image(REPO / "data/sample/hr/coffee.jpg")
+    before, peaks = peak(), []
+    for read in (load_pixels, load_image):
+        for file in files:
+            x = None
+            x = read(file)
+        peaks.append((peak() - before) / x[0].numel())
+    return peaks
+
+
+@pytest.mark.skipif(not PEAK.is_file(), reason="needs Linux")
 def test_reading_a_photo_takes_8_bytes_a_pixel_and_17_as_numbers(tmp_path):
     pixels = np.tile(drawn_pixels(100, 100, 4), (40, 30, 1))  # 12 megapixels
     Image.fromarray(pixels).save(tmp_path / "alpha.png", compress_level=1)
@@ -368,27 +388,8 @@ def test_reading_a_photo_takes_8_bytes_a_pixel_and_17_as_numbers(tmp_path):
     exif[0x0112] = 6
     profile = icc_profile(b"RGB ", P3)
     Image.fromarray(pixels[..., :3]).save(tmp_path / "x.jpg", exif=exif, icc_profile=profile)
-    code = """
-import sys, torch
-from common import images
-torch.set_num_threads(1)
-def peak():
-    (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
-images.load_image(sys.argv[1])
-before = peak()
-for read in (images.load_pixels, images.load_image):
-    for file in sys.argv[2:]:
-        x = None
-        x = read(file)
-    print((peak() - before) / x[0].numel())
-"""
-    files = [str(REPO / "data/sample/hr/coffee.jpg"), "alpha.png", "x.jpg"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *(str(tmp_path / file) for file in files)],
-        cwd=REPO, capture_output=True, text=True,
-    )  # fmt: skip
-    eight_bits, numbers = map(float, done.stdout.split())
+    files = tmp_path / "alpha.png", tmp_path / "x.jpg"
+    eight_bits, numbers = in_another(peaks_of_reading, *files)
     assert 3 < eight_bits < 9 and 12 < numbers < 17
 
 
@@ -575,17 +576,6 @@ def test_what_reading_loses_is_counted_in_one_sentence(tmp_path, capsys):
     assert lost_sentence() == ""
 
 
-def test_old_decoded_photos_are_removed_and_no_other_file(tmp_path):
-    for i in range(2):
-        Image.fromarray(drawn_pixels(24, 31, 3, i)).save(tmp_path / "x.png")
-        touch(tmp_path / "decoded", "mine.npy", "mine.tmp", "a.pixels", ".realdgen-1-2.tmp")
-        Photos([tmp_path / "x.png"], tmp_path / "decoded", CPU)
-    names = {file.name for file in (tmp_path / "decoded").iterdir()}
-    rest = names - {"a.pixels", "mine.npy", "mine.tmp"}
-    assert len(names) == 5 and all(name.startswith("realdgen-") for name in rest)
-    assert sorted(Path(name).suffix for name in rest) == [".npy", ".pixels"]
-
-
 # ---- damage, and writing ----------------------------------------------------------------------
 
 
@@ -618,17 +608,21 @@ def test_an_image_of_8_bits_survives_a_round_trip(tmp_path):
     assert (load_image(tmp_path / "x.png").flatten() * 255).tolist() == [0, 0, 255]
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
-    path = tmp_path / "x.txt"
-    path.write_text("old")
-    for content in ("half of the ne", "new"):
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, inside):
+    """Also in a folder of results."""
+    path, others = tmp_path / "x.txt", {RECORD} if inside else set()
+    if inside:
+        out_folder(tmp_path, CPU)
+    for content in ("old", "half of the ne", "new"):
         with contextlib.suppress(RuntimeError), replacing(path) as temporary:
             temporary.write_text(content)
-            assert path.read_text() == "old"
-            if content != "new":
+            assert content == "old" or path.read_text() == "old"
+            if content.startswith("half"):
                 raise RuntimeError("the disk is full")
-        assert list(tmp_path.iterdir()) == [path]
+        assert {file.name for file in tmp_path.iterdir()} == {path.name, *others}
         assert path.read_text() == ("new" if content == "new" else "old")
+    close_all()
 
 
 def test_images_are_cut_to_a_multiple_of_the_scale():

@@ -12,14 +12,10 @@ from drawn import bicubic_for_realdgen, scenes, write_pairs
 import generate
 from bench import pictures, sr
 from common.images import load_image, save_image
-from common.runtime import make_generator
+from tests.tiny import uniform
 
 CROP, SHOWN = pictures.CROP, pictures.SHOWN
 TINY = "--device cpu --sr-steps 1 --table pictures".split()
-
-
-def uniform(*shape, seed=0):
-    return torch.rand(*shape, generator=make_generator(seed, *shape))
 
 
 def run(folder, *flags):
@@ -161,7 +157,7 @@ def test_photos_without_pairs_are_enlarged_by_networks_trained_on_pairs_of_their
     assert [*values] == ["enlarged"] and [*values["enlarged"]] == ["0", "1"]
     assert not (out / "pictures.png").exists()
     (folder,) = (out / "pictures").iterdir()
-    rows = [json.loads(line) for line in (folder / "pairs/pairs.jsonl").read_text().splitlines()]
+    rows = commands.rows_of(folder / "pairs")
     assert {row["lr_ref"] for row in rows} <= {"lr/0.png", "lr/1.png"} and len(rows) == 2
     made = {file.name for file in (folder / "sr").glob("*.safetensors")}
     assert made == {"fsrcnn-bicubic-0-1.safetensors", "fsrcnn-pairs-0-1.safetensors"}
@@ -177,14 +173,12 @@ def test_photos_without_pairs_are_enlarged_by_networks_trained_on_pairs_of_their
 
 
 def test_what_can_not_be_shown_is_one_sentence(photos):
-    write_pairs(photos / "alone", ["a_1", "b_1"])
     (photos / "bad").mkdir()
     (photos / "bad/x.png").write_bytes(b"no image")
     for flags, word in (
         ("--lr lr --data syndiff", "--data syndiff: choose among bicubic, realesrgan, realdgen."),
         ("--lr nowhere", "--lr nowhere"),
         ("--lr bad", "--lr: none of its photos can be read"),
-        ("--pairs alone", "no camera has two pairs"),
     ):
         commands.assert_refused(run(photos, "--hr", "hr", *flags.split()), word)
     save_image(photos / "out/benchmark/enlarged.png", uniform(3, 9, 9))

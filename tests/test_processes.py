@@ -24,17 +24,14 @@ from common.files import replacing
 from common.folder import close_all
 from common.photos import Photos
 from common.runtime import Runtime, choose_device, join_processes, noted_signals
-from tests.commands import FORKSERVER
+from tests.commands import FORKSERVER, in_two
 from tests.test_run import folder, toy_run  # noqa: F401 (a fixture)
-
-REPO = Path(__file__).resolve().parents[1]
-CPU = Runtime(torch.device("cpu"))
+from tests.tiny import CPU, REPO
 
 SCRIPT = """
 import dataclasses, os, pathlib, sys, torch
 from common import UserError, run
 from common.cli import launch
-from tests import test_run
 
 rank, failure = int(os.environ["RANK"]), os.environ["FAILURE"]
 folder = pathlib.Path(os.environ["FOLDER"])
@@ -50,6 +47,7 @@ class Config:
     device: str = "cuda" if failure == "GPUs" else "cpu"
 
 def main(cfg, rt):
+    from tests import test_run
     if failing and failure == "checkpoint":
         run.save_state = fail
     if failing and failure == "photos":
@@ -57,11 +55,8 @@ def main(cfg, rt):
             photo.write_bytes(b"")
         (folder / "failed").touch()
     loss = test_run.at_call(6, fail) if failing and failure == "step" else test_run.toy_loss
-    own = folder / f"node{rank}" if failure == "disks" else folder
-    test_run.toy_run(own, 8 if failure == "disks" else 500, loss=loss, rt=rt)
+    test_run.toy_run(folder, 500, loss=loss, rt=rt)
 
-if failure == "disks":
-    os.environ["LOCAL_RANK"] = "0"
 if failure == "GPUs":
     torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 2)
     (folder / "failed").touch()
@@ -111,15 +106,23 @@ def test_a_process_that_fails_ends_all(folder, failure, rank, sentence):  # noqa
     assert printed.count("error: ") == 1 and "Traceback" not in printed
 
 
+def error_on_its_own_disk(folder: Path) -> str:  # noqa: F811
+    """The error of a process that is the only one on its machine."""
+    own = folder / f"node{os.environ['RANK']}"
+    os.environ["LOCAL_RANK"] = "0"
+    with runtime.runtime("cpu") as rt, pytest.raises(UserError) as error:
+        toy_run(own, 8, rt=rt)
+    return str(error.value)
+
+
 def test_machines_that_do_not_share_the_run_are_one_sentence(folder):  # noqa: F811
     """Only the first has a checkpoint."""
     for node in ("node0", "node1"):
         shutil.copytree(folder / "photos", folder / node / "photos")
     toy_run(folder / "node0", 4)
     close_all()
-    printed = torchrun(folder, "disks")
-    assert "error: " in printed and "not go on from the same step and weights: copy" in printed
-    assert printed.count("error: ") == 1
+    for error in in_two(error_on_its_own_disk, folder):
+        assert "not go on from the same step and weights: copy" in error
 
 
 def test_more_processes_than_gpus_are_one_sentence(folder):  # noqa: F811

@@ -3,20 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from drawn import bicubic_for_realdgen, scenes, write_pairs
+from drawn import bicubic_for_realdgen, inputs_of, scenes
 
 from bench import remainder
-from bench.inputs import Config, Inputs, resolved
 from bench.kernels import bicubic_kernel, reduced_by
-from common import UserError
 from common.images import save_image
-from common.runtime import Runtime, make_generator
-
-CPU = Runtime(torch.device("cpu"))
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=make_generator(seed, *shape))
+from tests.tiny import normal
 
 
 def test_a_filtered_image_has_no_remainder_and_planted_noise_is_found():
@@ -49,14 +41,19 @@ def test_the_divergence_of_two_gaussians_is_that_of_the_closed_form():
     assert remainder.histogram_kld(a, 10 / 255 * normal(200_000, seed=2)) < 0.002
 
 
-def test_other_lr_is_told_apart_by_its_noise_and_equal_lr_is_not():
+@pytest.fixture
+def fewer_steps(monkeypatch):
+    monkeypatch.setattr(remainder, "PROBE_STEPS", 60)
+
+
+def test_other_lr_is_told_apart_by_its_noise_and_equal_lr_is_not(fewer_steps):
     real = scenes(8, 64)
     noise = 8 / 255 * normal(8, 3, 64, 64)
     assert remainder.told_apart(real, real + noise, 0) > 0.9
     assert remainder.told_apart(real, real, 0) == pytest.approx(0.5, abs=0.01)
 
 
-def test_a_condition_that_holds_the_remainder_shows_it_and_another_one_does_not():
+def test_a_condition_that_holds_the_remainder_shows_it_and_another_one_does_not(fewer_steps):
     left = 5 / 255 * normal(12, 3, 128, 128)
     shows = torch.cat([normal(12, 2, 128, 128), 3 * left - 1], dim=1)
     assert remainder.predicted_share(shows, left, 0) > 0.9
@@ -73,8 +70,8 @@ def test_the_table_has_a_row_for_each_kind_of_lr(tmp_path, monkeypatch):
         save_image(tmp_path / f"set/LR/{camera}_{number}.png", lr)
     bicubic_for_realdgen(monkeypatch)
     monkeypatch.setattr(remainder, "told_apart", lambda real, other, seed: 0.5)
-    cfg = Config(pairs=(str(tmp_path / "set"),), table=("remainder",), images=5)
-    values, text = remainder.table_remainder("remainder", Inputs(resolved(cfg, CPU), CPU))()
+    inputs = inputs_of(pairs=(str(tmp_path / "set"),), table=("remainder",), images=5)
+    values, text = remainder.table_remainder("remainder", inputs)()
     rows = values["set"]["rows"]
     assert values["set"]["n"] == 4
     assert rows["real LR"]["std"][0] == pytest.approx(4, rel=0.1)
@@ -83,9 +80,3 @@ def test_the_table_has_a_row_for_each_kind_of_lr(tmp_path, monkeypatch):
         assert rows[name]["std"][0] == pytest.approx(rows["real LR"]["std"][0], rel=0.1)
         assert rows[name]["kld"] < 0.05 < rows["RealDGen"]["kld"]
     assert values["set"]["between seeds"] == 0 and all(f"| {name} |" in text for name in rows)
-
-
-def test_one_pair_alone_is_one_sentence(tmp_path):
-    cfg = Config(pairs=(str(write_pairs(tmp_path / "x", ["a_1", "b_1"])),), table=("leak",))
-    with pytest.raises(UserError, match="--pairs x: no camera has two pairs"):
-        remainder.table_remainder("leak", Inputs(resolved(cfg, CPU), CPU))

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tqdm
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from common import UserError
 from common.images import save_image
@@ -27,12 +29,10 @@ from common.run import (
     compile_networks,
     micro_batches_that_fit,
 )
-from common.runtime import Runtime
-from tests.commands import FORKSERVER
+from common.runtime import Runtime, runtime
+from tests.commands import FORKSERVER, in_two
 from tests.test_photos import drawn_pixels
-
-REPO = Path(__file__).resolve().parents[1]
-CPU = Runtime(torch.device("cpu"))
+from tests.tiny import CPU, REPO
 
 
 def toy_net() -> nn.Module:
@@ -275,7 +275,7 @@ import test_run
 from common.runtime import runtime
 
 def slow(net, x, draw):
-    time.sleep(1)
+    time.sleep(0.3)
     return test_run.toy_loss(net, x, draw)
 
 with runtime("cpu") as rt:
@@ -321,18 +321,15 @@ def test_a_loss_that_stays_far_above_its_start_is_said(folder, capsys):
     assert "the loss has been" not in capsys.readouterr().out
 
 
-TWO = """
-import os, sys, pathlib, torch, torch.utils.flop_counter, tqdm, test_run
-from common.runtime import runtime
-tqdm.tqdm.monitor_interval = 0  # no thread for the progress bar
-with runtime("cpu") as rt:
-    test_run.toy_run(pathlib.Path(sys.argv[1]), 6, name="two.pt", rt=rt)
-    with torch.utils.flop_counter.FlopCounterMode(display=False):
-        (torch.ones(2, 2) @ torch.ones(2, 2)).sum()
-tasks = pathlib.Path("/proc/self/task")
-threads = len(list(tasks.iterdir())) if tasks.is_dir() else 1
-os.write(1, f"threads {threads}\\n".encode())  # whole, beside the other process
-"""
+def run_of_two(folder: Path) -> int:
+    """A run of one of two processes; how many threads it has at its end."""
+    tqdm.tqdm.monitor_interval = 0  # no thread for the progress bar
+    with runtime("cpu") as rt:
+        toy_run(folder, 6, name="two.pt", rt=rt)
+        with FlopCounterMode(display=False):
+            (torch.ones(2, 2) @ torch.ones(2, 2)).sum()
+    tasks = Path("/proc/self/task")
+    return len(list(tasks.iterdir())) if tasks.is_dir() else 1
 
 
 def test_one_process_with_two_micro_batches_does_what_two_processes_do(folder):
@@ -340,16 +337,7 @@ def test_one_process_with_two_micro_batches_does_what_two_processes_do(folder):
 
     One of them decodes the photos. No thread outlives the group: it would abort a process.
     """
-    (folder / "two.py").write_text(TWO)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    path = os.pathsep.join([str(REPO), str(REPO / "tests")])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, *launcher, folder / "two.py", folder],
-        env=env, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("threads 1\n") == 2, done.stdout
+    assert in_two(run_of_two, folder) == [1, 1]
     two = read(folder / "two.pt")
     one = toy_run(folder, 6, name="one.pt", batch_size=8, accumulate=2)
     for key, value in one.state_dict().items():

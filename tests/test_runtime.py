@@ -1,7 +1,6 @@
 """common/runtime.py: types of numbers, generators, batches."""
 
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +15,7 @@ from common.runtime import (
     make_generator,
     of_equal_size,
 )
-
-REPO = Path(__file__).resolve().parents[1]
-CPU = Runtime(torch.device("cpu"))
+from tests.tiny import CPU
 
 
 def test_generators_are_reproducible_and_independent():

@@ -13,8 +13,8 @@ from PIL import Image
 
 from common.checkpoint import load_checkpoint
 from tests.commands import assert_refused, files_of, run, run_two
+from tests.tiny import REPO
 
-REPO = Path(__file__).resolve().parents[1]
 TINY = {
     "extractors.py": "--batch-size 4 --num-samples 1 --crop 64 --vq-crop 32 --vq-channels 8 "
     "--vq-multipliers 1 2 2 --vq-blocks 1 --vq-codes 16 --deg-channels 8 --deg-blocks 1 "
@@ -31,13 +31,6 @@ def tiny(script: str, *args: object) -> list[object]:
     return [script, *TINY[script].split(), *args]
 
 
-def run_apart(script: str | Path, *args: object, cwd: Path) -> subprocess.CompletedProcess:
-    """`python script args` in a new process."""
-    command = [sys.executable, str(REPO / script), *map(str, args)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
-
-
 def step_of(path: Path) -> int:
     return load_checkpoint(path)["step"]
 
@@ -47,7 +40,7 @@ def trained(tmp_path_factory):
     """A folder in which the first two stages ran for two steps, and their runs."""
     cwd = tmp_path_factory.mktemp("trained")
     scripts = ("extractors.py", "diffusion.py")
-    return cwd, [run_apart(*tiny(script, "--steps", 2), cwd=cwd) for script in scripts]
+    return cwd, [run(*tiny(script, "--steps", 2), cwd=cwd, as_main=True) for script in scripts]
 
 
 @pytest.fixture
@@ -71,7 +64,10 @@ def test_all_stages_run_from_an_empty_folder(trained):
     assert files == expected | {"runs/extractors/log.jsonl", "runs/diffusion/log.jsonl"}
 
     photo = REPO / "data" / "sample" / "hr" / "chelsea.jpg"
-    done = run_apart(*tiny("generate.py", "--hr", photo, "--out", "pairs"), cwd=cwd)
+    command = [sys.executable, *tiny("generate.py", "--hr", photo, "--out", "pairs")]
+    command[1] = REPO / "generate.py"  # in a process of its own
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
     width, height = (side // 4 * 4 for side in Image.open(photo).size)
     assert Image.open(cwd / "pairs" / "hr" / "chelsea.png").size == (width, height)
@@ -134,15 +130,10 @@ def test_a_crop_that_no_photo_has_names_the_largest_that_works(trained, tmp_path
         assert run(*tiny(script, "--crop", crop, *flags), cwd=trained[0]).returncode == 0
 
 
-def test_missing_stage_1_names_the_command_that_makes_it(tmp_path):
-    """The scripts are copied to a folder without data/pretrained."""
-    for name in ("degrade.py", "additions.py", "extractors.py", "diffusion.py"):
-        shutil.copy(REPO / name, tmp_path / name)
-    shutil.copytree(REPO / "common", tmp_path / "common")
-    (tmp_path / "empty").mkdir()
-    done = run_apart(tmp_path / "diffusion.py", cwd=tmp_path / "empty")
-    assert_refused(done, "python extractors.py")
-    assert not list((tmp_path / "empty").iterdir())
+def test_missing_stage_1_names_the_command_that_makes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.checkpoint.DATA", tmp_path)  # no data/pretrained there
+    assert_refused(run("diffusion.py", cwd=tmp_path), "python extractors.py")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """bench/sr.py: the networks and their files, pairs and their crops, training, enlarging."""
 
-import os
 import subprocess
-import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -13,24 +11,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 import degrade
 from bench import metrics, sr
 from bench.sr import Config
 from common import UserError
 from common.checkpoint import load_checkpoint, save_weights
-from common.images import load_image, save_image, to_uint8
-from common.photos import Crops, Photos, dihedral
-from common.runtime import Runtime, make_generator
+from common.images import load_image, save_image
+from common.photos import Photos, dihedral
+from common.runtime import make_generator
+from tests.tiny import CPU, REPO, equal, small_net, uniform
 
-REPO = Path(__file__).resolve().parents[1]
-CPU = Runtime(torch.device("cpu"))
 TINY = Config(sr="fsrcnn", compile=False, batch_size=2, crop=16, bf16=False, learning_rate=1e-3)
-
-
-def uniform(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(*shape, generator=make_generator(seed, *shape))
 
 
 def save_pairs(folder: Path, sizes: list[tuple[int, int]], names: tuple[str, str] = ("hr", "lr")):
@@ -49,10 +42,6 @@ def pairs(tmp_path):
 
 def weights_of(path: str | Path) -> dict[str, Tensor]:
     return sr.load_network(path).state_dict()
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return all(torch.equal(value, b[key]) for key, value in a.items())
 
 
 # ---- networks ---------------------------------------------------------------------------------
@@ -92,16 +81,6 @@ def test_an_untrained_fsrcnn_is_close_to_bicubic_and_has_the_size_of_the_paper(s
     assert sum(p.numel() for p in net.parameters()) == weights + biases_and_slopes
     bicubic = F.interpolate(lr, scale_factor=scale, mode="bicubic")
     assert (net(lr) - bicubic).abs().mean() < 0.02
-
-
-def small_net() -> nn.Module:
-    """One convolution: a pixel depends on its neighbours only."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 48, 3, padding=1), nn.PixelShuffle(4))
-    with torch.no_grad():
-        for p in net.parameters():
-            p.copy_(p.abs() / 5)
-    return net
 
 
 def test_tiles_of_a_batch_equal_the_whole_images_and_are_small():
@@ -163,19 +142,6 @@ def test_crops_of_both_images_are_of_the_same_place_and_turned_alike(tmp_path):
         places.add((top, left))
     assert turns == set(range(8))
     assert {p[0] for p in places} == set(range(6)) and {p[1] for p in places} == set(range(15))
-
-
-def test_hr_crops_are_turned_all_eight_ways_and_keep_to_the_blocks_of_jpeg(tmp_path):
-    hr = coordinates(90, 99)
-    save_image(tmp_path / "a.png", hr)
-    photos = Photos([tmp_path / "a.png"], tmp_path / "decoded", CPU)
-    turns, image = set(), to_uint8(hr)
-    for crop in Crops(photos, 16, 1, 0, scale=4).batch(0, 100):
-        top, left = crop[:2].amin((1, 2)).tolist()
-        assert top % 8 == 0 and left % 8 == 0
-        original = image[:, top : top + 64, left : left + 64]
-        turns |= {k for k in range(8) if torch.equal(dihedral(original, k), crop)}
-    assert turns == set(range(8))
 
 
 def test_crops_depend_on_seed_and_number_alone(pairs):
@@ -392,11 +358,7 @@ def test_images_are_enlarged_by_the_named_network_and_a_corrupt_one_is_skipped(
 
 def test_the_command_trains_from_an_empty_folder(tmp_path):
     flags = "--sr fsrcnn --recipe bicubic --preset smoke --steps 2 --crop 16".split()
-    env = os.environ | {"PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.sr", *flags],
-        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = commands.run("bench.sr", *flags, cwd=tmp_path, as_main=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr[-3000:]
     files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
     names = {"fsrcnn-bicubic.pt", "fsrcnn-bicubic.safetensors", "log.jsonl"}
