@@ -111,7 +111,7 @@ def assert_shares(values: Tensor, choices: tuple, probabilities: tuple | None = 
 
 
 @pytest.mark.parametrize("i", [0, 1])
-def test_a_isotropicof_real_esrgan_is_drawn_as_published(theta, i):
+def test_an_isotropic_kernel_of_real_esrgan_is_drawn_as_published(theta, i):
     options = degrade.ROUNDS["realesrgan"][i]
     assert_probability(performed(theta, f"blur {i + 1}"), options.blur_prob)
     sizes, cutoff = theta.blur_size[:, i], theta.sinc_cutoff[:, i]

@@ -79,7 +79,7 @@ def names(folder: Path) -> set[str]:
 
 
 def test_photos_are_decoded_once_and_left_on_the_disk(photos, files, tmp_path, monkeypatch, capsys):
-    """By the first process of a node, LOCAL_RANK 0 (two real ones: test_common.py)."""
+    """By the first process of a node, LOCAL_RANK 0 (two real ones: test_processes.py)."""
 
     def no_read(file: Path) -> np.ndarray:
         raise AssertionError(f"{file} is decoded a second time")
