@@ -24,27 +24,20 @@ from bench.downstream import (
     meaningless,
     spread_text,
     steps_of,
-    tested,
-    train_network,
+    train_and_test,
 )
 from bench.generated import (
     OTHER_WEIGHTS,
     all_methods,
     best_blurs,
     left_out_text,
+    lr_of,
     mean_degradations,
+    on_pairs,
 )
 from bench.inputs import Inputs, Measure
 from bench.kernels import TAPS, fitted_kernel, normal_equations, reduced_by, toned
-from bench.pairs import (
-    Pair,
-    camera_of,
-    load_hr,
-    load_lr,
-    table_text,
-    with_other_scenes,
-)
-from common import require
+from bench.pairs import Pair, camera_of, load_hr, load_lr, sets_with_other_scenes, table_text
 from common.images import save_image
 from common.runtime import make_generator, wait_for_all
 
@@ -81,14 +74,13 @@ def kinds_of_lr(sets: dict[str, list[Pair]], inputs: Inputs) -> dict[str, KindOf
         return lr + noise / 255 * torch.randn(lr.shape, generator=draw)
 
     def by_method(folder: str, pair: Pair, hr: Tensor, name: str, mean: bool = True) -> Tensor:
-        seeds = [seed << 32 | pair.index]
-        lr_ref = degradations[folder][pair.index] if mean else load_lr(pair.reference, pair.full)
-        return methods[name](hr[None].to(inputs.device), [lr_ref], seeds)[0].cpu()
+        method = on_pairs(methods[name], seed, degradations[folder] if mean else None)
+        return lr_of(method, pair, hr, inputs)
 
     blurs = {folder: best_blurs(pairs)[1] for folder, pairs in sets.items()}
-    average = inputs.sampler.average
     degradations = {
-        name: mean_degradations(pairs, inputs.net, average) for name, pairs in sets.items()
+        name: mean_degradations(pairs, inputs.net, inputs.sampler.average)
+        for name, pairs in sets.items()
     }
     methods = all_methods(inputs)
     kinds: dict[str, KindOfLR] = {
@@ -101,7 +93,7 @@ def kinds_of_lr(sets: dict[str, list[Pair]], inputs: Inputs) -> dict[str, KindOf
             label = f"kernel of each {unit}*, noise {noise:g}"
             kinds[label] = functools.partial(by_kernel, of_pair=unit == "pair", noise=noise)
     kinds[TONED] = functools.partial(by_kernel, of_pair=True, noise=KERNEL_NOISES[-1], tone=True)
-    for name in [name for name in methods if name != "bicubic"]:
+    for name in [*methods][1:]:  # the first is bicubic
         # Other weights have another F_deg, of which the paper takes that of one reference.
         kinds[name] = functools.partial(by_method, name=name, mean=name not in OTHER_WEIGHTS)
         if name == "RealDGen":
@@ -134,9 +126,7 @@ def table_control(name: str, inputs: Inputs) -> Measure:
     count += len(inputs.other_weights)
     check_training(inputs, cfg.sr[-1:], count * cfg.seeds, "control")
     inputs.check_steps(*inputs.t_starts)
-    sets = {folder: with_other_scenes(pairs, cfg.seed) for folder, pairs in inputs.train.items()}
-    for folder, pairs in sets.items():
-        require(bool(pairs), f"--pairs {folder}: no camera has three pairs.")
+    sets = sets_with_other_scenes(inputs.train, cfg.seed, "three")
     assert inputs.tests  # found and checked now
 
     def measure() -> tuple[dict[str, Any], str]:
@@ -148,10 +138,8 @@ def table_control(name: str, inputs: Inputs) -> Measure:
             if inputs.rt.is_main:
                 write_training_set(folder, sets, make_lr)
             wait_for_all(inputs.rt)
-            source, rows[label] = {"pairs": str(folder)}, []
-            for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-                net, _ = train_network(network, source, f"control-{folder.name}", seed, out, inputs)
-                rows[label].append(tested(net, inputs, ["PSNR Y"]))
+            flags, stem = {"pairs": str(folder)}, f"control-{folder.name}"
+            rows[label] = train_and_test(network, flags, stem, out, inputs, ["PSNR Y"])["runs"]
         count = {folder: len(pairs) for folder, pairs in sets.items()}
         result = {"network": network, "trained": count, "rows": rows}
         return result, text_of_control(result, inputs) if inputs.rt.is_main else ""

@@ -22,21 +22,19 @@ from tqdm import tqdm
 import degrade
 import generate
 from bench import factors
-from bench.downstream import check_training, cost_text, enlarging, meaningless, train_network
-from bench.generated import left_out_text, other_methods, syntheses
+from bench.downstream import check_training, cost_text, meaningless, tested, train_network
+from bench.generated import left_out_text, lr_of, on_pairs, other_methods, syntheses
 from bench.inputs import Config, Inputs, Measure
 from bench.pairs import (
     Pair,
     camera_of,
-    evaluate,
     find_pairs,
     load_hr,
     load_lr,
+    sets_with_other_scenes,
     table_text,
-    with_other_scenes,
 )
 from bench.separation import EXACT
-from common import require
 from common.files import replacing
 from common.images import save_image, to_uint8
 from common.runtime import wait_for_all
@@ -110,18 +108,15 @@ def train_on_grid(photos: Tensor, root: Path, inputs: Inputs) -> dict[str, Any]:
             for place, folder in zip(GRID, folders, strict=True)} | inputs.sets  # fmt: skip
 
     def psnr_of_tests(net: nn.Module | None) -> list[float]:
-        tested = (
-            evaluate(enlarging(net), pairs, ["PSNR Y"], inputs.device, upwards=True)
-            for pairs in sets.values()
-        )
-        return [found["mean"]["PSNR Y"] for found in tested]
+        found = tested(net, sets, ["PSNR Y"], inputs)
+        return [of_set["mean"]["PSNR Y"] for of_set in found.values()]
 
     costs, values = [], []
     for folder in folders:
-        source = {"pairs": str(root / "train" / folder)}
-        net, cost = train_network(NETWORK, source, folder, seed, root, inputs)
+        flags = {"pairs": str(root / "train" / folder)}
+        net, cost = train_network(NETWORK, flags, folder, seed, root, inputs)
         costs.append(cost)
-        values += [psnr_of_tests(net)] if rt.is_main else []
+        values.append(psnr_of_tests(net))
     if not rt.is_main:
         return {}
     places = [*GRID, *(place_of(pairs) for pairs in inputs.sets.values())]
@@ -144,21 +139,20 @@ MOST_CAMERAS = 6  # the cameras of a set with more get one label
 @torch.no_grad()
 def embed(inputs: Inputs) -> tuple[list[str], Tensor]:
     """F_deg (N, D) of real LR and of each method's LR, and the label of each."""
-    labels, degradations, seed = [], [], inputs.cfg.seed
-    for name, pairs in inputs.sets.items():
-        pairs = with_other_scenes(pairs, seed)
+    labels: list[str] = []
+    degradations, seed = [], inputs.cfg.seed
+    methods = syntheses(inputs.net, inputs.sampler) | other_methods(inputs, ["SynDiff"])
+    for name, pairs in sets_with_other_scenes(inputs.sets, seed).items():
         pairs = pairs[:: -(-len(pairs) // inputs.cfg.images)]  # evenly spread
-        methods = syntheses(inputs.net, inputs.sampler) | other_methods(inputs, "SynDiff")
         labelled = len({camera_of(pair.name) for pair in pairs}) <= MOST_CAMERAS
         for pair in tqdm(pairs, desc=f"F_deg of {name}", unit="image", leave=False):
             camera = camera_of(pair.name) if labelled else ""
-            labels.append(" ".join(filter(None, ["real", name, camera])))
-            degradations.append(generate.degradation_of(inputs.net, load_lr(pair.lr, pair.full)))
-            hr, lr_ref = load_hr(pair)[None].to(inputs.device), load_lr(pair.reference, pair.full)
+            images = {" ".join(filter(None, ["real", name, camera])): load_lr(pair.lr, pair.full)}
+            hr = load_hr(pair)
             for method, make in methods.items():
-                lr = to_uint8(make(hr, [lr_ref], [seed << 32 | pair.index])[0]) / 255
-                labels.append(method)
-                degradations.append(generate.degradation_of(inputs.net, lr))
+                images[method] = lr_of(on_pairs(make, seed), pair, hr, inputs)
+            labels += images
+            degradations += [generate.degradation_of(inputs.net, lr) for lr in images.values()]
     return labels, torch.cat(degradations).double().cpu()
 
 
@@ -266,9 +260,7 @@ def table_figure1(name: str, inputs: Inputs) -> Measure:
     check_training(inputs, [NETWORK], len(GRID), "figure1")
     inputs.check_steps()
     photos = inputs.photos
-    for folder, pairs in inputs.sets.items():
-        enough = bool(with_other_scenes(pairs, cfg.seed))
-        require(enough, f"--pairs {folder}: no camera has two pairs.")
+    sets_with_other_scenes(inputs.sets, cfg.seed)  # checks
 
     def measure() -> tuple[dict[str, Any], str]:
         # The folder's name depends on the photos, so that networks of other photos are not reused.
@@ -317,4 +309,4 @@ the test's best one. For the distance, blur and noise are divided by the grid's 
 Distances are medians, in units of the same distance between real images. They show what E_deg sees,
 and prove nothing: the filter of RealDGen compares F_deg, too, and E_deg was trained on recipes of
 D. The plane shows {sum(result["shares"]):.0%} of the variance.
-{left_out_text("SynDiff")}"""
+{left_out_text(["SynDiff"])}"""

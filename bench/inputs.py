@@ -3,8 +3,9 @@
 All inputs are checked before any measurement starts.
 """
 
+import itertools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -207,14 +208,7 @@ class Inputs:
     def photos(self) -> Tensor:
         """The middles (N, 3, 4 crop, 4 crop) of N > 1 HR photos, in [0, 1], in random order."""
         side, files = generate.SCALE * self.cfg.crop, self.hr_files
-        crops: list[Tensor] = []
-        draw = make_generator(self.cfg.seed)
-        for i in torch.randperm(len(files), generator=draw).tolist():
-            if len(crops) < self.cfg.images:
-                try:
-                    crops.append(middle(load_image(files[i]), side))
-                except ValueError as error:
-                    print(f"skipped: {files[i]} ({error})")
+        crops = [*itertools.islice(middles(files, side, self.cfg.seed), self.cfg.images)]
         found = f"of {len(files)} files, {len(crops)} are photos of {side} x {side} pixels or more"
         require(len(crops) > 1, f"--hr: {found}; two are needed.")
         return torch.stack(crops)
@@ -226,3 +220,12 @@ def middle(image: Tensor, side: int) -> Tensor:
     if min(top, left) < 0:
         raise ValueError(f"an image is under {side} x {side} pixels")
     return image[:, top : top + side, left : left + side]
+
+
+def middles(files: Sequence[Path], side: int, seed: int) -> Iterator[Tensor]:
+    """The middles (3, side, side) of photos in random order, without those that are smaller."""
+    for i in torch.randperm(len(files), generator=make_generator(seed)).tolist():
+        try:
+            yield middle(load_image(files[i]), side)
+        except ValueError as error:
+            print(f"skipped: {files[i]} ({error})")

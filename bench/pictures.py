@@ -8,8 +8,6 @@ of each method. Each row shows the crop in which the methods differ most.
     python benchmark.py --table pictures --sr-steps 2000 --hr data/hr --lr data/lr/my-phone
 """
 
-import json
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,26 +17,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import generate
 from bench.downstream import (
     LABEL,
     Row,
     check_training,
     folder_of,
+    key_of,
+    make_pairs,
     meaningless,
     steps_of,
     train_network,
     training_source,
     write_references,
 )
-from bench.generated import mean_degradations, other_methods, realdgen, synthetic
+from bench.generated import lr_of, mean_degradations, on_pairs, other_methods, realdgen, synthetic
 from bench.inputs import Inputs, Measure
-from bench.pairs import camera_of, load_hr, load_lr, resized_by_pillow, with_other_scenes
-from bench.sr import super_resolve
+from bench.pairs import load_hr, load_lr, sets_with_other_scenes
+from bench.sr import enlarging
 from common import require
 from common.checkpoint import find_checkpoint, fingerprint
 from common.files import find_photos, outside
-from common.images import load_image, resized, save_sheet, to_uint8
+from common.images import load_image, resized, save_sheet
 from common.runtime import wait_for_all
 from generate import SCALE
 
@@ -128,23 +127,18 @@ def save_scenes(path: Path, scenes: dict[str, Scene], compared: Sequence[str]) -
 @torch.no_grad()
 def lr_of_pairs(inputs: Inputs, each: int) -> dict[str, Scene]:
     """HR, LR of each method and real LR of a few pairs; F_deg is of other scenes of the camera."""
-    methods = {"BSRGAN": synthetic("bsrgan"), "Real-ESRGAN": synthetic("realesrgan")}
-    methods |= other_methods(inputs, "SynDiff")
-    methods["RealDGen"] = realdgen(inputs.net, inputs.sampler)
-    scenes: dict[str, Scene] = {}
-    for folder, pairs in inputs.sets.items():
-        other = with_other_scenes(pairs, inputs.cfg.seed)
-        for pair in spread(other, each):
-            same = [p for p in other if camera_of(p.name) == camera_of(pair.name)]
-            degradation = mean_degradations(same, inputs.net, inputs.sampler.average)[pair.index]
-            hr = crop_of(load_hr(pair), SCALE).to(inputs.device)
-            scene, seeds = {"HR": hr.cpu()}, [inputs.cfg.seed << 32 | pair.index]
-            photo = load_lr(pair.reference, pair.full)  # F_deg is of the weights of RealDGen alone
-            for name, method in methods.items():
-                lr_ref = degradation if name == "RealDGen" else photo
-                scene[name] = to_uint8(method(hr[None], [lr_ref], seeds)[0]).cpu() / 255
-            real = crop_of(load_lr(pair.lr, pair.full))
-            scenes[f"{folder} {pair.name}"] = scene | {"real LR": real}
+    seed, scenes = inputs.cfg.seed, {}
+    others = {"BSRGAN": synthetic("bsrgan"), "Real-ESRGAN": synthetic("realesrgan")}
+    others |= other_methods(inputs, ["SynDiff"])
+    methods = {name: on_pairs(method, seed) for name, method in others.items()}
+    for folder, pairs in sets_with_other_scenes(inputs.sets, seed).items():
+        means = mean_degradations(pairs, inputs.net, inputs.sampler.average)
+        # The others are given the reference: F_deg is of the weights of RealDGen alone.
+        methods["RealDGen"] = on_pairs(realdgen(inputs.net, inputs.sampler), seed, means)
+        for pair in spread(pairs, each):
+            hr, real = crop_of(load_hr(pair), SCALE), crop_of(load_lr(pair.lr, pair.full))
+            made = {name: lr_of(method, pair, hr, inputs) for name, method in methods.items()}
+            scenes[f"{folder} {pair.name}"] = {"HR": hr, **made, "real LR": real}
     return scenes
 
 
@@ -152,9 +146,8 @@ def lr_of_pairs(inputs: Inputs, each: int) -> dict[str, Scene]:
 def enlarged(scene: Scene, nets: dict[str, nn.Module], device: torch.device) -> Scene:
     """The real LR of a scene, what a bicubic resize and each network make of it, and HR, if any."""
     x = scene["real LR"][None].to(device)
-    large = [SCALE * n for n in x.shape[2:]]
-    images = {"real LR": x, "bicubic resize": resized_by_pillow(x, *large)}
-    images |= {f"trained on {name}": super_resolve(net, x) for name, net in nets.items()}
+    images = {"real LR": x, "bicubic resize": enlarging(None)(x, [])}
+    images |= {f"trained on {name}": enlarging(net)(x, []) for name, net in nets.items()}
     return {title: image[0].cpu() for title, image in images.items()} | scene
 
 
@@ -169,9 +162,9 @@ def scenes_to_enlarge(inputs: Inputs, files: Sequence[Path], each: int) -> dict[
             scenes[file.stem] = {"real LR": crop_of(load_image(file))}
         except ValueError as error:
             print(f"skipped: {error}")
+    if not files:
+        sets_with_other_scenes(inputs.sets, inputs.cfg.seed)  # checks
     for folder, pairs in () if files else inputs.tests.items():
-        enough = bool(with_other_scenes(inputs.sets[folder], inputs.cfg.seed))
-        require(enough, f"--pairs {folder}: no camera has two pairs.")
         for pair in spread(pairs, each):
             lr, hr = load_lr(pair.lr, pair.full), crop_of(load_hr(pair), SCALE)
             scenes[f"{folder} {pair.name}"] = {"real LR": crop_of(lr), "HR": hr}
@@ -185,11 +178,9 @@ def pairs_of_photos(files: Sequence[Path], inputs: Inputs) -> Path:
     weights = (cfg.checkpoint or find_checkpoint("", "diffusion", ""), *cfg.sr_start_from)
     facts = asdict(inputs.sampler) | {"seed": cfg.seed, "sr_preset": cfg.sr_preset}
     facts["files"] = [fingerprint(file) for file in (*inputs.hr_files, *files, *weights)]
-    folder = Path(cfg.out) / "pictures" / f"{zlib.crc32(json.dumps(facts).encode()):08x}"
-    settings = asdict(inputs.sampler) | {"hr": cfg.hr, "lr_ref": cfg.lr, "seed": cfg.seed}
-    settings |= {"checkpoint": cfg.checkpoint, "out": str(folder / "pairs"), "device": cfg.device}
-    generate.main(generate.Config(**settings), inputs.rt)
-    return folder / "pairs"
+    folder = Path(cfg.out) / "pictures" / key_of(facts) / "pairs"
+    make_pairs(folder, inputs, lr_ref=cfg.lr)
+    return folder
 
 
 def table_pictures(name: str, inputs: Inputs) -> Measure:

@@ -18,6 +18,7 @@ import math
 import re
 import time
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,10 +35,10 @@ import extractors
 from bench import metrics
 from bench.pairs import (
     Method,
+    Pair,
     evaluate,
     find_files,
     find_pairs,
-    metric_text,
     resized_by_pillow,
     stored_sizes,
     table_text,
@@ -150,6 +151,17 @@ def super_resolve(net: nn.Module, lr: Tensor, tile: int = 256) -> Tensor:
 
     sr = in_tiles(network, (lr.shape[2], lr.shape[3]), lr, tile=tile)
     return F.pixel_shuffle(sr, math.isqrt(sr.shape[1] // 3)).float().clamp(0, 1)
+
+
+def enlarging(net: nn.Module | None) -> Method:
+    """The method of evaluate() that enlarges LR by a network; by Pillow's bicubic without one."""
+
+    def make(lr: Tensor, batch: Sequence[Pair]) -> Tensor:
+        if net is None:
+            return resized_by_pillow(lr, *(SCALE * side for side in lr.shape[2:]))
+        return super_resolve(net, lr)
+
+    return make
 
 
 def super_resolved_photo(net: nn.Module, lr: Tensor, tile: int = 256) -> Image.Image:
@@ -534,9 +546,6 @@ def upscale(cfg: Config, rt: Runtime) -> None:
     print(f"{len(files) - skipped} images in {out}, {skipped} skipped")
 
 
-TEST_METRICS = ("PSNR Y", "SSIM Y", "LPIPS", "DISTS")
-
-
 def print_test(cfg: Config, rt: Runtime) -> None:
     """Print how near the enlarged LR of aligned pairs is to HR, with a row for bicubic.
 
@@ -547,18 +556,16 @@ def print_test(cfg: Config, rt: Runtime) -> None:
     scale = super_resolve(net, torch.rand(1, 3, 32, 32, device=rt.device)).shape[2] // 32
     wrong = f"{weights}: a network of scale {scale}; --test reads pairs of scale {SCALE}."
     require(scale == SCALE, wrong)
-    methods: dict[str, Method] = {
-        "bicubic": lambda lr, batch: resized_by_pillow(lr, *(SCALE * n for n in lr.shape[2:])),
-        weights.name: lambda lr, batch: super_resolve(net, lr),
-    }
+    methods = {"bicubic": enlarging(None), weights.name: enlarging(net)}
     sets = {folder: find_pairs(Path(folder))[0] for folder in cfg.test}
-    names, rows = metrics.available_metrics(rt.device, TEST_METRICS), []
+    columns, rows = metrics.PRINTED, []
+    names = metrics.available_metrics(rt.device, columns)
     for folder, pairs in sets.items():
         for label, method in methods.items():
             mean = evaluate(method, pairs, names, rt.device, upwards=True)["mean"]
-            cells = [metric_text(mean, metric) for metric in TEST_METRICS]
+            cells = [metrics.metric_text(mean, metric) for metric in columns]
             rows.append([folder, label, *cells, str(len(pairs))])
-    print(table_text(["pairs", "enlarged by", *TEST_METRICS, "n"], rows, words=2), end="")
+    print(table_text(["pairs", "enlarged by", *columns, "n"], rows, words=2), end="")
 
 
 def main(cfg: Config, rt: Runtime) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
-from bench import downstream, generated, pairs
+from bench import generated, pairs, sr
 from bench.pairs import camera_of, evaluate, find_pairs, load_hr, load_lr, other_scenes
 from common.images import load_image, to_uint8
 
@@ -196,7 +196,7 @@ def test_bicubic_rows_of_the_shared_pairs_are_reproduced_without_our_code(shared
     values = {
         "bicubic": evaluate(generated.on_pairs(generated.bicubic, 0), found, columns, CPU, 8),
         "bicubic enlargement": evaluate(
-            downstream.enlarging(None), found, columns, CPU, upwards=True
+            sr.enlarging(None), found, columns, CPU, upwards=True
         ),
     }
     for row, numbers in expected.items():
