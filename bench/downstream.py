@@ -88,10 +88,9 @@ def rows_of(table: str, cfg: Config, sets: Sequence[str]) -> list[Row]:
             for data in cfg.data
         ]
     if table == "3":
-        T = cfg.t_starts or PAPER_T
         return [
             Row(f"T={t}", network, "realdgen", {"t_start": t, "num_steps": evaluations(t, cfg)})
-            for t in T
+            for t in cfg.t_starts or PAPER_T
         ]
     if table == "4":
         # All rows start at D(HR), and all weights are as printed: the output of Rec_lr, grain and
@@ -103,16 +102,15 @@ def rows_of(table: str, cfg: Config, sets: Sequence[str]) -> list[Row]:
             for label, (path, _) in ABLATIONS.items()
         ]
     if table == "5":
-        rows = [Row(LABEL[data], network, data) for data in cfg.data if data != "paired"]
-        names = sets if len(sets) > 1 else []
-        return rows + [
+        return [Row(LABEL[data], network, data) for data in cfg.data if data != "paired"] + [
             Row(f"RealDGen, no reference of {name}", network, "realdgen", without=name)
-            for name in names
+            for name in sets
+            if len(sets) > 1
         ]
     K = max(cfg.candidates, generate.CANDIDATES)
     return [
-        Row("without filter", network, "realdgen", {"candidates": 1}),
-        Row("with filter", network, "realdgen", {"candidates": K}),
+        Row(label, network, "realdgen", {"candidates": candidates})
+        for label, candidates in (("without filter", 1), ("with filter", K))
     ]
 
 
@@ -149,17 +147,24 @@ def folder_of(inputs: Inputs) -> Path:
     cfg = inputs.cfg
     weights = (cfg.checkpoint or find_checkpoint("", "diffusion", ""), SYNDIFF,
                *(path for path, _ in ABLATIONS.values()), *cfg.sr_start_from)  # fmt: skip
-    facts = asdict(inputs.sampler) | {
-        "sets": {
-            name: [(pair.name, fingerprint(pair.hr), fingerprint(pair.lr))
-                   for pair in pairs]
-            for name, pairs in inputs.train.items()
-        },
-        "hr": [fingerprint(file) for file in inputs.hr_files],
-        "weights": [fingerprint(path) for path in weights if Path(path).is_file()],
-    }  # fmt: skip
+    facts = asdict(inputs.sampler)
+    facts["sets"] = {
+        name: [(pair.name, fingerprint(pair.hr), fingerprint(pair.lr)) for pair in pairs]
+        for name, pairs in inputs.train.items()
+    }
+    facts["hr"] = [fingerprint(file) for file in inputs.hr_files]
+    facts["weights"] = [fingerprint(path) for path in weights if Path(path).is_file()]
     facts |= {key: getattr(cfg, key) for key in ("seed", "sr_preset", "perceptual_weight")}
     return Path(cfg.out) / "sets" / key_of(facts)
+
+
+def folder_with_references(inputs: Inputs) -> Path:
+    """The same folder, once write_references() has filled it."""
+    folder = folder_of(inputs)
+    if inputs.rt.is_main:
+        write_references(inputs.train, folder)
+    wait_for_all(inputs.rt)
+    return folder
 
 
 def key_of(facts: dict[str, Any]) -> str:
@@ -173,6 +178,7 @@ def make_pairs(folder: Path, inputs: Inputs, **settings: Any) -> None:
     of_flags = asdict(inputs.sampler) | {"checkpoint": cfg.checkpoint, "hr": cfg.hr}
     of_flags |= {"seed": cfg.seed, "device": cfg.device, "out": str(folder)}
     generate.main(generate.Config(**of_flags | settings), inputs.rt)
+    wait_for_all(inputs.rt)
 
 
 def training_source(row: Row, out: Path, inputs: Inputs) -> dict[str, Any]:
@@ -352,10 +358,7 @@ def table_downstream(table: str, inputs: Inputs) -> Measure:
     assert inputs.tests and inputs.hr_files is not None and inputs.metrics  # found and checked now
 
     def measure() -> tuple[dict[str, Any], str]:
-        out = folder_of(inputs)
-        if inputs.rt.is_main:
-            write_references(inputs.train, out)
-        wait_for_all(inputs.rt)
+        out = folder_with_references(inputs)
         bicubic = asdict(Row("bicubic enlargement", "none", ""))
         results = [bicubic | {"runs": [tested(None, inputs.tests, inputs.metrics, inputs)]}]
         results += [values_of(row, out, inputs) for row in rows]

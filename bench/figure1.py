@@ -98,21 +98,21 @@ def train_on_grid(photos: Tensor, root: Path, inputs: Inputs) -> dict[str, Any]:
     photos (N, 3, H, W): every fourth is held out to test on.
     """
     rt, seed = inputs.rt, inputs.cfg.seed
-    folders = [f"blur{blur:g}-noise{noise:g}" for blur, noise in GRID]
+    folders = {place: f"blur{place[0]:g}-noise{place[1]:g}" for place in GRID}
     held_out = torch.arange(len(photos)) % 4 == 0
-    for place, folder in zip(GRID, folders, strict=True) if rt.is_main else ():
+    for place, folder in folders.items() if rt.is_main else ():
         write_set(root / "train" / folder, photos[~held_out], place, seed)
         write_set(root / "test" / folder, photos[held_out], place, seed + 1)
     wait_for_all(rt)
-    sets = {name_of(place): find_pairs(root / "test" / folder)[0]
-            for place, folder in zip(GRID, folders, strict=True)} | inputs.sets  # fmt: skip
+    drawn = {place: find_pairs(root / "test" / folder)[0] for place, folder in folders.items()}
+    sets = {name_of(place): pairs for place, pairs in drawn.items()} | inputs.sets
 
     def psnr_of_tests(net: nn.Module | None) -> list[float]:
         found = tested(net, sets, ["PSNR Y"], inputs)
         return [of_set["mean"]["PSNR Y"] for of_set in found.values()]
 
     costs, values = [], []
-    for folder in folders:
+    for folder in folders.values():
         flags = {"pairs": str(root / "train" / folder)}
         net, cost = train_network(NETWORK, flags, folder, seed, root, inputs)
         costs.append(cost)
@@ -121,13 +121,11 @@ def train_on_grid(photos: Tensor, root: Path, inputs: Inputs) -> dict[str, Any]:
         return {}
     places = [*GRID, *(place_of(pairs) for pairs in inputs.sets.values())]
     bicubic = psnr_of_tests(None)
-    tests = [
-        {"name": name, "place": places[k], "real": k >= len(GRID), "n": len(pairs),
-         "psnr": [row[k] for row in values], "bicubic": bicubic[k]}
-        for k, (name, pairs) in enumerate(sets.items())
-    ]  # fmt: skip
-    for test in tests:
-        test["rank"] = rank_correlation([test])
+    tests: list[dict[str, Any]] = []
+    for k, (name, pairs) in enumerate(sets.items()):
+        test = {"name": name, "place": places[k], "real": k >= len(GRID), "n": len(pairs)}
+        test |= {"psnr": [row[k] for row in values], "bicubic": bicubic[k]}
+        tests.append(test | {"rank": rank_correlation([test])})
     return {"tests": tests, "costs": costs, "rank": rank_correlation(tests[: len(GRID)])}
 
 
@@ -192,21 +190,14 @@ def draw_panel_a(figure: Any, result: dict[str, Any]) -> None:
 
     The maps of the grid's tests are arranged as the grid; those of real sets are on the right.
     """
-    tests = result["tests"]
-    real = [test for test in tests if test["real"]]
-    rows = len(NOISES)
-    columns = len(BLURS) + -(-len(real) // rows)
-    maps = figure.subplots(rows, columns, squeeze=False)
-    for axes in maps.flat:
+    tests, rows, columns = result["tests"], len(NOISES), len(BLURS)
+    maps = figure.subplots(rows, -(-len(tests) // rows), squeeze=False)
+    of_grid, of_real = maps[::-1, :columns], maps[:, columns:].T  # the least noise is below
+    places = [*of_grid.flat, *of_real.flat]
+    for axes in places[len(tests) :]:
         axes.axis("off")
-    for k, test in enumerate(tests):
-        row, column = divmod(k, len(BLURS))  # of the grid, the least noise below
-        if test["real"]:
-            column, row = divmod(k - len(GRID), rows)
-            column, row = len(BLURS) + column, rows - 1 - row
-        axes = maps[rows - 1 - row, column]
-        loss = max(test["psnr"]) - np.array(test["psnr"]).reshape(rows, len(BLURS))
-        axes.axis("on")
+    for axes, test in zip(places, tests, strict=False):
+        loss = max(test["psnr"]) - np.array(test["psnr"]).reshape(rows, columns)
         axes.imshow(loss, cmap="Blues_r", vmin=0, vmax=WORST, origin="lower", aspect="auto")
         for (y, x), value in np.ndenumerate(loss):
             style = {"ha": "center", "va": "center", "fontsize": "small"}
@@ -218,7 +209,7 @@ def draw_panel_a(figure: Any, result: dict[str, Any]) -> None:
         axes.plot(x, y + 0.3, "r^", markeredgecolor="white")
         place = f": {name_of(test['place'])}" if test["real"] else ""
         axes.set_title(test["name"] + place, fontsize="small")
-        axes.set_xticks(range(len(BLURS)), BLURS, fontsize="small")
+        axes.set_xticks(range(columns), BLURS, fontsize="small")
         axes.set_yticks(range(rows), NOISES, fontsize="small")
     figure.suptitle("(a) PSNR Y (dB) of a network trained on each box; triangle: the test's place")
     figure.supxlabel("blur, LR pixels", fontsize="medium")
@@ -233,10 +224,8 @@ def draw_panel_b(figure: Any, result: dict[str, Any]) -> None:
         near = result["nearness"].get(name)
         label = name + (f": {near:.2f}" if near is not None else "")
         axes.scatter(x, y, 18, marker="o" if name.startswith("real") else "^", label=label)
-    axes.set(**{
-        f"{axis}label": f"component {i + 1} ({share:.0%} of the variance)"
-        for i, (axis, share) in enumerate(zip("xy", result["shares"], strict=True))
-    })  # fmt: skip
+    for k, (share, axis) in enumerate(zip(result["shares"], (axes.xaxis, axes.yaxis), strict=True)):
+        axis.set_label_text(f"component {k + 1} ({share:.0%} of the variance)")
     title = "number: distance to the nearest real image (between real images: 1)"
     figure.legend(loc="outside lower center", ncols=3, fontsize="small", title=title)
     figure.suptitle("(b) F_deg, principal components")

@@ -307,17 +307,14 @@ def method_table(rows: Sequence[dict[str, Any]], name: str) -> str:
 def notes_of_table_2(pairs: list[Pair], skipped: int) -> str:
     """How to read Table 2."""
     cameras = Counter(camera_of(pair.name) or "unnamed" for pair in pairs)
-    alone = sum(n == 1 for n in cameras.values())
-    lines = [
-        "",
-        "bicubic is Pillow's, of the 8-bit HR image. T=0 is Rec_lr without diffusion and grain. n",
-        "is the number of pairs. The reference is the pair's own LR, another scene of the same",
-        f"camera ({', '.join(f'{camera} {n}' for camera, n in cameras.items())}), or all",
-        "other scenes (mean F_deg). * The best Gaussian fitted to the real LR: what blur alone can",
-        "do. FID is too large for few images, by an amount that depends on n; KID is unbiased.",
-        f"Pairs without another scene, missing in the rows of other scenes: {alone}.",
-        f"Pairs that can't be read, missing in all rows: {skipped}.",
-    ]
-    if paper := PAPER_2.get(pairs[0].release):
-        lines += ["", f"RealDGen (paper), on Test of {pairs[0].release}: {paper}.", ""]
-    return "\n".join(lines) + "\n"
+    alone, release = sum(n == 1 for n in cameras.values()), pairs[0].release
+    paper = f"\nRealDGen (paper), on Test of {release}: {PAPER_2.get(release)}.\n\n"
+    return f"""
+bicubic is Pillow's, of the 8-bit HR image. T=0 is Rec_lr without diffusion and grain. n
+is the number of pairs. The reference is the pair's own LR, another scene of the same
+camera ({", ".join(f"{camera} {n}" for camera, n in cameras.items())}), or all
+other scenes (mean F_deg). * The best Gaussian fitted to the real LR: what blur alone can
+do. FID is too large for few images, by an amount that depends on n; KID is unbiased.
+Pairs without another scene, missing in the rows of other scenes: {alone}.
+Pairs that can't be read, missing in all rows: {skipped}.
+{paper if release in PAPER_2 else ""}"""

@@ -21,14 +21,13 @@ from bench.downstream import (
     LABEL,
     Row,
     check_training,
-    folder_of,
+    folder_with_references,
     key_of,
     make_pairs,
     meaningless,
     steps_of,
     train_network,
     training_source,
-    write_references,
 )
 from bench.generated import lr_of, mean_degradations, on_pairs, other_methods, realdgen, synthetic
 from bench.inputs import Inputs, Measure
@@ -38,7 +37,6 @@ from common import require
 from common.checkpoint import find_checkpoint, fingerprint
 from common.files import find_photos, outside
 from common.images import load_image, resized, save_sheet
-from common.runtime import wait_for_all
 from generate import SCALE
 
 ROWS = 4  # of a picture
@@ -109,14 +107,11 @@ def save_scenes(path: Path, scenes: dict[str, Scene], compared: Sequence[str]) -
     rows, places, titles = [], {}, [*next(iter(scenes.values()))]
     for name, scene in scenes.items():
         h = min(image.shape[1] for image in scene.values())
-        scales = [scene[title].shape[1] // h for title in titles]
+        scale = {title: image.shape[1] // h for title, image in scene.items()}
         alike = [scene[title] for title in compared]
-        place = places[name] = most_different(alike, alike[0].shape[1] // h)
-        crops = [
-            cell(crop_at(scene[title], place, CROP, scale))
-            for title, scale in zip(titles, scales, strict=True)
-        ]
-        rows.append([framed(scene[titles[0]], place, scales[0]), *crops])
+        place = places[name] = most_different(alike, scale[compared[0]])
+        crops = [cell(crop_at(scene[title], place, CROP, scale[title])) for title in titles]
+        rows.append([framed(scene[titles[0]], place, scale[titles[0]]), *crops])
     save_sheet(path, ["", *titles], rows)
     return places
 
@@ -157,35 +152,35 @@ def enlarged(scene: Scene, nets: dict[str, nn.Module], device: torch.device) -> 
 def scenes_to_enlarge(inputs: Inputs, files: Sequence[Path], each: int) -> dict[str, Scene]:
     """Real LR with HR, of a few tested pairs of each set; or without HR, of photos."""
     scenes: dict[str, Scene] = {}
+    if not files:
+        sets_with_other_scenes(inputs.sets, inputs.cfg.seed)  # checks
+        for folder, pairs in inputs.tests.items():
+            for pair in spread(pairs, each):
+                lr, hr = crop_of(load_lr(pair.lr, pair.full)), crop_of(load_hr(pair), SCALE)
+                scenes[f"{folder} {pair.name}"] = {"real LR": lr, "HR": hr}
     for file in spread(files, ROWS):
         try:
             scenes[file.stem] = {"real LR": crop_of(load_image(file))}
         except ValueError as error:
             print(f"skipped: {error}")
-    if not files:
-        sets_with_other_scenes(inputs.sets, inputs.cfg.seed)  # checks
-    for folder, pairs in () if files else inputs.tests.items():
-        for pair in spread(pairs, each):
-            lr, hr = load_lr(pair.lr, pair.full), crop_of(load_hr(pair), SCALE)
-            scenes[f"{folder} {pair.name}"] = {"real LR": crop_of(lr), "HR": hr}
     require(bool(scenes), "--lr: none of its photos can be read.")
     return scenes
 
 
 def pairs_of_photos(files: Sequence[Path], inputs: Inputs) -> Path:
-    """Make pairs of the HR photos; their folder's name depends on all that they depend on."""
+    """Make pairs of the HR photos, in a folder whose name depends on all that they depend on."""
     cfg = inputs.cfg
     weights = (cfg.checkpoint or find_checkpoint("", "diffusion", ""), *cfg.sr_start_from)
     facts = asdict(inputs.sampler) | {"seed": cfg.seed, "sr_preset": cfg.sr_preset}
     facts["files"] = [fingerprint(file) for file in (*inputs.hr_files, *files, *weights)]
-    folder = Path(cfg.out) / "pictures" / key_of(facts) / "pairs"
-    make_pairs(folder, inputs, lr_ref=cfg.lr)
+    folder = Path(cfg.out) / "pictures" / key_of(facts)
+    make_pairs(folder / "pairs", inputs, lr_ref=cfg.lr)
     return folder
 
 
 def table_pictures(name: str, inputs: Inputs) -> Measure:
     """enlarged.png, and of pairs also pictures.png."""
-    cfg, rt, network = inputs.cfg, inputs.rt, inputs.cfg.sr[-1]
+    cfg, network = inputs.cfg, inputs.cfg.sr[-1]
     inputs.check_steps(inputs.sampler.t_start)
     of_photos = bool(cfg.lr) or not cfg.pairs
     possible = [data for data in TRAINED_ON if data != "paired" or not of_photos]
@@ -198,19 +193,15 @@ def table_pictures(name: str, inputs: Inputs) -> Measure:
     scenes = scenes_to_enlarge(inputs, files, each)
 
     def measure() -> tuple[dict[str, Any], str]:
-        made = pairs_of_photos(files, inputs) if of_photos else Path()
-        out = made.parent if of_photos else folder_of(inputs)
-        if rt.is_main and not of_photos:
-            write_references(inputs.train, out)
-        wait_for_all(rt)
+        out = pairs_of_photos(files, inputs) if of_photos else folder_with_references(inputs)
         nets = {}
         for data in sources:
-            source: dict[str, Any] = {"pairs": str(made)}
+            flags: dict[str, Any] = {"pairs": str(out / "pairs")}
             if data != "realdgen" or not of_photos:
-                source = training_source(Row(LABEL[data], network, data), out, inputs)
-            label = Path(source.get("pairs", data)).name
-            nets[LABEL[data]] = train_network(network, source, label, cfg.seed, out, inputs)[0]
-        if not rt.is_main:
+                flags = training_source(Row(LABEL[data], network, data), out, inputs)
+            label = Path(flags.get("pairs", data)).name
+            nets[LABEL[data]] = train_network(network, flags, label, cfg.seed, out, inputs)[0]
+        if not inputs.rt.is_main:
             return {}, ""
         images = {name: enlarged(scene, nets, inputs.device) for name, scene in scenes.items()}
         trained = [f"trained on {label}" for label in nets]
