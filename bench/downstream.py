@@ -373,7 +373,7 @@ def table_downstream(table: str, inputs: Inputs) -> Measure:
 
 COLUMNS = ("PSNR Y", "SSIM Y", "LPIPS", "DISTS", "FID")
 # The paper's values: of Table 1 trained with L1 and with a perceptual loss, and of Table 5.
-PRINTED = {
+PAPER_COLUMNS = {
     ("1", False): ("RealSR PSNR Y", "RealSR SSIM Y", "DRealSR PSNR Y", "DRealSR SSIM Y"),
     ("1", True): ("RealSR LPIPS", "RealSR FID", "DRealSR LPIPS", "DRealSR FID"),
     ("5", False): ("RealVSR PSNR Y", "RealVSR SSIM Y"),
@@ -406,7 +406,7 @@ swinir-l realdgen 22.9616 .6994
 
 def paper_value(table: str, row: dict[str, Any], release: str, metric: str) -> str:
     """The paper's value for a cell of a table, in brackets; empty if it has none."""
-    columns, key = PRINTED.get((table, row["perceptual"]), ()), f"{release} {metric}"
+    columns, key = PAPER_COLUMNS.get((table, row["perceptual"]), ()), f"{release} {metric}"
     if key not in columns or row["without"]:
         return ""
     place = 4 * row["perceptual"] + columns.index(key)

@@ -175,10 +175,9 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "DISTS": dists_distance,
 }
 
-# ---- values as text -----------------------------------------------------------------------------
 
 DECIMALS = {"PSNR RGB": 2, "PSNR Y": 2, "FID": 2, "KID": 4}  # 3 for all others
-PRINTED = ("PSNR Y", "SSIM Y", "LPIPS", "DISTS")  # by the commands
+COMPARED = ("PSNR Y", "SSIM Y", "LPIPS", "DISTS")  # by the commands
 
 
 def metric_text(mean: dict[str, float], metric: str) -> str:
@@ -356,7 +355,7 @@ def same_names(folders: tuple[str, ...]) -> list[tuple[str, Path, Path]]:
 def main(cfg: Config, rt: Runtime) -> None:
     """Print the mean metrics of the images of one folder against those of the other."""
     images, rows = same_names(cfg.compare), []
-    names = available_metrics(rt.device, PRINTED)
+    names = available_metrics(rt.device, COMPARED)
     for name, *files in tqdm(images, unit="image", leave=False):
         try:
             x, y = (load_image(file)[None].to(rt.device) for file in files)
@@ -370,7 +369,7 @@ def main(cfg: Config, rt: Runtime) -> None:
         rows.append([min(100.0, METRICS[metric](x, y).item()) for metric in names])
     require(bool(rows), f"--compare {' '.join(cfg.compare)}: none of the images can be read.")
     mean = dict(zip(names, torch.tensor(rows, dtype=torch.float64).mean(0).tolist(), strict=True))
-    texts = [f"{m} {metric_text(mean, m)}" + " dB" * (m == "PSNR Y") for m in PRINTED]
+    texts = [f"{m} {metric_text(mean, m)}" + " dB" * (m == "PSNR Y") for m in COMPARED]
     print(f"{len(rows)} images: {', '.join(texts)}")
 
 

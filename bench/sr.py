@@ -544,7 +544,7 @@ def print_test(cfg: Config, rt: Runtime) -> None:
     require(scale == SCALE, wrong)
     methods = {"bicubic": enlarging(None), weights.name: enlarging(net)}
     sets = {folder: find_pairs(Path(folder))[0] for folder in cfg.test}
-    columns, rows = metrics.PRINTED, []
+    columns, rows = metrics.COMPARED, []
     names = metrics.available_metrics(rt.device, columns)
     for folder, pairs in sets.items():
         for label, method in methods.items():
