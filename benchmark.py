@@ -33,20 +33,10 @@ from bench.figure1 import table_figure1
 from bench.generated import table_generated
 from bench.inputs import Config, Inputs, Measure, resolved
 from bench.leakage import table_leakage
-from bench.metrics import (  # noqa: F401  (names of benchmark, too)
-    clip_score,
-    dists_distance,
-    fid,
-    kid,
-    lpips_distance,
-    psnr,
-    ssim,
-)
 from bench.mtf import table_mtf
 from bench.pictures import table_pictures
 from bench.remainder import table_remainder
 from bench.separation import table_extractors
-from bench.sr import sr_network  # noqa: F401
 from common import require
 from common.cli import launch
 from common.files import write_text

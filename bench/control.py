@@ -9,7 +9,7 @@ the real LR; it is tested on the other half. So nothing but the LR differs.
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +24,29 @@ from bench.downstream import (
     meaningless,
     spread_text,
     steps_of,
-    tested,
-    train_network,
+    train_and_test,
 )
 from bench.generated import (
     OTHER_WEIGHTS,
     all_methods,
     best_blurs,
     left_out_text,
+    lr_of,
     mean_degradations,
+    on_pairs,
+    stored,
 )
 from bench.inputs import Inputs, Measure
 from bench.kernels import TAPS, fitted_kernel, normal_equations, reduced_by, toned
 from bench.pairs import (
+    Method,
     Pair,
     camera_of,
     load_hr,
     load_lr,
+    sets_with_other_scenes,
     table_text,
-    with_other_scenes,
 )
-from common import require
 from common.images import save_image
 from common.runtime import make_generator, wait_for_all
 
@@ -52,74 +54,63 @@ from common.runtime import make_generator, wait_for_all
 
 KERNEL_NOISES = (0.0, 1.5, 3.0)  # std of the noise on LR of a fitted kernel, levels of 255
 TONED = "kernel and tone of each pair*, noise 3"
-KindOfLR = Callable[[str, Pair, Tensor], Tensor]  # name of the set, pair, hr (3, 4h, 4w) -> lr
 
 
-def kinds_of_lr(sets: dict[str, list[Pair]], inputs: Inputs) -> dict[str, KindOfLR]:
-    """The kinds of LR that networks are trained on, by name."""
+def kinds_of_lr(pairs: Sequence[Pair], inputs: Inputs) -> dict[str, Method]:
+    """The kinds of LR that networks are trained on, by name, for the pairs of a set."""
     seed = inputs.cfg.seed
-    all_pairs = [(folder, pair) for folder, pairs in sets.items() for pair in pairs]
-    equations: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-    for folder, pair in tqdm(all_pairs, desc="kernels", unit="pair", leave=False):
+    equations: dict[int, tuple[Tensor, Tensor]] = {}  # by index of the pair
+    for pair in tqdm(pairs, desc="kernels", unit="pair", leave=False):
         AA, Ay = normal_equations(load_hr(pair), load_lr(pair.lr, pair.full)[None])
-        equations[folder, pair.index] = AA, Ay[0]
+        equations[pair.index] = AA, Ay[0]
 
     @functools.cache
-    def kernel(folder: str, camera: str, index: int | None) -> Tensor:
-        return fitted_kernel([
-            equations[folder, pair.index] for pair in sets[folder]
-            if pair.index == index or (index is None and camera_of(pair.name) == camera)
-        ])  # fmt: skip
+    def kernel(of: int | str) -> Tensor:  # index of a pair, or a camera
+        alike = [p for p in pairs if of in (p.index, camera_of(p.name))]
+        return fitted_kernel([equations[pair.index] for pair in alike])
 
     def by_kernel(
-        folder: str, pair: Pair, hr: Tensor, of_pair: bool, noise: float, tone: bool = False
+        hr: Tensor, batch: Sequence[Pair], of_pair: bool, noise: float, tone: bool = False
     ) -> Tensor:
-        lr = reduced_by(kernel(folder, camera_of(pair.name), pair.index if of_pair else None), hr)
+        (pair,) = batch
+        lr = reduced_by(kernel(pair.index if of_pair else camera_of(pair.name)), hr[0].cpu())
         if tone:
             lr = toned(lr, load_lr(pair.lr, pair.full))
         draw = make_generator(seed, pair.index)
-        return lr + noise / 255 * torch.randn(lr.shape, generator=draw)
+        return (lr + noise / 255 * torch.randn(lr.shape, generator=draw))[None]
 
-    def by_method(folder: str, pair: Pair, hr: Tensor, name: str, mean: bool = True) -> Tensor:
-        seeds = [seed << 32 | pair.index]
-        lr_ref = degradations[folder][pair.index] if mean else load_lr(pair.reference, pair.full)
-        return methods[name](hr[None].to(inputs.device), [lr_ref], seeds)[0].cpu()
-
-    blurs = {folder: best_blurs(pairs)[1] for folder, pairs in sets.items()}
-    average = inputs.sampler.average
-    degradations = {
-        name: mean_degradations(pairs, inputs.net, average) for name, pairs in sets.items()
-    }
     methods = all_methods(inputs)
-    kinds: dict[str, KindOfLR] = {
-        "real LR (oracle)": lambda folder, pair, hr: load_lr(pair.lr, pair.full),
-        "bicubic": functools.partial(by_method, name="bicubic"),
-        "best Gaussian of each pair*": lambda folder, pair, hr: blurs[folder][pair.index],
+    means = mean_degradations(pairs, inputs.net, inputs.sampler.average)
+    kinds: dict[str, Method] = {
+        "real LR (oracle)": lambda hr, batch: load_lr(batch[0].lr, batch[0].full)[None],
+        "bicubic": on_pairs(methods.pop("bicubic"), seed),
+        "best Gaussian of each pair*": stored(best_blurs(pairs)[1]),
     }
     for unit in ("pair", "camera"):
         for noise in KERNEL_NOISES:
             label = f"kernel of each {unit}*, noise {noise:g}"
             kinds[label] = functools.partial(by_kernel, of_pair=unit == "pair", noise=noise)
     kinds[TONED] = functools.partial(by_kernel, of_pair=True, noise=KERNEL_NOISES[-1], tone=True)
-    for name in [name for name in methods if name != "bicubic"]:
+    for name, method in methods.items():
         # Other weights have another F_deg, of which the paper takes that of one reference.
-        kinds[name] = functools.partial(by_method, name=name, mean=name not in OTHER_WEIGHTS)
+        kinds[name] = on_pairs(method, seed, None if name in OTHER_WEIGHTS else means)
         if name == "RealDGen":
-            kinds[f"{name}, one reference"] = functools.partial(by_method, name=name, mean=False)
+            kinds[f"{name}, one reference"] = on_pairs(method, seed)
     return kinds
 
 
-def write_training_set(folder: Path, sets: dict[str, list[Pair]], make_lr: KindOfLR) -> None:
-    """Write pairs with one kind of LR. All kinds share the same files of HR images."""
+def write_training_pairs(
+    folder: Path, name: str, pairs: Sequence[Pair], method: Method, inputs: Inputs
+) -> None:
+    """Write the pairs of a set with one kind of LR. All kinds share the same files of HR images."""
     hr_folder = folder.parent / "hr"
-    for name, pairs in sets.items():
-        for pair in tqdm(pairs, desc=folder.name, unit="pair", leave=False):
-            file = f"{name}_{pair.name.replace('/', '_')}.png"
-            hr = load_hr(pair)
-            if not (hr_folder / file).is_file():
-                save_image(hr_folder / file, hr)
-            if not (folder / "lr" / file).is_file():
-                save_image(folder / "lr" / file, make_lr(name, pair, hr))
+    for pair in tqdm(pairs, desc=folder.name, unit="pair", leave=False):
+        file = f"{name}_{pair.name.replace('/', '_')}.png"
+        hr = load_hr(pair)
+        if not (hr_folder / file).is_file():
+            save_image(hr_folder / file, hr)
+        if not (folder / "lr" / file).is_file():
+            save_image(folder / "lr" / file, lr_of(method, pair, hr, inputs))
     if not (folder / "hr").exists():
         (folder / "hr").symlink_to(hr_folder.resolve(), target_is_directory=True)
 
@@ -134,24 +125,20 @@ def table_control(name: str, inputs: Inputs) -> Measure:
     count += len(inputs.other_weights)
     check_training(inputs, cfg.sr[-1:], count * cfg.seeds, "control")
     inputs.check_steps(*inputs.t_starts)
-    sets = {folder: with_other_scenes(pairs, cfg.seed) for folder, pairs in inputs.train.items()}
-    for folder, pairs in sets.items():
-        require(bool(pairs), f"--pairs {folder}: no camera has three pairs.")
+    sets = sets_with_other_scenes(inputs.train, cfg.seed, "three")
     assert inputs.tests  # found and checked now
 
     def measure() -> tuple[dict[str, Any], str]:
         out, network = folder_of(inputs), cfg.sr[-1]
         rows: dict[str, list[dict[str, Any]]] = {}
-        kinds = kinds_of_lr(sets, inputs)
-        for label, make_lr in kinds.items():
+        kinds = {name: kinds_of_lr(pairs, inputs) for name, pairs in sets.items()}
+        for label in kinds[next(iter(sets))]:
             folder = out / "control" / re.sub(r"[^\w.=]+", "-", label)
-            if inputs.rt.is_main:
-                write_training_set(folder, sets, make_lr)
+            for name, pairs in sets.items() if inputs.rt.is_main else ():
+                write_training_pairs(folder, name, pairs, kinds[name][label], inputs)
             wait_for_all(inputs.rt)
-            source, rows[label] = {"pairs": str(folder)}, []
-            for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-                net, _ = train_network(network, source, f"control-{folder.name}", seed, out, inputs)
-                rows[label].append(tested(net, inputs, ["PSNR Y"]))
+            flags, stem = {"pairs": str(folder)}, f"control-{folder.name}"
+            rows[label] = train_and_test(network, flags, stem, out, inputs, ["PSNR Y"])["runs"]
         count = {folder: len(pairs) for folder, pairs in sets.items()}
         result = {"network": network, "trained": count, "rows": rows}
         return result, text_of_control(result, inputs) if inputs.rt.is_main else ""

@@ -22,24 +22,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import diffusion
 import generate
 from bench import sr
 from bench.generated import MAKE_PRINTED, OTHER_WEIGHTS, left_out_text
 from bench.inputs import AS_PRINTED, SOURCES, SYNDIFF, Config, Inputs, Measure
-from bench.metrics import perceptual_net
-from bench.pairs import (
-    DECIMALS,
-    Method,
-    Pair,
-    camera_of,
-    evaluate,
-    load_lr,
-    resized_by_pillow,
-    table_text,
-)
+from bench.metrics import DECIMALS, perceptual_net
+from bench.pairs import Pair, camera_of, evaluate, load_lr, table_text
 from common import UserError, require
 from common.checkpoint import find_checkpoint, fingerprint, load_checkpoint
 from common.files import copy_file
@@ -97,10 +88,9 @@ def rows_of(table: str, cfg: Config, sets: Sequence[str]) -> list[Row]:
             for data in cfg.data
         ]
     if table == "3":
-        T = cfg.t_starts or PAPER_T
         return [
             Row(f"T={t}", network, "realdgen", {"t_start": t, "num_steps": evaluations(t, cfg)})
-            for t in T
+            for t in cfg.t_starts or PAPER_T
         ]
     if table == "4":
         # All rows start at D(HR), and all weights are as printed: the output of Rec_lr, grain and
@@ -112,16 +102,15 @@ def rows_of(table: str, cfg: Config, sets: Sequence[str]) -> list[Row]:
             for label, (path, _) in ABLATIONS.items()
         ]
     if table == "5":
-        rows = [Row(LABEL[data], network, data) for data in cfg.data if data != "paired"]
-        names = sets if len(sets) > 1 else []
-        return rows + [
+        return [Row(LABEL[data], network, data) for data in cfg.data if data != "paired"] + [
             Row(f"RealDGen, no reference of {name}", network, "realdgen", without=name)
-            for name in names
+            for name in sets
+            if len(sets) > 1
         ]
     K = max(cfg.candidates, generate.CANDIDATES)
     return [
-        Row("without filter", network, "realdgen", {"candidates": 1}),
-        Row("with filter", network, "realdgen", {"candidates": K}),
+        Row(label, network, "realdgen", {"candidates": candidates})
+        for label, candidates in (("without filter", 1), ("with filter", K))
     ]
 
 
@@ -158,38 +147,54 @@ def folder_of(inputs: Inputs) -> Path:
     cfg = inputs.cfg
     weights = (cfg.checkpoint or find_checkpoint("", "diffusion", ""), SYNDIFF,
                *(path for path, _ in ABLATIONS.values()), *cfg.sr_start_from)  # fmt: skip
-    facts = asdict(inputs.sampler) | {
-        "sets": {
-            name: [(pair.name, fingerprint(pair.hr), fingerprint(pair.lr))
-                   for pair in pairs]
-            for name, pairs in inputs.train.items()
-        },
-        "hr": [fingerprint(file) for file in inputs.hr_files],
-        "weights": [fingerprint(path) for path in weights if Path(path).is_file()],
-    }  # fmt: skip
+    facts = asdict(inputs.sampler)
+    facts["sets"] = {
+        name: [(pair.name, fingerprint(pair.hr), fingerprint(pair.lr)) for pair in pairs]
+        for name, pairs in inputs.train.items()
+    }
+    facts["hr"] = [fingerprint(file) for file in inputs.hr_files]
+    facts["weights"] = [fingerprint(path) for path in weights if Path(path).is_file()]
     facts |= {key: getattr(cfg, key) for key in ("seed", "sr_preset", "perceptual_weight")}
-    return Path(cfg.out) / "sets" / f"{zlib.crc32(json.dumps(facts).encode()):08x}"
+    return Path(cfg.out) / "sets" / key_of(facts)
+
+
+def folder_with_references(inputs: Inputs) -> Path:
+    """The same folder, once write_references() has filled it."""
+    folder = folder_of(inputs)
+    if inputs.rt.is_main:
+        write_references(inputs.train, folder)
+    wait_for_all(inputs.rt)
+    return folder
+
+
+def key_of(facts: dict[str, Any]) -> str:
+    """The name of a folder whose content depends on these facts."""
+    return f"{zlib.crc32(json.dumps(facts).encode()):08x}"
+
+
+def make_pairs(folder: Path, inputs: Inputs, **settings: Any) -> None:
+    """Generate pairs of the HR photos by the flags, and by settings of generate.py beside them."""
+    cfg = inputs.cfg
+    of_flags = asdict(inputs.sampler) | {"checkpoint": cfg.checkpoint, "hr": cfg.hr}
+    of_flags |= {"seed": cfg.seed, "device": cfg.device, "out": str(folder)}
+    generate.main(generate.Config(**of_flags | settings), inputs.rt)
+    wait_for_all(inputs.rt)
 
 
 def training_source(row: Row, out: Path, inputs: Inputs) -> dict[str, Any]:
     """Flags of bench.sr for a row's training pairs, which are generated if they are missing."""
-    cfg = inputs.cfg
     if row.data in DRAWN_IN_TRAINING:
         return {"recipe": row.data, "hr": tuple(map(str, inputs.hr_files))}
     if row.data == "paired":
         return {"pairs": str(out / "paired")}
-    settings: dict[str, Any] = asdict(inputs.sampler) | {"checkpoint": cfg.checkpoint}
-    settings |= row.settings
+    settings = row.settings
     if row.data == "syndiff":
-        settings |= generate.PRESETS["syndiff"] | {"checkpoint": str(SYNDIFF)}
+        settings = generate.PRESETS["syndiff"] | {"checkpoint": str(SYNDIFF)}
     words = [row.data, *(f"{key}-{value}" for key, value in row.settings.items())]
     name = "_".join([*words, *filter(None, [row.without])])
     folder = out / "pairs" / re.sub(r"[^\w.-]", "-", name)
-    settings |= {
-        "lr_ref": tuple(str(out / "references" / s) for s in inputs.sets if s != row.without)
-    }
-    settings |= {"hr": cfg.hr, "out": str(folder), "seed": cfg.seed, "device": cfg.device}
-    generate.main(generate.Config(**settings), inputs.rt)
+    lr_ref = tuple(str(out / "references" / s) for s in inputs.sets if s != row.without)
+    make_pairs(folder, inputs, lr_ref=lr_ref, **settings)
     return {"pairs": str(folder)}
 
 
@@ -224,78 +229,80 @@ def measured(device: torch.device) -> Iterator[dict[str, float]]:
 
 def steps_of(network: str, cfg: Config) -> int:
     """Training steps of a network: the flag, else the preset's; fewer for transformers in smoke."""
-    steps = sr.PRESETS[cfg.sr_preset].get("steps", sr.Config.steps)
     if cfg.sr_preset == "smoke" and network != "fsrcnn":
-        steps = 20  # they take a transformer about a minute
-    return cfg.sr_steps or steps
+        return cfg.sr_steps or 20  # they take a transformer about a minute
+    return cfg.sr_steps or sr.PRESETS[cfg.sr_preset].get("steps", sr.Config.steps)
+
+
+def starts_of(cfg: Config) -> dict[str, str]:
+    """The files of --sr-start-from, by the network in each."""
+    return {sr.read_network(path)["config"]["sr"]: path for path in cfg.sr_start_from}
 
 
 def meaningless(network: str, cfg: Config) -> str:
     """A sentence about a network that is trained too little; else empty."""
     steps = steps_of(network, cfg)
-    begun = {sr.read_network(path)["config"]["sr"] for path in cfg.sr_start_from}
-    if steps >= LEAST_STEPS or network in begun:
+    if steps >= LEAST_STEPS or network in starts_of(cfg):
         return ""
     return (f"With {steps} steps the figures of {network} mean nothing. On a CPU give --sr fsrcnn "
             "--sr-steps 2000, on a GPU --sr-preset paper.\n")  # fmt: skip
 
 
 def train_network(
-    network: str, source: dict[str, Any], name: str, seed: int, out: Path, inputs: Inputs,
-    perceptual: bool = False,
-) -> tuple[nn.Module, dict[str, float]]:  # fmt: skip
+    network: str, flags: dict[str, Any], name: str, seed: int, out: Path, inputs: Inputs
+) -> tuple[nn.Module, dict[str, float]]:
     """A network of bench.sr, trained with the preset of the tables, and what the training cost.
 
-    source: flags of bench.sr that name the training pairs; name: for the file names in out/sr.
+    flags: of bench.sr, which name the training pairs; name: for the file names in out/sr.
     """
     cfg = inputs.cfg
     steps = steps_of(network, cfg)
-    begun = {sr.read_network(path)["config"]["sr"]: path for path in cfg.sr_start_from}
     settings = sr.PRESETS[cfg.sr_preset] | {
         "sr": network, "steps": steps, "save_every": max(500, steps // 10), "seed": seed,
         "log_every": min(100, max(1, steps // 20)),
         "out": str(out / "sr"), "name": f"{network}-{name}-{seed}-{steps}", "device": cfg.device,
-        "perceptual_weight": cfg.perceptual_weight if perceptual else 0.0,
-        "start_from": begun.get(network, ""),
+        "start_from": starts_of(cfg).get(network, ""),
     }  # fmt: skip
     with measured(inputs.device) as cost:
-        file = sr.train(sr.Config(**settings | source), inputs.rt)
+        file = sr.train(sr.Config(**settings | flags), inputs.rt)
     net = sr.load_network(file).to(inputs.device)
     return net, cost | {"parameters": sum(p.numel() for p in net.parameters())}
 
 
-def enlarging(net: nn.Module | None) -> Method:
-    """A method that enlarges real LR by a network, or by Pillow's bicubic resize without one."""
+def tested(
+    net: nn.Module | None, sets: dict[str, list[Pair]], metrics: Sequence[str], inputs: Inputs
+) -> dict[str, Any]:
+    """A network's distances to the HR of each set; empty on all processes but the first.
 
-    def make(lr: Tensor, batch: Sequence[Pair]) -> Tensor:
-        if net is None:
-            return resized_by_pillow(lr, *(generate.SCALE * side for side in lr.shape[2:]))
-        return sr.super_resolve(net, lr)
-
-    return make
-
-
-def tested(net: nn.Module | None, inputs: Inputs, metrics: Sequence[str]) -> dict[str, Any]:
-    """A network's distances to the real HR of each set; empty on all processes but the first."""
-    sets = inputs.tests.items() if inputs.rt.is_main else ()
+    Without a network LR is enlarged bicubically.
+    """
     return {
-        name: evaluate(enlarging(net), pairs, metrics, inputs.device, upwards=True)
-        for name, pairs in sets
+        name: evaluate(sr.enlarging(net), pairs, metrics, inputs.device, upwards=True)
+        for name, pairs in (sets if inputs.rt.is_main else {}).items()
     }
 
 
-def train_and_test(row: Row, out: Path, inputs: Inputs) -> dict[str, Any]:
-    """A row's values on each set for each seed, and what generation and training cost."""
-    with measured(inputs.device) as cost:
-        source = training_source(row, out, inputs)
-    generated = row.data in ("realdgen", "syndiff")
-    result: dict[str, Any] = {"generation": cost if generated else {}, "training": [], "runs": []}
-    name = Path(source.get("pairs", row.data)).name + ("-perceptual" if row.perceptual else "")
+def train_and_test(
+    network: str, flags: dict[str, Any], name: str, out: Path, inputs: Inputs, metrics: list[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """For each seed what tested() finds on the test pairs ("runs"), and the cost ("training")."""
+    result: dict[str, list[dict[str, Any]]] = {"training": [], "runs": []}
     for seed in range(inputs.cfg.seed, inputs.cfg.seed + inputs.cfg.seeds):
-        net, cost = train_network(row.network, source, name, seed, out, inputs, row.perceptual)
+        net, cost = train_network(network, flags, name, seed, out, inputs)
         result["training"].append(cost)
-        result["runs"].append(tested(net, inputs, inputs.metrics))
+        result["runs"].append(tested(net, inputs.tests, metrics, inputs))
     return result
+
+
+def values_of(row: Row, out: Path, inputs: Inputs) -> dict[str, Any]:
+    """A row with its values on each set for each seed, and what generation and training cost."""
+    with measured(inputs.device) as cost:
+        flags = training_source(row, out, inputs)
+    name = Path(flags.get("pairs", row.data)).name + "-perceptual" * row.perceptual
+    flags |= {"perceptual_weight": inputs.cfg.perceptual_weight * row.perceptual}
+    found = train_and_test(row.network, flags, name, out, inputs, inputs.metrics)
+    generated = row.data in ("realdgen", "syndiff")
+    return asdict(row) | {"generation": cost if generated else {}} | found
 
 
 def check_training(inputs: Inputs, networks: Sequence[str], count: int, table: str) -> None:
@@ -303,7 +310,7 @@ def check_training(inputs: Inputs, networks: Sequence[str], count: int, table: s
     cfg = inputs.cfg
     for path in cfg.sr_start_from:
         require(Path(path).is_file(), f"--sr-start-from {path}: no such file.")
-        network = sr.read_network(path)["config"]["sr"]
+    for network, path in starts_of(cfg).items():
         wrong = f"--sr-start-from {path}: a {network}, which --sr does not name."
         require(network in cfg.sr, wrong)
     if inputs.rt.is_main:
@@ -351,13 +358,10 @@ def table_downstream(table: str, inputs: Inputs) -> Measure:
     assert inputs.tests and inputs.hr_files is not None and inputs.metrics  # found and checked now
 
     def measure() -> tuple[dict[str, Any], str]:
-        out = folder_of(inputs)
-        if inputs.rt.is_main:
-            write_references(inputs.train, out)
-        wait_for_all(inputs.rt)
-        bicubic = Row("bicubic enlargement", "none", "")
-        results = [asdict(bicubic) | {"runs": [tested(None, inputs, inputs.metrics)]}]
-        results += [asdict(row) | train_and_test(row, out, inputs) for row in rows]
+        out = folder_with_references(inputs)
+        bicubic = asdict(Row("bicubic enlargement", "none", ""))
+        results = [bicubic | {"runs": [tested(None, inputs.tests, inputs.metrics, inputs)]}]
+        results += [values_of(row, out, inputs) for row in rows]
         counts = {name: len(pairs) for name, pairs in inputs.tests.items()}
         result = {"table": table, "rows": results, "tested": counts}
         return result, text_of_downstream(result, inputs) if inputs.rt.is_main else ""
@@ -368,8 +372,12 @@ def table_downstream(table: str, inputs: Inputs) -> Measure:
 # ---- the tables as text -------------------------------------------------------------------------
 
 COLUMNS = ("PSNR Y", "SSIM Y", "LPIPS", "DISTS", "FID")
-# Tables 1 and 5 of the paper. Table 1 has with L1: RealSR PSNR, SSIM, DRealSR PSNR, SSIM; with a
-# perceptual loss: RealSR LPIPS, FID, DRealSR LPIPS, FID. Table 5 has RealVSR PSNR, SSIM.
+# The paper's values: of Table 1 trained with L1 and with a perceptual loss, and of Table 5.
+PAPER_COLUMNS = {
+    ("1", False): ("RealSR PSNR Y", "RealSR SSIM Y", "DRealSR PSNR Y", "DRealSR SSIM Y"),
+    ("1", True): ("RealSR LPIPS", "RealSR FID", "DRealSR LPIPS", "DRealSR FID"),
+    ("5", False): ("RealVSR PSNR Y", "RealVSR SSIM Y"),
+}
 PAPER_1 = """
 swinir realesrgan 24.395 .7760 26.944 .8308 .3037 69.965 .3219 39.175
 swinir bsrgan 25.852 .7808 27.985 .8308 .2945 79.833 .3023 38.541
@@ -388,27 +396,23 @@ swinir-l bsrgan 25.651 .7800 27.813 .8301 .3013 84.195 .2978 43.246
 swinir-l syndiff 25.281 .7516 28.170 .8244 .3793 98.646 .3748 52.464
 swinir-l realdgen 26.025 .7810 28.869 .8328 .2795 75.779 .2862 42.542
 """
-
-
 PAPER_5 = """
 swinir-l realesrgan 22.7402 .6939
 swinir-l bsrgan 22.6564 .6779
 swinir-l syndiff 22.4607 .6704
 swinir-l realdgen 22.9616 .6994
 """
-PRINTED = {"1": (PAPER_1, ("RealSR", "DRealSR")), "5": (PAPER_5, ("RealVSR",))}
 
 
 def paper_value(table: str, row: dict[str, Any], release: str, metric: str) -> str:
     """The paper's value for a cell of a table, in brackets; empty if it has none."""
-    text, releases = PRINTED.get(table, ("", ()))
-    columns = ("LPIPS", "FID") if row["perceptual"] else ("PSNR Y", "SSIM Y")
-    if release not in releases or metric not in columns or row["without"]:
+    columns, key = PAPER_COLUMNS.get((table, row["perceptual"]), ()), f"{release} {metric}"
+    if key not in columns or row["without"]:
         return ""
-    place = 4 * row["perceptual"] + 2 * releases.index(release) + columns.index(metric)
-    for line in text.split("\n"):
-        network, data, *values = line.split() or ("", "")
-        if (network, data) == (row["network"], row["data"]) and place < len(values):
+    place = 4 * row["perceptual"] + columns.index(key)
+    for line in (PAPER_1 if table == "1" else PAPER_5).strip().splitlines():
+        network, data, *values = line.split()
+        if (network, data) == (row["network"], row["data"]):
             return f" [{values[place]}]"
     return ""
 
@@ -420,13 +424,13 @@ def spread_text(values: Sequence[float], metric: str) -> str:
     return text + (f" ± {np.std(values):.{digits}f}" if len(values) > 1 else "")
 
 
+UNITS = {"parameters": (1e6, 2, "M"), "seconds": (1, 0, "s"), "memory": (2**20, 0, "MiB")}
+
+
 def cost_text(costs: Sequence[dict[str, float]], key: str) -> str:
     """A mean of costs as a cell of a table; a dash without costs."""
-    unit, digits, name = {"parameters": (1e6, 2, " M"), "memory": (2**20, 0, " MiB")}.get(
-        key, (1, 0, " s")
-    )
-    mean = np.mean([cost[key] for cost in costs]) if costs else 0
-    return f"{mean / unit:.{digits}f}{name}" if costs else "-"
+    size, digits, unit = UNITS[key]
+    return f"{np.mean([cost[key] for cost in costs]) / size:.{digits}f} {unit}" if costs else "-"
 
 
 def text_of_downstream(result: dict[str, Any], inputs: Inputs) -> str:
@@ -436,20 +440,19 @@ def text_of_downstream(result: dict[str, Any], inputs: Inputs) -> str:
     lines, costs = [], []
     for row in result["rows"]:
         label = row["label"] + (", perceptual" if row["perceptual"] else "")
-        mark = ""
-        if row["network"] != "none" and meaningless(row["network"], cfg):
-            mark = f" (only {steps_of(row['network'], cfg)} steps: means nothing)"
-        cells = []
+        mark, cells = "", []
         for name, metric in columns:
             means = [run[name]["mean"] for run in row["runs"]]
             cell = spread_text([mean[metric] for mean in means if metric in mean], metric)
             cells.append(cell + paper_value(table, row, inputs.tests[name][0].release, metric))
-        lines.append([row["network"], label + mark, *cells])
         if row["network"] != "none":
             generation = [row["generation"]] if row["generation"] else []
-            cells = [cost_text(row["training"], key) for key in ("parameters", "seconds", "memory")]
-            cells += [cost_text(generation, key) for key in ("seconds", "memory")]
-            costs.append([row["network"], label, *cells])
+            texts = [cost_text(row["training"], key) for key in ("parameters", "seconds", "memory")]
+            texts += [cost_text(generation, key) for key in ("seconds", "memory")]
+            costs.append([row["network"], label, *texts])
+            if meaningless(row["network"], cfg):
+                mark = f" (only {steps_of(row['network'], cfg)} steps: means nothing)"
+        lines.append([row["network"], label + mark, *cells])
     heads = ["network", "trained on", *(f"{name} {metric}" for name, metric in columns)]
     cost_heads = [*heads[:2], "parameters", "training", "memory", "generation", "memory"]
     networks = dict.fromkeys(row["network"] for row in result["rows"][1:])
@@ -464,7 +467,7 @@ def text_of_downstream(result: dict[str, Any], inputs: Inputs) -> str:
     if table == "5":  # Deviation: see the text
         notes += "In the paper the tested LR images are the references, too.\n"
     if "syndiff" not in cfg.data and table in ("1", "5"):
-        notes += left_out_text("SynDiff")
+        notes += left_out_text(["SynDiff"])
     return f"""## Table {table}: SR networks by their training data, tested on real LR
 
 {table_text(heads, lines, words=2)}

@@ -22,21 +22,19 @@ from tqdm import tqdm
 import degrade
 import generate
 from bench import factors
-from bench.downstream import check_training, cost_text, enlarging, meaningless, train_network
-from bench.generated import left_out_text, other_methods, syntheses
+from bench.downstream import check_training, cost_text, meaningless, tested, train_network
+from bench.generated import left_out_text, lr_of, on_pairs, other_methods, syntheses
 from bench.inputs import Config, Inputs, Measure
 from bench.pairs import (
     Pair,
     camera_of,
-    evaluate,
     find_pairs,
     load_hr,
     load_lr,
+    sets_with_other_scenes,
     table_text,
-    with_other_scenes,
 )
 from bench.separation import EXACT
-from common import require
 from common.files import replacing
 from common.images import save_image, to_uint8
 from common.runtime import wait_for_all
@@ -100,39 +98,34 @@ def train_on_grid(photos: Tensor, root: Path, inputs: Inputs) -> dict[str, Any]:
     photos (N, 3, H, W): every fourth is held out to test on.
     """
     rt, seed = inputs.rt, inputs.cfg.seed
-    folders = [f"blur{blur:g}-noise{noise:g}" for blur, noise in GRID]
+    folders = {place: f"blur{place[0]:g}-noise{place[1]:g}" for place in GRID}
     held_out = torch.arange(len(photos)) % 4 == 0
-    for place, folder in zip(GRID, folders, strict=True) if rt.is_main else ():
+    for place, folder in folders.items() if rt.is_main else ():
         write_set(root / "train" / folder, photos[~held_out], place, seed)
         write_set(root / "test" / folder, photos[held_out], place, seed + 1)
     wait_for_all(rt)
-    sets = {name_of(place): find_pairs(root / "test" / folder)[0]
-            for place, folder in zip(GRID, folders, strict=True)} | inputs.sets  # fmt: skip
+    drawn = {place: find_pairs(root / "test" / folder)[0] for place, folder in folders.items()}
+    sets = {name_of(place): pairs for place, pairs in drawn.items()} | inputs.sets
 
     def psnr_of_tests(net: nn.Module | None) -> list[float]:
-        tested = (
-            evaluate(enlarging(net), pairs, ["PSNR Y"], inputs.device, upwards=True)
-            for pairs in sets.values()
-        )
-        return [found["mean"]["PSNR Y"] for found in tested]
+        found = tested(net, sets, ["PSNR Y"], inputs)
+        return [of_set["mean"]["PSNR Y"] for of_set in found.values()]
 
     costs, values = [], []
-    for folder in folders:
-        source = {"pairs": str(root / "train" / folder)}
-        net, cost = train_network(NETWORK, source, folder, seed, root, inputs)
+    for folder in folders.values():
+        flags = {"pairs": str(root / "train" / folder)}
+        net, cost = train_network(NETWORK, flags, folder, seed, root, inputs)
         costs.append(cost)
-        values += [psnr_of_tests(net)] if rt.is_main else []
+        values.append(psnr_of_tests(net))
     if not rt.is_main:
         return {}
     places = [*GRID, *(place_of(pairs) for pairs in inputs.sets.values())]
     bicubic = psnr_of_tests(None)
-    tests = [
-        {"name": name, "place": places[k], "real": k >= len(GRID), "n": len(pairs),
-         "psnr": [row[k] for row in values], "bicubic": bicubic[k]}
-        for k, (name, pairs) in enumerate(sets.items())
-    ]  # fmt: skip
-    for test in tests:
-        test["rank"] = rank_correlation([test])
+    tests: list[dict[str, Any]] = []
+    for k, (name, pairs) in enumerate(sets.items()):
+        test = {"name": name, "place": places[k], "real": k >= len(GRID), "n": len(pairs)}
+        test |= {"psnr": [row[k] for row in values], "bicubic": bicubic[k]}
+        tests.append(test | {"rank": rank_correlation([test])})
     return {"tests": tests, "costs": costs, "rank": rank_correlation(tests[: len(GRID)])}
 
 
@@ -144,21 +137,20 @@ MOST_CAMERAS = 6  # the cameras of a set with more get one label
 @torch.no_grad()
 def embed(inputs: Inputs) -> tuple[list[str], Tensor]:
     """F_deg (N, D) of real LR and of each method's LR, and the label of each."""
-    labels, degradations, seed = [], [], inputs.cfg.seed
-    for name, pairs in inputs.sets.items():
-        pairs = with_other_scenes(pairs, seed)
+    labels: list[str] = []
+    degradations, seed = [], inputs.cfg.seed
+    methods = syntheses(inputs.net, inputs.sampler) | other_methods(inputs, ["SynDiff"])
+    for name, pairs in sets_with_other_scenes(inputs.sets, seed).items():
         pairs = pairs[:: -(-len(pairs) // inputs.cfg.images)]  # evenly spread
-        methods = syntheses(inputs.net, inputs.sampler) | other_methods(inputs, "SynDiff")
         labelled = len({camera_of(pair.name) for pair in pairs}) <= MOST_CAMERAS
         for pair in tqdm(pairs, desc=f"F_deg of {name}", unit="image", leave=False):
             camera = camera_of(pair.name) if labelled else ""
-            labels.append(" ".join(filter(None, ["real", name, camera])))
-            degradations.append(generate.degradation_of(inputs.net, load_lr(pair.lr, pair.full)))
-            hr, lr_ref = load_hr(pair)[None].to(inputs.device), load_lr(pair.reference, pair.full)
+            images = {" ".join(filter(None, ["real", name, camera])): load_lr(pair.lr, pair.full)}
+            hr = load_hr(pair)
             for method, make in methods.items():
-                lr = to_uint8(make(hr, [lr_ref], [seed << 32 | pair.index])[0]) / 255
-                labels.append(method)
-                degradations.append(generate.degradation_of(inputs.net, lr))
+                images[method] = lr_of(on_pairs(make, seed), pair, hr, inputs)
+            labels += images
+            degradations += [generate.degradation_of(inputs.net, lr) for lr in images.values()]
     return labels, torch.cat(degradations).double().cpu()
 
 
@@ -198,21 +190,14 @@ def draw_panel_a(figure: Any, result: dict[str, Any]) -> None:
 
     The maps of the grid's tests are arranged as the grid; those of real sets are on the right.
     """
-    tests = result["tests"]
-    real = [test for test in tests if test["real"]]
-    rows = len(NOISES)
-    columns = len(BLURS) + -(-len(real) // rows)
-    maps = figure.subplots(rows, columns, squeeze=False)
-    for axes in maps.flat:
+    tests, rows, columns = result["tests"], len(NOISES), len(BLURS)
+    maps = figure.subplots(rows, -(-len(tests) // rows), squeeze=False)
+    of_grid, of_real = maps[::-1, :columns], maps[:, columns:].T  # the least noise is below
+    places = [*of_grid.flat, *of_real.flat]
+    for axes in places[len(tests) :]:
         axes.axis("off")
-    for k, test in enumerate(tests):
-        row, column = divmod(k, len(BLURS))  # of the grid, the least noise below
-        if test["real"]:
-            column, row = divmod(k - len(GRID), rows)
-            column, row = len(BLURS) + column, rows - 1 - row
-        axes = maps[rows - 1 - row, column]
-        loss = max(test["psnr"]) - np.array(test["psnr"]).reshape(rows, len(BLURS))
-        axes.axis("on")
+    for axes, test in zip(places, tests, strict=False):
+        loss = max(test["psnr"]) - np.array(test["psnr"]).reshape(rows, columns)
         axes.imshow(loss, cmap="Blues_r", vmin=0, vmax=WORST, origin="lower", aspect="auto")
         for (y, x), value in np.ndenumerate(loss):
             style = {"ha": "center", "va": "center", "fontsize": "small"}
@@ -224,7 +209,7 @@ def draw_panel_a(figure: Any, result: dict[str, Any]) -> None:
         axes.plot(x, y + 0.3, "r^", markeredgecolor="white")
         place = f": {name_of(test['place'])}" if test["real"] else ""
         axes.set_title(test["name"] + place, fontsize="small")
-        axes.set_xticks(range(len(BLURS)), BLURS, fontsize="small")
+        axes.set_xticks(range(columns), BLURS, fontsize="small")
         axes.set_yticks(range(rows), NOISES, fontsize="small")
     figure.suptitle("(a) PSNR Y (dB) of a network trained on each box; triangle: the test's place")
     figure.supxlabel("blur, LR pixels", fontsize="medium")
@@ -239,10 +224,8 @@ def draw_panel_b(figure: Any, result: dict[str, Any]) -> None:
         near = result["nearness"].get(name)
         label = name + (f": {near:.2f}" if near is not None else "")
         axes.scatter(x, y, 18, marker="o" if name.startswith("real") else "^", label=label)
-    axes.set(**{
-        f"{axis}label": f"component {i + 1} ({share:.0%} of the variance)"
-        for i, (axis, share) in enumerate(zip("xy", result["shares"], strict=True))
-    })  # fmt: skip
+    for k, (share, axis) in enumerate(zip(result["shares"], (axes.xaxis, axes.yaxis), strict=True)):
+        axis.set_label_text(f"component {k + 1} ({share:.0%} of the variance)")
     title = "number: distance to the nearest real image (between real images: 1)"
     figure.legend(loc="outside lower center", ncols=3, fontsize="small", title=title)
     figure.suptitle("(b) F_deg, principal components")
@@ -266,9 +249,7 @@ def table_figure1(name: str, inputs: Inputs) -> Measure:
     check_training(inputs, [NETWORK], len(GRID), "figure1")
     inputs.check_steps()
     photos = inputs.photos
-    for folder, pairs in inputs.sets.items():
-        enough = bool(with_other_scenes(pairs, cfg.seed))
-        require(enough, f"--pairs {folder}: no camera has two pairs.")
+    sets_with_other_scenes(inputs.sets, cfg.seed)  # checks
 
     def measure() -> tuple[dict[str, Any], str]:
         # The folder's name depends on the photos, so that networks of other photos are not reused.
@@ -317,4 +298,4 @@ the test's best one. For the distance, blur and noise are divided by the grid's 
 Distances are medians, in units of the same distance between real images. They show what E_deg sees,
 and prove nothing: the filter of RealDGen compares F_deg, too, and E_deg was trained on recipes of
 D. The plane shows {sum(result["shares"]):.0%} of the variance.
-{left_out_text("SynDiff")}"""
+{left_out_text(["SynDiff"])}"""

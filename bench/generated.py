@@ -9,7 +9,7 @@ camera, as in real use, where nobody has the LR image that is to be generated. T
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ import diffusion
 import generate
 from bench.factors import WIDTHS, reductions
 from bench.inputs import AS_PRINTED, SYNDIFF, Inputs, Measure
-from bench.metrics import METRICS, SET_METRICS, psnr
+from bench.metrics import METRICS, SET_METRICS, metric_text, psnr
 from bench.pairs import (
     Method,
     Pair,
@@ -29,12 +29,11 @@ from bench.pairs import (
     evaluate,
     load_hr,
     load_lr,
-    metric_text,
     resized_by_pillow,
+    sets_with_other_scenes,
     table_text,
     with_other_scenes,
 )
-from common import require
 from common.images import to_uint8
 from common.runtime import make_generator
 
@@ -96,25 +95,22 @@ OTHER_WEIGHTS = {
 }  # with the commands that make them
 
 
-def other_methods(inputs: Inputs, *names: str) -> dict[str, Synthesis]:
-    """The methods of OTHER_WEIGHTS (or these of them) whose weights exist."""
-    samplers = {
-        "SynDiff": generate.Sampler(**generate.PRESETS["syndiff"]),
-        "RealDGen as printed": inputs.printed,
-    }
+def other_methods(inputs: Inputs, names: Collection[str] = OTHER_WEIGHTS) -> dict[str, Synthesis]:
+    """Those of these methods whose weights exist."""
+    syndiff = generate.Sampler(**generate.PRESETS["syndiff"])
     return {
-        name: realdgen(inputs.other_weights[path], samplers[name])
+        name: realdgen(inputs.other_weights[path], syndiff if path == SYNDIFF else inputs.printed)
         for name, (path, _) in OTHER_WEIGHTS.items()
-        if name in (names or samplers) and path in inputs.other_weights
+        if name in names and path in inputs.other_weights
     }
 
 
-def left_out_text(*names: str) -> str:
-    """A sentence for each of these methods (or of OTHER_WEIGHTS) whose weights are missing."""
+def left_out_text(names: Collection[str] = OTHER_WEIGHTS) -> str:
+    """A sentence for each of these methods whose weights are missing."""
     return "".join(
         f"{name} is left out: {path} is missing (make it by `{make}`).\n"
         for name, (path, make) in OTHER_WEIGHTS.items()
-        if name in (names or OTHER_WEIGHTS) and not path.is_file()
+        if name in names and not path.is_file()
     )
 
 
@@ -141,6 +137,11 @@ def on_pairs(method: Synthesis, seed: int, degradations: dict[int, Tensor] | Non
         return method(hr, lr_ref, [seed << 32 | pair.index for pair in batch])
 
     return make
+
+
+def lr_of(method: Method, pair: Pair, hr: Tensor, inputs: Inputs) -> Tensor:
+    """LR (3, h, w) that a method makes of hr (3, 4h, 4w), of 8 bits as in a file, on the CPU."""
+    return to_uint8(method(hr[None].to(inputs.device), [pair])[0]).cpu() / 255
 
 
 def best_blurs(pairs: Sequence[Pair]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
@@ -226,13 +227,12 @@ def rows_of_table_6(pairs: list[Pair], inputs: Inputs) -> Rows:
     """RealDGen with and without the filter, with references of other scenes; SynDiff."""
     K = max(inputs.cfg.candidates, generate.CANDIDATES)
     other = with_other_scenes(pairs, inputs.cfg.seed)
-    rows: Rows = []
-    for name, candidates in (("without filter", 1), (f"with filter, K={K}", K)):
-        sampler = replace(inputs.sampler, candidates=candidates)
-        method = realdgen(inputs.net, sampler)
-        rows += [(name, on_pairs(method, inputs.cfg.seed), other)]
-    syndiff = other_methods(inputs, "SynDiff").items()
-    return rows + [(name, on_pairs(method, inputs.cfg.seed), other) for name, method in syndiff]
+    methods = {
+        name: realdgen(inputs.net, replace(inputs.sampler, candidates=candidates))
+        for name, candidates in (("without filter", 1), (f"with filter, K={K}", K))
+    }
+    methods |= other_methods(inputs, ["SynDiff"])
+    return [(name, on_pairs(method, inputs.cfg.seed), other) for name, method in methods.items()]
 
 
 FULL = 300  # steps of the paper's chain
@@ -273,9 +273,8 @@ def table_generated(name: str, inputs: Inputs) -> Measure:
     rows_of = {"2": rows_of_table_2, "6": rows_of_table_6, "sampling": rows_of_sampling}[name]
     inputs.check_steps(*((*inputs.t_starts, FULL) if name == "sampling" else ()))
     metrics = [m for m in inputs.metrics if name != "sampling" or m in METRICS]
-    for folder, pairs in inputs.sets.items():
-        enough = name == "2" or len(with_other_scenes(pairs, cfg.seed)) > 1
-        require(enough, f"--pairs {folder}: no camera has two pairs.")
+    if name != "2":
+        sets_with_other_scenes(inputs.sets, cfg.seed)  # checks
 
     def measure() -> tuple[dict[str, Any], str]:
         values, text = {}, ""
@@ -286,8 +285,8 @@ def table_generated(name: str, inputs: Inputs) -> Measure:
             ]
             text += f"## {folder}: {TITLES[name]}\n\n" + method_table(values[folder], name)
             if name == "2":
-                text += notes_of_table_2(pairs, inputs.found[folder][1]) + left_out_text()
-            text += ("\n" + left_out_text("SynDiff") if name == "6" else "") + "\n"
+                text += notes_of_table_2(*inputs.found[folder]) + left_out_text()
+            text += ("\n" + left_out_text(["SynDiff"]) if name == "6" else "") + "\n"
         return values, text
 
     return measure
@@ -308,17 +307,14 @@ def method_table(rows: Sequence[dict[str, Any]], name: str) -> str:
 def notes_of_table_2(pairs: list[Pair], skipped: int) -> str:
     """How to read Table 2."""
     cameras = Counter(camera_of(pair.name) or "unnamed" for pair in pairs)
-    alone = sum(n == 1 for n in cameras.values())
-    lines = [
-        "",
-        "bicubic is Pillow's, of the 8-bit HR image. T=0 is Rec_lr without diffusion and grain. n",
-        "is the number of pairs. The reference is the pair's own LR, another scene of the same",
-        f"camera ({', '.join(f'{camera} {n}' for camera, n in cameras.items())}), or all",
-        "other scenes (mean F_deg). * The best Gaussian fitted to the real LR: what blur alone can",
-        "do. FID is too large for few images, by an amount that depends on n; KID is unbiased.",
-        f"Pairs without another scene, missing in the rows of other scenes: {alone}.",
-        f"Pairs that can't be read, missing in all rows: {skipped}.",
-    ]
-    if paper := PAPER_2.get(pairs[0].release):
-        lines += ["", f"RealDGen (paper), on Test of {pairs[0].release}: {paper}.", ""]
-    return "\n".join(lines) + "\n"
+    alone, release = sum(n == 1 for n in cameras.values()), pairs[0].release
+    paper = f"\nRealDGen (paper), on Test of {release}: {PAPER_2.get(release)}.\n\n"
+    return f"""
+bicubic is Pillow's, of the 8-bit HR image. T=0 is Rec_lr without diffusion and grain. n
+is the number of pairs. The reference is the pair's own LR, another scene of the same
+camera ({", ".join(f"{camera} {n}" for camera, n in cameras.items())}), or all
+other scenes (mean F_deg). * The best Gaussian fitted to the real LR: what blur alone can
+do. FID is too large for few images, by an amount that depends on n; KID is unbiased.
+Pairs without another scene, missing in the rows of other scenes: {alone}.
+Pairs that can't be read, missing in all rows: {skipped}.
+{paper if release in PAPER_2 else ""}"""

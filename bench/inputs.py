@@ -3,8 +3,9 @@
 All inputs are checked before any measurement starts.
 """
 
+import itertools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -83,8 +84,9 @@ def resolved(cfg: Config, rt: Runtime) -> Config:
     table = cfg.table or (("1",) if cfg.sr else ("2", "1"))
     networks = cfg.sr or ("fsrcnn",)
     # The other tables take one reference, as the paper does everywhere.
-    wrong = f"--average {cfg.average}: acts on the tables 1, 3, 5, 7 and control alone: name one."
-    usable = cfg.average in (1, generate.Sampler.average) or {*"1357", "control"} & {*table}
+    averaged = ("1", "3", "5", "7", "control", "pictures", "remainder", "leak")
+    wrong = f"--average {cfg.average}: acts on the tables {', '.join(averaged)} alone: name one."
+    usable = cfg.average in (1, generate.Sampler.average) or {*averaged} & {*table}
     require(bool(usable), wrong)
     return replace(cfg, table=table, pairs=pairs, sr=networks, sr_preset=preset, data=data)
 
@@ -207,14 +209,7 @@ class Inputs:
     def photos(self) -> Tensor:
         """The middles (N, 3, 4 crop, 4 crop) of N > 1 HR photos, in [0, 1], in random order."""
         side, files = generate.SCALE * self.cfg.crop, self.hr_files
-        crops: list[Tensor] = []
-        draw = make_generator(self.cfg.seed)
-        for i in torch.randperm(len(files), generator=draw).tolist():
-            if len(crops) < self.cfg.images:
-                try:
-                    crops.append(middle(load_image(files[i]), side))
-                except ValueError as error:
-                    print(f"skipped: {files[i]} ({error})")
+        crops = [*itertools.islice(middles(files, side, self.cfg.seed), self.cfg.images)]
         found = f"of {len(files)} files, {len(crops)} are photos of {side} x {side} pixels or more"
         require(len(crops) > 1, f"--hr: {found}; two are needed.")
         return torch.stack(crops)
@@ -226,3 +221,12 @@ def middle(image: Tensor, side: int) -> Tensor:
     if min(top, left) < 0:
         raise ValueError(f"an image is under {side} x {side} pixels")
     return image[:, top : top + side, left : left + side]
+
+
+def middles(files: Sequence[Path], side: int, seed: int) -> Iterator[Tensor]:
+    """The middles (3, side, side) of photos in random order, without those that are smaller."""
+    for i in torch.randperm(len(files), generator=make_generator(seed)).tolist():
+        try:
+            yield middle(load_image(files[i]), side)
+        except ValueError as error:
+            print(f"skipped: {files[i]} ({error})")

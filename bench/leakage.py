@@ -6,7 +6,6 @@ the share of the reference's detail in generated LR, and how much LR images of o
     python benchmark.py --table leakage --pairs data/RealSR data/DRealSR --images 12
 """
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -73,19 +72,6 @@ def contents_of(scenes: Sequence[Scene], images: int, seed: int) -> list[int]:
     return [i for _, _, i in sorted(ranked)[:images]]
 
 
-@torch.no_grad()
-def lr_from_each(
-    method: Synthesis,
-    content: Scene,
-    lr_ref: Sequence[Tensor],
-    seeds: Sequence[int],
-    device: torch.device,
-) -> Tensor:
-    """LR (n, 3, side, side) of a content for each reference and seed, rounded to 8 bits."""
-    hr = content.hr.to(device).repeat(len(lr_ref), 1, 1, 1)
-    return to_uint8(method(hr, lr_ref, seeds)).cpu() / 255
-
-
 def high_pass(x: Tensor) -> Tensor:
     """x (B, C, h, w) minus its mean over 5 x 5 pixels."""
     return x - F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), 5, 1)
@@ -119,6 +105,7 @@ def leak(lr: Sequence[Tensor], lr_ref: Sequence[Tensor]) -> tuple[float, float]:
     return along / power, along / math.sqrt(variance)
 
 
+@torch.no_grad()
 def leakage(scenes: Sequence[Scene], inputs: Inputs) -> dict[str, dict[str, float]]:
     """For each method what leaks, and how much LR images of one content differ.
 
@@ -134,15 +121,19 @@ def leakage(scenes: Sequence[Scene], inputs: Inputs) -> dict[str, dict[str, floa
     references = [torch.stack(same) for same in lr_ref.values()]
     rows: dict[str, dict[str, float]] = {}
 
+    def made(method: Synthesis, content: Scene, ref: Sequence[Tensor], seeds: list[int]) -> Tensor:
+        hr = content.hr.to(inputs.device).repeat(len(ref), 1, 1, 1)
+        return to_uint8(method(hr, ref, seeds)).cpu() / 255  # (n, 3, side, side)
+
     def std(lr: Tensor) -> float:  # over the samples (n, 3, h, w), in levels of 255
         return (255 * lr.double()).var(0).mean().sqrt().item()
 
     def add(name: str, lr: Sequence[Tensor], noises: Sequence[float]) -> None:
         details = [torch.stack([high_pass(x).flatten(1) for x in of_camera]) for of_camera in lr]
         share, z = leak(details, [high_pass(ref).flatten(1) for ref in references])
-        spread = float(np.mean([std(x) for of_camera in lr for x in of_camera]))
-        noise = float(np.mean(noises))
-        rows[name] = {"share": share, "z": z, "references": spread, "noises": noise}
+        stds = [std(x) for of_camera in lr for x in of_camera]
+        means = {"references": float(np.mean(stds)), "noises": float(np.mean(noises))}
+        rows[name] = {"share": share, "z": z} | means
 
     for name, method in syntheses(inputs.net, inputs.sampler).items():
         lr, noises = [], []
@@ -150,9 +141,8 @@ def leakage(scenes: Sequence[Scene], inputs: Inputs) -> dict[str, dict[str, floa
             of_camera = []
             for i, content in enumerate(tqdm(contents, desc=name, unit="content", leave=False)):
                 seeds = [((seed << 16 | i) << 8 | camera) << 16 | n for n in range(SAMPLES)]
-                make = functools.partial(lr_from_each, method, content, device=inputs.device)
-                of_camera.append(make(list(ref), seeds[:1] * len(ref)))
-                noises.append(std(make([ref[0]] * SAMPLES, seeds)))
+                of_camera.append(made(method, content, list(ref), seeds[:1] * len(ref)))
+                noises.append(std(made(method, content, [ref[0]] * SAMPLES, seeds)))
             lr.append(torch.stack(of_camera))  # (contents, n, 3, side, side)
         add(name, lr, noises)
     # The last method is RealDGen.
@@ -190,12 +180,12 @@ def text_of_leakage(values: dict[str, Any]) -> str:
     """The table of leakage and diversity, and how to read it."""
     heads = ["set", "method", "share of the reference's detail", "z", "std over references",
              "std over noises"]  # fmt: skip
+    forms = {"share": "z.2%", "z": "z.1f", "references": ".2f", "noises": ".2f"}
     lines = [
-        [folder, name, f"{row['share']:z.2%}", f"{row['z']:z.1f}", f"{row['references']:.2f}",
-         f"{row['noises']:.2f}"]
+        [folder, name, *(f"{row[key]:{form}}" for key, form in forms.items())]
         for folder, rows in values.items()
         for name, row in rows.items()
-    ]  # fmt: skip
+    ]
     return f"""## Does the reference's content show in generated LR? How much do outputs differ?
 
 {table_text(heads, lines, words=2)}

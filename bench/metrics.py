@@ -175,6 +175,16 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "DISTS": dists_distance,
 }
 
+
+DECIMALS = {"PSNR RGB": 2, "PSNR Y": 2, "FID": 2, "KID": 4}  # 3 for all others
+COMPARED = ("PSNR Y", "SSIM Y", "LPIPS", "DISTS")  # by the commands
+
+
+def metric_text(mean: dict[str, float], metric: str) -> str:
+    """A metric's value; a dash if it was not measured."""
+    return f"{mean[metric]:z.{DECIMALS.get(metric, 3)}f}" if metric in mean else "-"
+
+
 # ---- two sets of features -----------------------------------------------------------------------
 
 
@@ -312,8 +322,6 @@ def available_metrics(
 
 # ---- two folders of images ----------------------------------------------------------------------
 
-COMPARED = {"PSNR Y": "{:z.2f} dB", "SSIM Y": "{:z.3f}", "LPIPS": "{:z.3f}", "DISTS": "{:z.3f}"}
-
 
 @dataclass(frozen=True)
 class Config:
@@ -361,7 +369,7 @@ def main(cfg: Config, rt: Runtime) -> None:
         rows.append([min(100.0, METRICS[metric](x, y).item()) for metric in names])
     require(bool(rows), f"--compare {' '.join(cfg.compare)}: none of the images can be read.")
     mean = dict(zip(names, torch.tensor(rows, dtype=torch.float64).mean(0).tolist(), strict=True))
-    texts = [f"{m} {form.format(mean[m]) if m in mean else '-'}" for m, form in COMPARED.items()]
+    texts = [f"{m} {metric_text(mean, m)}" + " dB" * (m == "PSNR Y") for m in COMPARED]
     print(f"{len(rows)} images: {', '.join(texts)}")
 
 

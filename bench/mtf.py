@@ -15,13 +15,11 @@ from tqdm import tqdm
 
 import additions
 import degrade
-from bench.generated import all_methods, mean_degradations
+from bench.generated import all_methods, lr_of, mean_degradations, on_pairs
 from bench.inputs import Inputs, Measure
 from bench.kernels import fitted_kernel, normal_equations, transfer_function
-from bench.pairs import Pair, camera_of, load_hr, load_lr, table_text, with_other_scenes
-from common import require
+from bench.pairs import Pair, camera_of, load_hr, load_lr, sets_with_other_scenes, table_text
 from common.files import replacing
-from common.images import to_uint8
 from common.runtime import make_generator
 from generate import SCALE
 
@@ -32,19 +30,17 @@ SHOWN = slice(0, None, 4)  # those in the table
 @torch.no_grad()
 def measure_mtf(pairs: Sequence[Pair], inputs: Inputs) -> dict[str, Any]:
     """Transfer functions of the real LR of a set and of each camera, and of each method's LR."""
-    cfg = inputs.cfg
-    methods, means = all_methods(inputs), mean_degradations(pairs, inputs.net)
+    seed, synthesis = inputs.cfg.seed, all_methods(inputs)
+    methods = {name: on_pairs(method, seed) for name, method in synthesis.items()}
+    means = mean_degradations(pairs, inputs.net)
+    by_mean = on_pairs(synthesis["RealDGen"], seed, means)
     equations: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for pair in tqdm(pairs, unit="pair", leave=False):
         hr, camera = load_hr(pair), camera_of(pair.name) or "unnamed"
-        lr_ref, seeds = [load_lr(pair.reference, pair.full)], [cfg.seed << 32 | pair.index]
         images = {"real LR": load_lr(pair.lr, pair.full)}
-        for name, method in methods.items():
-            lr = method(hr[None].to(inputs.device), lr_ref, seeds)[0].cpu()
-            images[name] = to_uint8(lr) / 255
+        images |= {name: lr_of(method, pair, hr, inputs) for name, method in methods.items()}
         if pair.index in means:
-            lr = methods["RealDGen"](hr[None].to(inputs.device), [means[pair.index]], seeds)[0]
-            images["RealDGen, mean F_deg"] = to_uint8(lr.cpu()) / 255
+            images["RealDGen, mean F_deg"] = lr_of(by_mean, pair, hr, inputs)
         AA, Ay = normal_equations(hr, torch.stack([*images.values()]))
         for name, y in zip(images, Ay, strict=True):
             equations.setdefault(name, []).append((AA, y))
@@ -62,13 +58,10 @@ def table_mtf(name: str, inputs: Inputs) -> Measure:
     """The transfer functions of each set, as a table and as mtf.png."""
     cfg = inputs.cfg
     inputs.check_steps(*inputs.t_starts)
-    sets = {}
-    for folder, pairs in inputs.sets.items():
-        sets[folder] = with_other_scenes(pairs, cfg.seed)[: cfg.images]
-        require(bool(sets[folder]), f"--pairs {folder}: no camera has two pairs.")
+    sets = sets_with_other_scenes(inputs.sets, cfg.seed)
 
     def measure() -> tuple[dict[str, Any], str]:
-        values = {folder: measure_mtf(pairs, inputs) for folder, pairs in sets.items()}
+        values = {name: measure_mtf(pairs[: cfg.images], inputs) for name, pairs in sets.items()}
         draw_mtf(values, Path(cfg.out) / "mtf.png")
         return values, "".join(text_of_mtf(folder, v) for folder, v in values.items())
 

@@ -201,6 +201,16 @@ def with_other_scenes(pairs: Sequence[Pair], seed: int) -> list[Pair]:
     return [replace(pairs[i], reference=pairs[j].lr) for i, j in other]
 
 
+def sets_with_other_scenes(
+    sets: dict[str, list[Pair]], seed: int, needed: str = "two"
+) -> dict[str, list[Pair]]:
+    """with_other_scenes() of each set, by its name; UserError for a set without such pairs."""
+    found = {name: with_other_scenes(pairs, seed) for name, pairs in sets.items()}
+    for name, pairs in found.items():
+        require(bool(pairs), f"--pairs {name}: no camera has {needed} pairs.")
+    return found
+
+
 def halves(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
     """The pairs that give references, and those to test on: every other scene of each camera."""
     split: tuple[list[Pair], list[Pair]] = ([], [])
@@ -213,7 +223,6 @@ def halves(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
 
 # ---- distances of a method's images to the real ones --------------------------------------------
 
-DECIMALS = {"PSNR RGB": 2, "PSNR Y": 2, "FID": 2, "KID": 4}  # 3 for all others
 # HR (B, 3, 4h, 4w) -> LR (B, 3, h, w), or LR -> HR
 Method = Callable[[Tensor, Sequence[Pair]], Tensor]
 
@@ -269,8 +278,3 @@ def table_text(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int =
     """A Markdown table; its first `words` columns are aligned left, the others right."""
     marks = ["---"] * words + ["---:"] * (len(heads) - words)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (heads, marks, *rows))
-
-
-def metric_text(mean: dict[str, float], metric: str) -> str:
-    """A metric's value as a cell of a table; a dash if it was not measured."""
-    return f"{mean[metric]:z.{DECIMALS.get(metric, 3)}f}" if metric in mean else "-"

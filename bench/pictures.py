@@ -8,8 +8,6 @@ of each method. Each row shows the crop in which the methods differ most.
     python benchmark.py --table pictures --sr-steps 2000 --hr data/hr --lr data/lr/my-phone
 """
 
-import json
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,27 +17,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import generate
 from bench.downstream import (
     LABEL,
     Row,
     check_training,
-    folder_of,
+    folder_with_references,
+    key_of,
+    make_pairs,
     meaningless,
     steps_of,
     train_network,
     training_source,
-    write_references,
 )
-from bench.generated import mean_degradations, other_methods, realdgen, synthetic
+from bench.generated import lr_of, mean_degradations, on_pairs, other_methods, realdgen, synthetic
 from bench.inputs import Inputs, Measure
-from bench.pairs import camera_of, load_hr, load_lr, resized_by_pillow, with_other_scenes
-from bench.sr import super_resolve
+from bench.pairs import load_hr, load_lr, sets_with_other_scenes
+from bench.sr import enlarging
 from common import require
 from common.checkpoint import find_checkpoint, fingerprint
 from common.files import find_photos, outside
-from common.images import load_image, resized, save_sheet, to_uint8
-from common.runtime import wait_for_all
+from common.images import load_image, resized, save_sheet
 from generate import SCALE
 
 ROWS = 4  # of a picture
@@ -110,14 +107,11 @@ def save_scenes(path: Path, scenes: dict[str, Scene], compared: Sequence[str]) -
     rows, places, titles = [], {}, [*next(iter(scenes.values()))]
     for name, scene in scenes.items():
         h = min(image.shape[1] for image in scene.values())
-        scales = [scene[title].shape[1] // h for title in titles]
+        scale = {title: image.shape[1] // h for title, image in scene.items()}
         alike = [scene[title] for title in compared]
-        place = places[name] = most_different(alike, alike[0].shape[1] // h)
-        crops = [
-            cell(crop_at(scene[title], place, CROP, scale))
-            for title, scale in zip(titles, scales, strict=True)
-        ]
-        rows.append([framed(scene[titles[0]], place, scales[0]), *crops])
+        place = places[name] = most_different(alike, scale[compared[0]])
+        crops = [cell(crop_at(scene[title], place, CROP, scale[title])) for title in titles]
+        rows.append([framed(scene[titles[0]], place, scale[titles[0]]), *crops])
     save_sheet(path, ["", *titles], rows)
     return places
 
@@ -128,23 +122,18 @@ def save_scenes(path: Path, scenes: dict[str, Scene], compared: Sequence[str]) -
 @torch.no_grad()
 def lr_of_pairs(inputs: Inputs, each: int) -> dict[str, Scene]:
     """HR, LR of each method and real LR of a few pairs; F_deg is of other scenes of the camera."""
-    methods = {"BSRGAN": synthetic("bsrgan"), "Real-ESRGAN": synthetic("realesrgan")}
-    methods |= other_methods(inputs, "SynDiff")
-    methods["RealDGen"] = realdgen(inputs.net, inputs.sampler)
-    scenes: dict[str, Scene] = {}
-    for folder, pairs in inputs.sets.items():
-        other = with_other_scenes(pairs, inputs.cfg.seed)
-        for pair in spread(other, each):
-            same = [p for p in other if camera_of(p.name) == camera_of(pair.name)]
-            degradation = mean_degradations(same, inputs.net, inputs.sampler.average)[pair.index]
-            hr = crop_of(load_hr(pair), SCALE).to(inputs.device)
-            scene, seeds = {"HR": hr.cpu()}, [inputs.cfg.seed << 32 | pair.index]
-            photo = load_lr(pair.reference, pair.full)  # F_deg is of the weights of RealDGen alone
-            for name, method in methods.items():
-                lr_ref = degradation if name == "RealDGen" else photo
-                scene[name] = to_uint8(method(hr[None], [lr_ref], seeds)[0]).cpu() / 255
-            real = crop_of(load_lr(pair.lr, pair.full))
-            scenes[f"{folder} {pair.name}"] = scene | {"real LR": real}
+    seed, scenes = inputs.cfg.seed, {}
+    others = {"BSRGAN": synthetic("bsrgan"), "Real-ESRGAN": synthetic("realesrgan")}
+    others |= other_methods(inputs, ["SynDiff"])
+    methods = {name: on_pairs(method, seed) for name, method in others.items()}
+    for folder, pairs in sets_with_other_scenes(inputs.sets, seed).items():
+        means = mean_degradations(pairs, inputs.net, inputs.sampler.average)
+        # The others are given the reference: F_deg is of the weights of RealDGen alone.
+        methods["RealDGen"] = on_pairs(realdgen(inputs.net, inputs.sampler), seed, means)
+        for pair in spread(pairs, each):
+            hr, real = crop_of(load_hr(pair), SCALE), crop_of(load_lr(pair.lr, pair.full))
+            made = {name: lr_of(method, pair, hr, inputs) for name, method in methods.items()}
+            scenes[f"{folder} {pair.name}"] = {"HR": hr, **made, "real LR": real}
     return scenes
 
 
@@ -152,9 +141,8 @@ def lr_of_pairs(inputs: Inputs, each: int) -> dict[str, Scene]:
 def enlarged(scene: Scene, nets: dict[str, nn.Module], device: torch.device) -> Scene:
     """The real LR of a scene, what a bicubic resize and each network make of it, and HR, if any."""
     x = scene["real LR"][None].to(device)
-    large = [SCALE * n for n in x.shape[2:]]
-    images = {"real LR": x, "bicubic resize": resized_by_pillow(x, *large)}
-    images |= {f"trained on {name}": super_resolve(net, x) for name, net in nets.items()}
+    images = {"real LR": x, "bicubic resize": enlarging(None)(x, [])}
+    images |= {f"trained on {name}": enlarging(net)(x, []) for name, net in nets.items()}
     return {title: image[0].cpu() for title, image in images.items()} | scene
 
 
@@ -164,37 +152,35 @@ def enlarged(scene: Scene, nets: dict[str, nn.Module], device: torch.device) -> 
 def scenes_to_enlarge(inputs: Inputs, files: Sequence[Path], each: int) -> dict[str, Scene]:
     """Real LR with HR, of a few tested pairs of each set; or without HR, of photos."""
     scenes: dict[str, Scene] = {}
+    if not files:
+        sets_with_other_scenes(inputs.sets, inputs.cfg.seed)  # checks
+        for folder, pairs in inputs.tests.items():
+            for pair in spread(pairs, each):
+                lr, hr = crop_of(load_lr(pair.lr, pair.full)), crop_of(load_hr(pair), SCALE)
+                scenes[f"{folder} {pair.name}"] = {"real LR": lr, "HR": hr}
     for file in spread(files, ROWS):
         try:
             scenes[file.stem] = {"real LR": crop_of(load_image(file))}
         except ValueError as error:
             print(f"skipped: {error}")
-    for folder, pairs in () if files else inputs.tests.items():
-        enough = bool(with_other_scenes(inputs.sets[folder], inputs.cfg.seed))
-        require(enough, f"--pairs {folder}: no camera has two pairs.")
-        for pair in spread(pairs, each):
-            lr, hr = load_lr(pair.lr, pair.full), crop_of(load_hr(pair), SCALE)
-            scenes[f"{folder} {pair.name}"] = {"real LR": crop_of(lr), "HR": hr}
     require(bool(scenes), "--lr: none of its photos can be read.")
     return scenes
 
 
 def pairs_of_photos(files: Sequence[Path], inputs: Inputs) -> Path:
-    """Make pairs of the HR photos; their folder's name depends on all that they depend on."""
+    """Make pairs of the HR photos, in a folder whose name depends on all that they depend on."""
     cfg = inputs.cfg
     weights = (cfg.checkpoint or find_checkpoint("", "diffusion", ""), *cfg.sr_start_from)
     facts = asdict(inputs.sampler) | {"seed": cfg.seed, "sr_preset": cfg.sr_preset}
     facts["files"] = [fingerprint(file) for file in (*inputs.hr_files, *files, *weights)]
-    folder = Path(cfg.out) / "pictures" / f"{zlib.crc32(json.dumps(facts).encode()):08x}"
-    settings = asdict(inputs.sampler) | {"hr": cfg.hr, "lr_ref": cfg.lr, "seed": cfg.seed}
-    settings |= {"checkpoint": cfg.checkpoint, "out": str(folder / "pairs"), "device": cfg.device}
-    generate.main(generate.Config(**settings), inputs.rt)
-    return folder / "pairs"
+    folder = Path(cfg.out) / "pictures" / key_of(facts)
+    make_pairs(folder / "pairs", inputs, lr_ref=cfg.lr)
+    return folder
 
 
 def table_pictures(name: str, inputs: Inputs) -> Measure:
     """enlarged.png, and of pairs also pictures.png."""
-    cfg, rt, network = inputs.cfg, inputs.rt, inputs.cfg.sr[-1]
+    cfg, network = inputs.cfg, inputs.cfg.sr[-1]
     inputs.check_steps(inputs.sampler.t_start)
     of_photos = bool(cfg.lr) or not cfg.pairs
     possible = [data for data in TRAINED_ON if data != "paired" or not of_photos]
@@ -207,19 +193,15 @@ def table_pictures(name: str, inputs: Inputs) -> Measure:
     scenes = scenes_to_enlarge(inputs, files, each)
 
     def measure() -> tuple[dict[str, Any], str]:
-        made = pairs_of_photos(files, inputs) if of_photos else Path()
-        out = made.parent if of_photos else folder_of(inputs)
-        if rt.is_main and not of_photos:
-            write_references(inputs.train, out)
-        wait_for_all(rt)
+        out = pairs_of_photos(files, inputs) if of_photos else folder_with_references(inputs)
         nets = {}
         for data in sources:
-            source: dict[str, Any] = {"pairs": str(made)}
+            flags: dict[str, Any] = {"pairs": str(out / "pairs")}
             if data != "realdgen" or not of_photos:
-                source = training_source(Row(LABEL[data], network, data), out, inputs)
-            label = Path(source.get("pairs", data)).name
-            nets[LABEL[data]] = train_network(network, source, label, cfg.seed, out, inputs)[0]
-        if not rt.is_main:
+                flags = training_source(Row(LABEL[data], network, data), out, inputs)
+            label = Path(flags.get("pairs", data)).name
+            nets[LABEL[data]] = train_network(network, flags, label, cfg.seed, out, inputs)[0]
+        if not inputs.rt.is_main:
             return {}, ""
         images = {name: enlarged(scene, nets, inputs.device) for name, scene in scenes.items()}
         trained = [f"trained on {label}" for label in nets]

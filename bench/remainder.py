@@ -19,11 +19,10 @@ from tqdm import tqdm
 
 import diffusion
 from additions import local_detail, noise_by_detail
-from bench.generated import mean_degradations, realdgen, without_diffusion
+from bench.generated import lr_of, mean_degradations, on_pairs, realdgen, without_diffusion
 from bench.inputs import Inputs, Measure
 from bench.kernels import fitted_kernel, normal_equations, reduced_by
-from bench.pairs import Pair, load_hr, load_lr, table_text, with_other_scenes
-from common import require
+from bench.pairs import Pair, load_hr, load_lr, sets_with_other_scenes, table_text
 from common.images import resized, to_uint8
 from common.runtime import make_generator
 
@@ -44,6 +43,14 @@ def remainders(hr: Tensor, lr: Tensor) -> Tensor:
     return torch.stack(
         [y - reduced_by(fitted_kernel([(AA, side)]), hr) for y, side in zip(lr, Ay, strict=True)]
     )
+
+
+def cropped(pairs: Sequence[Pair]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """HR (3, 4h, 4w), LR (3, h, w) and remainders of pairs, cut to the smallest of their sizes."""
+    h, w = (min(pair.size[k] for pair in pairs) for k in (0, 1))
+    hr = [load_hr(pair)[:, : 4 * h, : 4 * w] for pair in pairs]
+    lr = [load_lr(pair.lr, pair.full)[:, :h, :w] for pair in pairs]
+    return hr, lr, [remainders(x, y[None])[0] for x, y in zip(hr, lr, strict=True)]
 
 
 def measures(remainder: Tensor, lr: Tensor) -> dict[str, list[float]]:
@@ -118,22 +125,18 @@ def told_apart(real: Tensor, other: Tensor, seed: int) -> float:
 @torch.no_grad()
 def images_of(pairs: Sequence[Pair], inputs: Inputs) -> dict[str, tuple[Tensor, Tensor]]:
     """LR images and their remainders, (N, 3, h, w) both, by the kind of LR."""
-    cfg, net = inputs.cfg, inputs.net
-    side = [min(pair.size[k] for pair in pairs) for k in (0, 1)]
-    crop = lambda x, n=1: x[..., : n * side[0], : n * side[1]]  # noqa: E731
-    hr = [crop(load_hr(pair), 4) for pair in pairs]
-    real = [crop(load_lr(pair.lr, pair.full)) for pair in pairs]
-    left = [remainders(x, y[None])[0] for x, y in zip(hr, real, strict=True)]
-    means = mean_degradations(pairs, net, inputs.sampler.average)
+    seed, net, sampler = inputs.cfg.seed, inputs.net, inputs.sampler
+    hr, real, left = cropped(pairs)
+    means = mean_degradations(pairs, net, sampler.average)
     methods = {
-        "RealDGen T=0": (realdgen(net, without_diffusion(inputs.sampler)), 0),
-        "RealDGen": (realdgen(net, inputs.sampler), 0),
-        "RealDGen, another seed": (realdgen(net, inputs.sampler), 1),
+        "RealDGen T=0": on_pairs(realdgen(net, without_diffusion(sampler)), seed, means),
+        "RealDGen": on_pairs(realdgen(net, sampler), seed, means),
+        "RealDGen, another seed": on_pairs(realdgen(net, sampler), seed + 1, means),
     }
     kinds: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for i, pair in enumerate(tqdm(pairs, unit="pair", leave=False)):
         linear = real[i] - left[i]
-        draw = make_generator(cfg.seed, pair.index)
+        draw = make_generator(seed, pair.index)
         white = left[i].std() * torch.randn(linear.shape, generator=draw)
         lr = {
             "real LR": real[i],
@@ -142,12 +145,9 @@ def images_of(pairs: Sequence[Pair], inputs: Inputs) -> dict[str, tuple[Tensor, 
             "kernel, white noise by detail": noise_by_detail(linear[None], draw)[0],
             "kernel, remainder of another scene": linear + left[(i + 1) % len(pairs)],
         }
-        for name, (method, other) in methods.items():
-            seeds = [(cfg.seed + other) << 32 | pair.index]
-            lr[name] = method(hr[i][None].to(inputs.device), [means[pair.index]], seeds)[0].cpu()
+        lr |= {name: lr_of(method, pair, hr[i], inputs) for name, method in methods.items()}
         rounded = to_uint8(torch.stack([*lr.values()])) / 255
-        found = remainders(hr[i], rounded)
-        for name, *both in zip(lr, rounded, found, strict=True):
+        for name, *both in zip(lr, rounded, remainders(hr[i], rounded), strict=True):
             kinds.setdefault(name, []).append((both[0], both[1]))
     return {
         name: (torch.stack([a for a, _ in both]), torch.stack([b for _, b in both]))
@@ -249,19 +249,13 @@ def conditions(
 
 def measure_leak(pairs: Sequence[Pair], inputs: Inputs) -> dict[str, Any]:
     """R^2 of the remainder, all of it and its fine part, for each kind of condition."""
-    side = [min(pair.size[k] for pair in pairs) for k in (0, 1)]
     means = mean_degradations(pairs, inputs.net, inputs.sampler.average)
+    hr, lr, left = cropped(pairs)
     read: dict[str, list[Tensor]] = {}
-    left = []
     for i, pair in enumerate(tqdm(pairs, unit="pair", leave=False)):
-        hr, other = (
-            load_hr(p)[None, :, : 4 * side[0], : 4 * side[1]].to(inputs.device)
-            for p in (pair, pairs[(i + 1) % len(pairs)])
-        )
-        lr = load_lr(pair.lr, pair.full)[None, :, : side[0], : side[1]]
-        left.append(remainders(hr[0].cpu(), lr)[0])
-        code = means[pair.index][None].to(inputs.device)
-        for name, x in conditions(inputs.net, hr, lr.to(inputs.device), other, code).items():
+        images = (hr[i], lr[i], hr[(i + 1) % len(pairs)], means[pair.index])
+        batch = (x[None].to(inputs.device) for x in images)
+        for name, x in conditions(inputs.net, *batch).items():
             read.setdefault(name, []).append(x.cpu())
     y = torch.stack(left)
     return {
@@ -293,10 +287,8 @@ def table_remainder(name: str, inputs: Inputs) -> Measure:
     """The table remainder or leak, of each set."""
     cfg, (measure_set, text_of) = inputs.cfg, TABLES[name]
     inputs.check_steps(cfg.t_start)
-    sets = {}
-    for folder, pairs in inputs.sets.items():
-        sets[folder] = with_other_scenes(pairs[: cfg.images], cfg.seed)
-        require(len(sets[folder]) > 1, f"--pairs {folder}: no camera has two pairs.")
+    few = {folder: pairs[: cfg.images] for folder, pairs in inputs.sets.items()}
+    sets = sets_with_other_scenes(few, cfg.seed)
 
     def measure() -> tuple[dict[str, Any], str]:
         values = {folder: measure_set(pairs, inputs) for folder, pairs in sets.items()}

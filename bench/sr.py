@@ -18,6 +18,7 @@ import math
 import re
 import time
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,10 +35,10 @@ import extractors
 from bench import metrics
 from bench.pairs import (
     Method,
+    Pair,
     evaluate,
     find_files,
     find_pairs,
-    metric_text,
     resized_by_pillow,
     stored_sizes,
     table_text,
@@ -152,6 +153,17 @@ def super_resolve(net: nn.Module, lr: Tensor, tile: int = 256) -> Tensor:
     return F.pixel_shuffle(sr, math.isqrt(sr.shape[1] // 3)).float().clamp(0, 1)
 
 
+def enlarging(net: nn.Module | None) -> Method:
+    """The method of evaluate() that enlarges LR by a network; by Pillow's bicubic without one."""
+
+    def make(lr: Tensor, batch: Sequence[Pair]) -> Tensor:
+        if net is None:
+            return resized_by_pillow(lr, *(SCALE * side for side in lr.shape[2:]))
+        return super_resolve(net, lr)
+
+    return make
+
+
 def super_resolved_photo(net: nn.Module, lr: Tensor, tile: int = 256) -> Image.Image:
     """SR of a photo (3, h, w) in [0, 1] or of 8 bits, by super_resolve() in tiles; gray stays gray.
 
@@ -213,37 +225,28 @@ def recognised(weights: Any) -> Any:
         return None
 
 
-def fitted(weights: dict[str, Tensor], net: nn.Module, flag: str) -> dict[str, Tensor]:
-    """Weights under the names of a network; published ones are recognised by spandrel.
-
-    UserError for another architecture, or other hyper-parameters of the same. Weights that spandrel
-    does not know are returned as they are.
-    """
-    own = net.state_dict()
-    shapes = {key: getattr(value, "shape", None) for key, value in weights.items()}
-    if shapes == {key: value.shape for key, value in own.items()}:
-        return weights
-    found = recognised(weights)
-    if found is None:
-        return weights
-    theirs, ours = (getattr(m, "hyperparameters", {}) for m in (found.model, net))
-    read = f"{flag}: spandrel reads it as {found.architecture.name} x{found.scale}"
-    kind = type(net).__name__
-    require(type(found.model) is type(net), f"{read}, but --sr names another network ({kind}).")
-    differing = [k for k in ours if k not in MAY_DIFFER and theirs[k] != ours[k]]
-    facts = ", ".join(f"{key} {theirs[key]} (here {ours[key]})" for key in differing)
-    require(not differing, f"{read} with other hyper-parameters: {facts}.")
-    parameters = {name for name, _ in net.named_parameters()}
-    return own | {k: v for k, v in found.model.state_dict().items() if k in parameters}
-
-
 def put_start(net: nn.Module, path: str) -> None:
-    """Give a network the weights of --start-from, which may be published ones; or UserError."""
+    """Give a network the weights of --start-from, which may be published ones, read by spandrel.
+
+    UserError for another architecture, or other hyper-parameters of the same.
+    """
     flag = f"--start-from {path}"
     require(Path(path).is_file(), f"{flag}: no such file.")
-    weights = load_checkpoint(path)["ema"]
+    weights, own = load_checkpoint(path)["ema"], net.state_dict()
     require(isinstance(weights, dict), f"{flag}: holds no weights by name.")
-    put_weights(net, {"ema": fitted(weights, net, flag)}, flag)
+    shapes = {key: getattr(value, "shape", None) for key, value in weights.items()}
+    ours = shapes == {key: value.shape for key, value in own.items()}
+    if not ours and (found := recognised(weights)):
+        read = f"{flag}: spandrel reads it as {found.architecture.name} x{found.scale}"
+        other = f"{read}, but --sr names another network ({type(net).__name__})."
+        require(type(found.model) is type(net), other)
+        given, needed = (getattr(m, "hyperparameters", {}) for m in (found.model, net))
+        differing = [k for k in needed if k not in MAY_DIFFER and given[k] != needed[k]]
+        facts = ", ".join(f"{key} {given[key]} (here {needed[key]})" for key in differing)
+        require(not differing, f"{read} with other hyper-parameters: {facts}.")
+        parameters = {name for name, _ in net.named_parameters()}
+        weights = own | {k: v for k, v in found.model.state_dict().items() if k in parameters}
+    put_weights(net, {"ema": weights}, flag)
 
 
 class Published(nn.Module):
@@ -256,27 +259,6 @@ class Published(nn.Module):
     def forward(self, lr: Tensor) -> Tensor:
         """(B, 3, h, w) -> (B, 3, scale h, scale w); spandrel extends lr to sizes that fit."""
         return self.found(lr)
-
-
-def network_of(path: Path, cfg: "Config") -> nn.Module:
-    """The network in a file of this program, or a published one; UserError for another file.
-
-    Without a configuration in the file, spandrel names the network, else the flags do.
-    """
-    state, flag = load_checkpoint(path), f"--start-from {path}"
-    if state["config"]:
-        return load_network(path)
-    found = recognised(state["ema"])
-    if found is None or found.purpose == "Inpainting":
-        net = sr_network(cfg.sr, cfg.scale)
-        put_start(net, str(path))
-    else:
-        channels = (found.input_channels, found.output_channels)
-        require(channels == (3, 3), f"{flag}: {found.architecture.name} is not for RGB images.")
-        net = Published(found)
-        whole = all(bool(v.isfinite().all()) for v in net.state_dict().values())
-        require(whole, f"{flag}: its weights are not finite: do not use it.")
-    return net.eval().requires_grad_(False)
 
 
 # ---- pairs --------------------------------------------------------------------------------------
@@ -504,12 +486,28 @@ def train(cfg: Config, rt: Runtime) -> Path:
 
 
 def trained_network(cfg: Config, flag: str) -> tuple[Path, nn.Module]:
-    """The file of --start-from, else of the training with these flags, and its network."""
+    """The file of --start-from, else of the training with these flags, and its network.
+
+    Without a configuration in the file, spandrel names the network, else the flags do.
+    """
     cfg = completed(cfg)
-    weights = Path(cfg.start_from or Path(cfg.out) / f"{cfg.name}.safetensors")
-    missing = f"{weights} is missing: train it without {flag}, or name a file with --start-from."
-    require(weights.is_file(), missing)
-    return weights, network_of(weights, cfg)
+    path = Path(cfg.start_from or Path(cfg.out) / f"{cfg.name}.safetensors")
+    missing = f"{path} is missing: train it without {flag}, or name a file with --start-from."
+    require(path.is_file(), missing)
+    state, given = load_checkpoint(path), f"--start-from {path}"
+    if state["config"]:
+        return path, load_network(path)
+    found = recognised(state["ema"])
+    if found is None or found.purpose == "Inpainting":
+        net = sr_network(cfg.sr, cfg.scale)
+        put_start(net, str(path))
+    else:
+        channels = (found.input_channels, found.output_channels)
+        require(channels == (3, 3), f"{given}: {found.architecture.name} is not for RGB images.")
+        net = Published(found)
+        whole = all(bool(v.isfinite().all()) for v in net.state_dict().values())
+        require(whole, f"{given}: its weights are not finite: do not use it.")
+    return path, net.eval().requires_grad_(False)
 
 
 def upscale(cfg: Config, rt: Runtime) -> None:
@@ -534,9 +532,6 @@ def upscale(cfg: Config, rt: Runtime) -> None:
     print(f"{len(files) - skipped} images in {out}, {skipped} skipped")
 
 
-TEST_METRICS = ("PSNR Y", "SSIM Y", "LPIPS", "DISTS")
-
-
 def print_test(cfg: Config, rt: Runtime) -> None:
     """Print how near the enlarged LR of aligned pairs is to HR, with a row for bicubic.
 
@@ -547,18 +542,16 @@ def print_test(cfg: Config, rt: Runtime) -> None:
     scale = super_resolve(net, torch.rand(1, 3, 32, 32, device=rt.device)).shape[2] // 32
     wrong = f"{weights}: a network of scale {scale}; --test reads pairs of scale {SCALE}."
     require(scale == SCALE, wrong)
-    methods: dict[str, Method] = {
-        "bicubic": lambda lr, batch: resized_by_pillow(lr, *(SCALE * n for n in lr.shape[2:])),
-        weights.name: lambda lr, batch: super_resolve(net, lr),
-    }
+    methods = {"bicubic": enlarging(None), weights.name: enlarging(net)}
     sets = {folder: find_pairs(Path(folder))[0] for folder in cfg.test}
-    names, rows = metrics.available_metrics(rt.device, TEST_METRICS), []
+    columns, rows = metrics.COMPARED, []
+    names = metrics.available_metrics(rt.device, columns)
     for folder, pairs in sets.items():
         for label, method in methods.items():
             mean = evaluate(method, pairs, names, rt.device, upwards=True)["mean"]
-            cells = [metric_text(mean, metric) for metric in TEST_METRICS]
+            cells = [metrics.metric_text(mean, metric) for metric in columns]
             rows.append([folder, label, *cells, str(len(pairs))])
-    print(table_text(["pairs", "enlarged by", *TEST_METRICS, "n"], rows, words=2), end="")
+    print(table_text(["pairs", "enlarged by", *columns, "n"], rows, words=2), end="")
 
 
 def main(cfg: Config, rt: Runtime) -> None:

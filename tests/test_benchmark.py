@@ -198,7 +198,7 @@ def ablations(folder):
         (None, f"--sr-start-from {SHIPPED}", "not a network of bench.sr"),
         (other_network, "--sr-start-from hat.pt", "hat.pt: a hat, which --sr does not name"),
         (None, "--table 4", "runs/as-printed/diffusion/last.pt is missing: make it by `python ext"),
-        (None, "--average 3 --table 2 6", "acts on the tables 1, 3, 5, 7 and control alone"),
+        (None, "--average 3 --table 2 6", "acts on the tables 1, 3, 5, 7, control,"),
         (ablations, "--table 4", "not a checkpoint of diffusion"),
         (None, "--table factors --hr set/LR --crop 32", "0 are photos of 128 x 128"),
         (None, "--table factors --crop 60", "--crop 60: must be a multiple of 8"),

@@ -55,9 +55,8 @@ def test_the_share_of_the_gap_is_0_for_bicubic_1_for_the_oracle_and_linear(input
 
 
 def test_noise_of_a_fitted_kernel_has_its_level(inputs):
-    sets = {"set": inputs.sets["set"][:2]}
-    kinds = control.kinds_of_lr(sets, inputs)
-    pair = sets["set"][0]
-    hr = control.load_hr(pair)
-    plain, noisy = (kinds[f"kernel of each pair*, noise {n}"]("set", pair, hr) for n in (0, 3))
+    pairs = inputs.sets["set"][:2]
+    kinds = control.kinds_of_lr(pairs, inputs)
+    hr = control.load_hr(pairs[0])[None]
+    plain, noisy = (kinds[f"kernel of each pair*, noise {n}"](hr, pairs[:1]) for n in (0, 3))
     assert 255 * (noisy - plain).std().item() == pytest.approx(3, rel=0.05)

@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from bench import downstream, generated, pairs
+from bench import generated, pairs, sr
 from bench.pairs import camera_of, evaluate, find_pairs, load_hr, load_lr, other_scenes
 from common.images import load_image, to_uint8
 
@@ -214,7 +214,7 @@ def test_bicubic_rows_of_the_shared_pairs_are_reproduced_without_our_code(shared
         expected.append([by_scikit_image(lr, small), by_scikit_image(hr, large)])
     found = find_pairs(folder)[0][::5]
     rows = (evaluate(generated.on_pairs(generated.bicubic, 0), found, COLUMNS, CPU, 8),
-            evaluate(downstream.enlarging(None), found, COLUMNS, CPU, upwards=True))  # fmt: skip
+            evaluate(sr.enlarging(None), found, COLUMNS, CPU, upwards=True))  # fmt: skip
     for row, numbers in zip(rows, np.mean(expected, axis=0), strict=True):
         mean = [row["mean"][column] for column in COLUMNS]
         np.testing.assert_allclose(mean[:2], numbers[:2], atol=0.01)  # dB

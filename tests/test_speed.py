@@ -26,7 +26,7 @@ def test_the_table_has_a_row_for_each_recipe_and_the_ratio_of_each_rate(monkeypa
     names = {row[0] for row in rows}
     assert {f"D {recipe}" for recipe in degrade.RECIPES} <= names and "D JPEG" in names
     for _, rate, milliseconds, ratio in rows:
-        rounding = 0.01 + 0.06 / float(milliseconds)
+        rounding = 0.01 + 0.06 / float(milliseconds) + 0.06 / float(rate)  # one decimal
         assert float(rate) * float(milliseconds) == pytest.approx(8000, rel=rounding)
         assert float(ratio) == pytest.approx(float(rate) / jpeg, rel=0.05, abs=1e-3)
 

@@ -19,12 +19,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import additions
 import extractors
-from bench.inputs import middle
+from bench.inputs import middles
 from common import require
 from common.checkpoint import add_fact, find_checkpoint, load_checkpoint
 from common.cli import check_ranges, launch
 from common.files import find_photos
-from common.images import load_image
 from common.runtime import Runtime, make_generator
 from degrade import OPERATIONS, degrade, sample_degradation
 from generate import SCALE
@@ -107,13 +106,8 @@ def main(cfg: Config, rt: Runtime) -> None:
     nets = extractors.load(load_checkpoint(path), str(path)).to(rt.device).requires_grad_(False)
     printed = f"{path}: weights of --as-printed have no head, so there is nothing to calibrate."
     require(not nets.as_printed, printed)
-    photos, side = [], SCALE * cfg.crop
-    order = torch.randperm(len(files), generator=make_generator(cfg.seed)).tolist()
-    for file in (files[i] for i in order):
-        try:
-            photos.append(middle(load_image(file), side).to(rt.device))
-        except ValueError as error:
-            print(f"skipped: {file} ({error})")
+    side = SCALE * cfg.crop
+    photos = [photo.to(rt.device) for photo in middles(files, side, cfg.seed)]
     require(bool(photos), f"--hr: no photo has {side} x {side} pixels: give a smaller --crop.")
     measured = calibrate(nets, photos, cfg.seed)
     print(f"measured on {len(photos)} photos: {measured}")

@@ -10,7 +10,7 @@ those of a product of bf16 matrices.
 
 import io
 import sys
-import time
+import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,15 +49,14 @@ Works = dict[str, Callable[[], object]]  # what is timed, by its name in the tab
 
 
 def best(work: Callable[[], object], runs: int, device: torch.device) -> float:
-    """Seconds of the fastest run."""
-    seconds = []
-    for _ in range(1 + runs):
-        began = time.perf_counter()
+    """Seconds of the fastest run, after one that warms up."""
+
+    def run() -> None:
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return min(seconds[1:])
+
+    return min(timeit.repeat(run, number=1, repeat=1 + runs)[1:])
 
 
 def sample_photos(kind: str, count: int, side: int, device: torch.device) -> Tensor:
@@ -96,31 +95,11 @@ def degrading(cfg: Config, rt: Runtime) -> Works:
     }
 
 
-def trained(
-    nets: extractors.Extractors, net: diffusion.DecoupledDDPM
-) -> dict[str, list[nn.Parameter]]:
-    """What each phase of stage 1 trains of its networks, and those of stage 2 of theirs."""
-    vqvae = nets.vqvae
-    rest = [p for name, p in nets.named_parameters() if not name.startswith("vqvae.")]
-    enlarger = {} if net.as_printed else {"stage 2 S": [*net.enlarger.parameters()]}
-    return {
-        "stage 1 VQ-VAE": [*vqvae.parameters()],
-        "stage 1 E_cont": [*vqvae.encoder.parameters(), *vqvae.quant_conv.parameters()],
-        "stage 1 E_deg": rest,
-        **enlarger,
-        "stage 2": [
-            *net.modulation.parameters(),
-            *net.unet.parameters(),
-            *diffusion.finetuned(net.extractors),
-        ],
-    }
+Loss = Callable[[], dict[str, Tensor]]
 
 
 def step(
-    net: nn.Module,
-    parameters: Sequence[nn.Parameter],
-    loss: Callable[[], dict[str, Tensor]],
-    rt: Runtime,
+    net: nn.Module, parameters: Sequence[nn.Parameter], loss: Loss, rt: Runtime
 ) -> Callable[[], object]:
     """A training step of these parameters of a network; all others are frozen."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
@@ -159,7 +138,7 @@ def training(cfg: Config, rt: Runtime) -> Works:
         photos = small[: B // 2], sample_photos("lr", B // 2, stage_1.crop, rt.device)
         e_deg = extractors.degradation_loss_with_additions
 
-    losses: dict[str, Callable[[], dict[str, Tensor]]] = {
+    losses: dict[str, Loss] = {
         "stage 1 VQ-VAE": lambda: extractors.vqvae_loss(nets, large),
         "stage 1 E_cont": lambda: extractors.content_loss(nets, large, stage_1, draw),
         "stage 1 E_deg": lambda: e_deg(nets, *photos, stage_1, draw),
@@ -168,11 +147,20 @@ def training(cfg: Config, rt: Runtime) -> Works:
             net, [lr[half], lr_ref, hr[half]], stage_2, draw
         ),
     }
+    vqvae, unet = nets.vqvae, [*net.modulation.parameters(), *net.unet.parameters()]
+    trained = {
+        "stage 1 VQ-VAE": [*vqvae.parameters()],
+        "stage 1 E_cont": [*vqvae.encoder.parameters(), *vqvae.quant_conv.parameters()],
+        "stage 1 E_deg": [p for k, p in nets.named_parameters() if not k.startswith("vqvae.")],
+        "stage 2 S": [*net.enlarger.parameters()] if not net.as_printed else [],
+        "stage 2": unet + diffusion.finetuned(net.extractors),
+    }
     if stage_2.as_printed:
         losses["stage 2"] = lambda: diffusion.decoupled_loss(net, lr, stage_2, draw)
+        del losses["stage 2 S"]
     return {
-        name: step(net if "2" in name else nets, parameters, losses[name], rt)
-        for name, parameters in trained(nets, net).items()
+        name: step(net if "2" in name else nets, trained[name], loss, rt)
+        for name, loss in losses.items()
     }
 
 
