@@ -86,7 +86,11 @@ def syntheses(net: diffusion.DecoupledDDPM, sampler: generate.Sampler) -> dict[s
 STAGE_1 = AS_PRINTED.parents[1] / "extractors"
 MAKE_PRINTED = f"python diffusion.py --preset as-printed --checkpoint {STAGE_1}/last.pt"
 OTHER_WEIGHTS = {
-    "SynDiff": (SYNDIFF, "python diffusion.py --without content degradation --out runs/syndiff"),
+    "SynDiff": (
+        SYNDIFF,
+        f"python diffusion.py --preset as-printed --without content degradation --out "
+        f"{SYNDIFF.parent}",
+    ),
     "RealDGen as printed": (
         AS_PRINTED,
         f"python extractors.py --preset as-printed --out {STAGE_1}` and `{MAKE_PRINTED} --out "
