@@ -10,7 +10,8 @@ this condition. M and the U-Net are trained, small parts of the extractors fine-
 --as-printed, which --preset paper sets, removes these additions to the paper:
 
     Algorithm 1  a real LR image gets the content of an HR image that a network S makes of it, not
-                 its own; a third of a batch are synthetic pairs, with F_deg from another scene
+                 its own, and F_deg of other photos in its folder; a third of a batch are synthetic
+                 pairs, with F_deg from another scene
     M            also sees the output of Rec_lr, and the position in the 8 x 8 blocks of JPEG
 """
 
