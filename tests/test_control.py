@@ -11,6 +11,7 @@ from common.images import load_image
 
 @pytest.fixture
 def inputs(tmp_path, monkeypatch, no_metric_weights):
+    monkeypatch.chdir(tmp_path)  # no runs/ with other weights
     write_sharpened_pairs(tmp_path / "set")
     bicubic_for_realdgen(monkeypatch)
     return inputs_of(pairs=(str(tmp_path / "set"),), hr=(str(tmp_path / "set/HR"),),

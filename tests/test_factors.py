@@ -76,6 +76,7 @@ def test_a_network_that_obeys_its_reference_scores_high_another_one_near_0(
 
     for number, x in enumerate(scenes(4)):
         save_image(tmp_path / f"{number}.png", x)
+    monkeypatch.chdir(tmp_path)  # no runs/ with other weights
     monkeypatch.setattr(factors, "FACTORS", {k: factors.FACTORS[k] for k in ("blur", "noise")})
     monkeypatch.setattr(degrade, "degrade", remember)
     monkeypatch.setattr(generate, "generate", fake_generate)
