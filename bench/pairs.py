@@ -53,12 +53,14 @@ def camera_of(name: str) -> str:
 # release; {0} is the scale, {1} is Test or Train. The groups in brackets make the name of a pair.
 LAYOUTS = (
     ("RealSR", r"(?:.*/)?[^/]+/{1}/{0}/([^/]+)_HR", r"(?:.*/)?[^/]+/{1}/{0}/([^/]+)_LR{0}"),
-    ("DRealSR", r"(?:(?:.*/)?{1}_x{0}/)?(?i:{1})_HR/([^/]+)_x{0}",
-     r"(?:(?:.*/)?{1}_x{0}/)?(?i:{1})_LR/([^/]+)_x1"),
+    ("DRealSR", r"(?:.*/)?{1}_x{0}/(?i:{1})_HR/([^/]+)_x{0}",
+     r"(?:.*/)?{1}_x{0}/(?i:{1})_LR/([^/]+)_x1"),
+    ("DRealSR", r"(?i:{1})_HR/([^/]+)_x{0}", r"(?i:{1})_LR/([^/]+)_x1"),
     ("RealVSR", r"GT_(?i:{1})/([^/]+)/(\d+)", r"LQ_(?i:{1})/([^/]+)/(\d+)"),
     ("", r"(?i:HR|GT|test_HR)/(.+)", r"(?i:LR|LQ|test_LR)/(.+)x{0}"),
     ("", r"(?i:HR|GT|test_HR)/(.+)", r"(?i:LR|LQ|test_LR)/(.+)"),
 )  # fmt: skip
+BY_CHANCE = (2, len(LAYOUTS) - 2)  # these may match some names of a later layout
 FRAMES = 200  # of RealVSR, drawn at random as in the paper (Section 3.2)
 
 
@@ -90,8 +92,8 @@ def find_files(
         unpaired = sorted(hr.keys() ^ lr.keys())
         if part == "Train" and not release:
             return {}, ""
-        if unpaired and number == len(LAYOUTS) - 2:
-            continue  # some names end in x4 by chance
+        if unpaired and number in BY_CHANCE:
+            continue
         if hr or lr:
             counts = f"{len(hr)} HR and {len(lr)} LR images"
             names = f"{len(unpaired)} names are of one kind only, such as {', '.join(unpaired[:2])}"
