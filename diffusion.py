@@ -381,6 +381,9 @@ def start(
     return content, additions.soften(lr_hat, net.calibration.soften).clamp(0, 1)
 
 
+REFERENCES = 4  # the most that give the F_deg of a real LR image
+
+
 def mean_degradation(
     net: DecoupledDDPM, lr_refs: Sequence[Tensor], generator: torch.Generator
 ) -> Tensor:
@@ -407,9 +410,6 @@ def back_translated_example(
     degradation = mean_degradation(net, lr_refs, generator)
     hr_hat = plausible_hr(net, lr, hr, degradation, generator)
     return lr, degradation, *start(net, hr_hat, degradation, generator)
-
-
-REFERENCES = 4  # the most that give the F_deg of a real LR image
 
 
 @torch.no_grad()
