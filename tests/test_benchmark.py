@@ -114,6 +114,7 @@ def test_without_arguments_both_tables_are_made_of_sample_photos(tmp_path, monke
         save_image(tmp_path / f"data/sample/hr/{number}.png", x)
     monkeypatch.setattr(inputs, "SAMPLE", tmp_path / "data/sample/hr")
     monkeypatch.setattr("common.files.DATA", tmp_path / "data")
+    monkeypatch.setattr(inputs, "DATA", tmp_path / "data")  # no pairs of the user
     monkeypatch.setitem(sr.PRESETS, "smoke", sr.PRESETS["smoke"] | {"steps": 2})
     done = run(tmp_path)
     printed = done.stdout

@@ -35,6 +35,16 @@ def step_of(path: Path) -> int:
     return load_checkpoint(path)["step"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def sample_photos_alone(tmp_path_factory):
+    """As in a fresh clone: photos of the user in data/ do not matter."""
+    data = tmp_path_factory.mktemp("data")
+    (data / "sample").symlink_to(REPO / "data/sample")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("common.files.DATA", data)
+        yield
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder in which the first two stages ran for two steps, and their runs."""
