@@ -169,6 +169,7 @@ class Crops:
         rows = np.arange(len(photos.table)) if rows is None else rows
         sides = photos.table[rows, 3:5].min(axis=1)
         self.rows = rows[sides >= self.size]
+        self.folders = photos.table[self.rows, 5]
         self.left_out = len(rows) - len(self.rows)
         most = int(sides.max() / scale) // 16 * 16
         way_out = f"{flag} {most} is the largest that works" if most else "take larger ones"
@@ -181,8 +182,7 @@ class Crops:
 
     def neighbour(self, number: int, k: int) -> int:
         """Number of the k-th other photo in the folder of a photo; itself if it is alone."""
-        folders = self.photos.table[self.rows, 5]
-        same = np.flatnonzero(folders == folders[number])
+        same = np.flatnonzero(self.folders == self.folders[number])
         start = np.searchsorted(same, number) + 1 + k % max(1, len(same) - 1)
         return int(same[start % len(same)])
 
