@@ -652,9 +652,7 @@ def train(cfg: Config, rt: Runtime) -> None:
             extractors=state["config"], calibration=state["calibration"],
         )  # fmt: skip
         for lr_ref, hr, draw in run.batches(crops[1], crops[-1]):
-            with rt.autocast(cfg.bf16):
-                losses = enlarger_loss(net, lr_ref, hr, draw)
-            run.update(losses)
+            run.update(enlarger_loss, net, lr_ref, hr, draw)
         began = fingerprint(net)
     run = Run(
         cfg, rt, net, groups, out / "last.pt", cfg.steps, began=began, extractors=state["config"],
@@ -662,12 +660,10 @@ def train(cfg: Config, rt: Runtime) -> None:
         preview=lambda: sampled_swap_grid(net, shown[0], shown_hr, out / "last.png"),
     )  # fmt: skip
     for *images, draw in run.batches(*crops):
-        with rt.autocast(cfg.bf16):
-            if use_hr:
-                losses = decoupled_loss_with_additions(net, images, cfg, draw)
-            else:
-                losses = decoupled_loss(net, images[0], cfg, draw)
-        run.update(losses)
+        if use_hr:
+            run.update(decoupled_loss_with_additions, net, images, cfg, draw)
+        else:
+            run.update(decoupled_loss, net, *images, cfg, draw)
 
 
 if __name__ == "__main__":

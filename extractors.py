@@ -823,11 +823,10 @@ def train(cfg: Config, rt: Runtime) -> None:
             preview=lambda: vqvae_report(net, shown, out / "vqvae.png"),
         )  # fmt: skip
         for hr, draw in run.batches(vq_crops, least=2):
-            with rt.autocast(cfg.bf16):
-                if run.step % 10 == 0 and run.micro_batch == 0:
+            if run.step % 10 == 0 and run.micro_batch == 0:
+                with rt.autocast(cfg.bf16):
                     vqvae.restart_entries(hr, draw)
-                losses = vqvae_loss(net, hr)
-            run.update(losses)
+            run.update(vqvae_loss, net, hr)
 
     # Phase 2: E_cont, the encoder, on degraded photos, against the frozen decoder. Eq. (1)-(2).
     tuned = [*vqvae.encoder.parameters(), *vqvae.quant_conv.parameters()]
@@ -837,9 +836,7 @@ def train(cfg: Config, rt: Runtime) -> None:
         preview=lambda: vqvae_report(net, shown, out / "content.png"),
     )  # fmt: skip
     for hr, draw in run.batches(vq_crops):
-        with rt.autocast(cfg.bf16):
-            losses = content_loss(net, hr, cfg, draw)
-        run.update(losses)
+        run.update(content_loss, net, hr, cfg, draw)
 
     # Phase 3: E_deg, Rec_lr and the head; E_cont stays as it is. Eq. (3)-(6).
     tuned = [p for name, p in net.named_parameters() if not name.startswith("vqvae.")]
@@ -848,13 +845,9 @@ def train(cfg: Config, rt: Runtime) -> None:
         cfg, rt, net, groups, out / "last.pt", steps_degradation, began=fingerprint(vqvae),
         preview=lambda: swap_grid(net, shown[:4], cfg, out / "last.png"),
     )  # fmt: skip
-    for hr, *real_lr, draw in run.batches(*crops, least=cfg.num_samples + 1):
-        with rt.autocast(cfg.bf16):
-            if cfg.as_printed:
-                losses = degradation_loss(net, hr, cfg, draw)
-            else:
-                losses = degradation_loss_with_additions(net, hr, real_lr[0], cfg, draw)
-        run.update(losses)
+    loss = degradation_loss if cfg.as_printed else degradation_loss_with_additions
+    for *photos, draw in run.batches(*crops, least=cfg.num_samples + 1):
+        run.update(loss, net, *photos, cfg, draw)
 
 
 if __name__ == "__main__":

@@ -351,6 +351,18 @@ def sr_loss(net: nn.Module, hr: Tensor, lr: Tensor, perceptual_weight: float) ->
     return {"loss": loss + perceptual_weight * perceptual, "perceptual": perceptual, "psnr": psnr}
 
 
+def loss_of_batch(
+    net: nn.Module, batch: Tensor, cfg: "Config", generator: torch.Generator
+) -> dict[str, Tensor]:
+    """sr_loss() of a batch of HR crops, which a recipe degrades, or of pairs as PairCrops joins."""
+    if cfg.pairs:
+        hr, lr = split(batch)
+    else:
+        hr, lr = batch, degraded(batch, cfg.recipe, cfg.scale, generator)
+    torch.manual_seed(generator.initial_seed())  # transformers draw which paths they drop
+    return sr_loss(net, hr, lr, cfg.perceptual_weight)
+
+
 # ---- configuration and training -----------------------------------------------------------------
 
 
@@ -462,14 +474,7 @@ def train(cfg: Config, rt: Runtime) -> Path:
     run = Run(cfg, rt, net, groups, path, cfg.steps, began=began)
     times: dict[int, float] = {}  # at which each of the first steps ended
     for batch, draw in run.batches(crops):
-        with rt.autocast(cfg.bf16):
-            if cfg.pairs:
-                hr, lr = split(batch)
-            else:
-                hr, lr = batch, degraded(batch, cfg.recipe, cfg.scale, draw)
-            torch.manual_seed(draw.initial_seed())  # transformers draw which paths they drop
-            losses = sr_loss(net, hr, lr, cfg.perceptual_weight)
-        run.update(losses)
+        run.update(loss_of_batch, net, batch, cfg, draw)
         if 0 < run.step < cfg.steps and len(times) < MEASURED:
             times.setdefault(run.step, time.monotonic())
             if rt.is_main and len(times) == MEASURED:

@@ -42,9 +42,6 @@ class TrainingConfig:
     )  # fmt: skip
 
 
-# Memory of a step over that of the one that is measured: degradations draw an intermediate image of
-# up to 1.7 times the pixels, and which images get it differs between steps.
-MARGIN = 1.7
 TRAINING_RANGES = {"accumulate": (0, 2**16), "log_every": (1, 2**31), "save_every": (1, 2**31),
                    "cooldown": (0, 1), "ema_decay": (0, 1)}  # fmt: skip
 
@@ -80,31 +77,30 @@ def lock_runs(out: str | Path, names: Sequence[str], rt: Runtime) -> None:
         folder.clean(folder.root)
 
 
-def average_gradients(parameters: list[nn.Parameter], votes: int, rt: Runtime) -> Tensor:
-    """Average the gradients over all processes, in one message; returns the sum of their votes ().
+def average_gradients(parameters: list[nn.Parameter], rt: Runtime) -> None:
+    """Average the gradients over all processes, in one message.
 
     DistributedDataParallel would forbid a loss to call other methods of its network than forward.
     """
     if rt.world_size == 1:
-        return torch.tensor(float(votes))
+        return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    vote = torch.full((1,), float(votes), device=rt.device)
-    flat = _flatten_dense_tensors([*gradients, vote])
+    flat = _flatten_dense_tensors(gradients)
     with together():
         dist.all_reduce(flat)
-    averages = _unflatten_dense_tensors(flat[:-1] / rt.world_size, gradients)
+    averages = _unflatten_dense_tensors(flat / rt.world_size, gradients)
     torch._foreach_copy_(gradients, averages)
-    return flat[-1]
 
 
-def micro_batches_that_fit(batch: int, least: int, cost: float, room: float) -> int:
-    """The smallest number of equal micro-batches so that one takes at most `room` bytes.
+def more_micro_batches(number: int, batch: int, least: int) -> int:
+    """At least twice the number of equal micro-batches, if each can have `least` images.
 
-    A micro-batch has at least `least` images, which take `cost` bytes. If none fits, the largest
-    number.
+    UserError if a batch can't be divided any further.
     """
-    possible = [n for n in range(1, batch // least + 1) if batch % n == 0]
-    return next((n for n in possible if cost * batch / n / least <= room), possible[-1])
+    possible = [n for n in range(number + 1, batch // least + 1) if batch % n == 0]
+    short = f"the memory of the GPU is too small for {batch // number} images of the batch at once"
+    require(bool(possible), f"{short}: give a smaller --crop, or stop other programs on it.")
+    return next((n for n in possible if n >= 2 * number), possible[-1])
 
 
 def compile_networks(networks: Sequence[nn.Module], rt: Runtime) -> None:
@@ -124,10 +120,9 @@ class Run:
 
         run = Run(cfg, rt, net, groups, path, steps)
         for *images, draw in run.batches(crops):
-            with rt.autocast(cfg.bf16):
-                losses = ...        # a dict of tensors: "loss" is minimised, all are logged
-            run.update(losses)
+            run.update(loss, net, *images, draw)  # calls loss(net, *images, draw)
 
+    The loss returns a dict of tensors: "loss" is minimised, all are logged.
     `groups` are the parameter groups of AdamW; all other parameters are frozen. In the end `net`
     has the averaged weights. The checkpoint `path` is a dict of step, steps, net, ema, opt, config;
     a run resumes from it if the configuration, with the `facts` of what it starts from, is equal.
@@ -149,14 +144,14 @@ class Run:
     ) -> None:
         self.cfg, self.rt, self.net, self.path, self.steps = cfg, rt, net, path, steps
         self.preview, self.config = preview, dataclasses.asdict(cfg) | facts
-        self.step = 0  # steps done; -1 in trial()
+        self.step = 0  # steps done
         self.micro_batch, self.micro_batches = 0, 1  # the next one of a step, and their number
+        self.short = False  # whether the memory of a GPU was too small for this step
         self.clock, self.images = 0.0, 0.0  # time of the last line of the log, images since then
         self.first: Tensor | None = None  # loss of the first step
         self.high: Tensor | int = 0  # for how many steps in a row the loss has been far above it
         self.stop: list[int] = []  # signals that ask to stop
         self.saving = False
-        self.vote: tuple[Tensor, torch.cuda.Event] | None = None  # of all processes, the last one
         self.trained = [p for group in groups if group["lr"] > 0 for p in group["params"]]
         learns = any(group["lr"] > 0 for group in groups) or steps == 0
         require(learns, "all learning rates are 0: there is nothing to train.")
@@ -222,6 +217,8 @@ class Run:
         self.net.load_state_dict(state["net"])
         self.ema = {key: value.to(self.rt.device) for key, value in state["ema"].items()}
         self.step = step
+        if not stored.get("accumulate") and "batch_size" not in changed:
+            self.micro_batches = state.get("micro_batches", 1)
         if self.rt.is_main and self.step < self.steps:
             print(f"resuming {path} at step {self.step}")
         elif self.rt.is_main and self.steps > 0:
@@ -230,13 +227,28 @@ class Run:
     def batches(self, *crops: Any, least: int = 1) -> Iterator[tuple[Any, ...]]:
         """Yield a micro-batch of each of the crops, and a generator, until the last step is done.
 
-        A batch is divided as --accumulate says, or else as the memory of a GPU requires; each
-        micro-batch has at least `least` images.
+        A batch is divided as --accumulate says. Where the memory of a GPU is too small for a step,
+        it is repeated in more micro-batches, each of at least `least` images.
         """
+        self.micro_batches = self.cfg.accumulate or self.micro_batches
+        with noted_signals(self.stop, self.rt, self.progress):
+            while self.step < self.steps:
+                yield from self.equal_batches(crops)
+                if self.short:
+                    batch = crops[0].batch_size  # the same for all crops
+                    self.micro_batches = more_micro_batches(self.micro_batches, batch, least)
+                    self.short = False
+                    if self.rt.is_main:
+                        print(f"memory is short: a batch is divided into {self.micro_batches} "
+                              "micro-batches", flush=True)  # fmt: skip
+        if self.stop:  # in the last step
+            raise SystemExit(self.goes_on())
+        self.net.load_state_dict(self.ema)
+        self.net.eval().requires_grad_(False)
+
+    def equal_batches(self, crops: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+        """batches() until the last step is done, or until memory is short."""
         cfg, rt = self.cfg, self.rt
-        self.micro_batches = cfg.accumulate or 1
-        if self.step < self.steps and rt.device.type == "cuda" and not cfg.accumulate:
-            yield from self.trial(crops, least)
         per_step, start = rt.world_size * self.micro_batches, self.step
 
         def numbers() -> Iterator[int]:  # of the micro-batches of this process
@@ -245,49 +257,45 @@ class Run:
 
         counts = [c.batch_size // self.micro_batches for c in crops]
         streams = [c.batches(numbers(), n, rt.device) for c, n in zip(crops, counts, strict=True)]
-        with noted_signals(self.stop, rt, self.progress):
-            for number, *images in zip(numbers(), *streams, strict=True):
-                self.images += cfg.batch_size * rt.world_size / self.micro_batches
-                yield *images, make_generator(cfg.seed, number, device=rt.device)
-        if self.stop:  # in the last step
-            raise SystemExit(self.goes_on())
-        self.net.load_state_dict(self.ema)
-        self.net.eval().requires_grad_(False)
+        for number, *images in zip(numbers(), *streams, strict=True):
+            self.images += cfg.batch_size * rt.world_size / self.micro_batches
+            yield *images, make_generator(cfg.seed, number, device=rt.device)
+            if self.short and self.micro_batch == 0:
+                return
 
-    def trial(self, crops: Sequence[Any], least: int) -> Iterator[tuple[Any, ...]]:
-        """Yield a batch of `least` images to measure its memory, and choose how a batch is divided.
+    def votes(self) -> tuple[bool, bool]:
+        """Whether a process was asked to stop, and whether one had too little memory.
 
-        update() makes no step of it.
+        The message goes from CPU to CPU, so no GPU is synchronised.
         """
-        device, batch = self.rt.device, crops[0].batch_size  # the same for all crops
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        allocated = torch.cuda.memory_allocated(device)
-        step, self.step = self.step, -1
-        torch.compiler.set_stance("force_eager")
-        draw = make_generator(self.cfg.seed, -1, device=device)
-        yield *(next(c.batches([0], least, device)) for c in crops), draw
-        torch.compiler.set_stance("default")
-        self.step = step
-        cost = torch.cuda.max_memory_allocated(device) - allocated
-        adam = 8 * sum(p.numel() for p in self.trained)
-        torch.cuda.empty_cache()
-        room = 0.9 * torch.cuda.mem_get_info(device)[0] - adam
-        number = micro_batches_that_fit(batch, least, MARGIN * cost, room)
-        self.micro_batches = max(of_all(number, self.rt))
-        if self.rt.is_main and self.micro_batches > 1:
-            print(f"memory is short: a batch is divided into {self.micro_batches} micro-batches")
+        votes = torch.tensor([len(self.stop), int(self.short)])
+        if self.rt.world_size > 1:
+            with together():
+                dist.all_reduce(votes)
+        stopping, short = (votes > 0).tolist()
+        return stopping, short
 
-    def update(self, losses: dict[str, Tensor]) -> None:
-        """Backward pass; after the last micro-batch the step, its log and its checkpoint."""
+    def update(self, loss: Callable[..., dict[str, Tensor]], *arguments: Any) -> None:
+        """loss(*arguments) and its gradient; after the last micro-batch the step, log, checkpoint.
+
+        The loss is computed in bf16 where the device has it.
+        """
         cfg, rt = self.cfg, self.rt
-        (losses["loss"] / self.micro_batches).backward()
-        if self.step < 0:
-            return self.opt.zero_grad(set_to_none=True)
+        if not self.short:
+            try:
+                with rt.autocast(cfg.bf16):
+                    losses = loss(*arguments)
+                (losses["loss"] / self.micro_batches).backward()
+            except torch.OutOfMemoryError:
+                self.short = True
         self.micro_batch = (self.micro_batch + 1) % self.micro_batches
         if self.micro_batch > 0:
             return
-        stopping = self.asked(average_gradients(self.trained, len(self.stop), rt))
+        stopping, self.short = self.votes()
+        if self.short:  # in any process: all repeat the step
+            self.opt.zero_grad(set_to_none=True)
+            return torch.cuda.empty_cache()
+        average_gradients(self.trained, rt)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         left = (self.steps - self.step) / max(1, cfg.cooldown * self.steps)
         for group, rate in zip(self.opt.param_groups, self.learning_rates, strict=True):
@@ -299,12 +307,12 @@ class Run:
         averages, weights = zip(*self.averaged, strict=True)
         torch._foreach_lerp_(averages, weights, 1 - decay)
         self.step += 1
-        loss = losses["loss"].detach()
-        self.first = loss.abs() if self.first is None else self.first
-        self.high = (self.high + 1) * (loss > 100 * self.first)
+        value = losses["loss"].detach()
+        self.first = value.abs() if self.first is None else self.first
+        self.high = (self.high + 1) * (value > 100 * self.first)
         saving = self.step % cfg.save_every == 0 or self.step == self.steps or stopping
         if rt.is_main and (saving or self.step % cfg.log_every == 0):
-            self.check_finite(losses["loss"].item(), norm.item())
+            self.check_finite(value.item(), norm.item())
             if saving:  # first, because a process that is asked to stop may be killed soon
                 self.save()
             self.report(losses, self.preview() if saving else {})
@@ -320,22 +328,6 @@ class Run:
     def progress(self) -> tuple[float, ...]:
         """Numbers that change while the run is not waiting for other processes."""
         return self.step, self.images, time.monotonic() if self.saving else 0.0
-
-    def asked(self, votes: Tensor) -> bool:
-        """Whether a process was asked to stop, by the sum of all votes ().
-
-        A GPU is not synchronised: the answer is that of the step before.
-        """
-        if votes.device.type != "cuda":
-            return votes.item() > 0
-        earlier = self.vote
-        copied = torch.empty((), pin_memory=True).copy_(votes, non_blocking=True)
-        self.vote = copied, torch.cuda.Event()
-        self.vote[1].record()
-        if earlier is None:
-            return False
-        earlier[1].synchronize()
-        return earlier[0].item() > 0
 
     def check_finite(self, loss: float, norm: float) -> None:
         """UserError if the loss or the norm of its gradient is not a number."""
@@ -364,7 +356,8 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint, whole or not at all, and keep the one before."""
         state = {"step": self.step, "steps": self.steps, "net": self.net.state_dict(),
-                 "ema": self.ema, "opt": self.opt.state_dict(), "config": self.config}  # fmt: skip
+                 "ema": self.ema, "opt": self.opt.state_dict(), "config": self.config,
+                 "micro_batches": self.micro_batches}  # fmt: skip
         self.folder.claim([self.before])
         self.saving = True
         save_state(self.path, state, keep=self.before)

@@ -143,8 +143,11 @@ def join_processes(device: torch.device, rank: int, world_size: int) -> None:
         require(len(set(gpus)) == world_size, too_many(world_size, len(set(gpus))))
     long = datetime.timedelta(days=1)  # the main process may run long alone
     store.set_timeout(long)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    on_gpu = device.type == "cuda"
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, timeout=long, store=store, rank=rank, world_size=world_size)
+    if on_gpu:  # NCCL takes its memory at the first message: now, while there is enough
+        dist.all_reduce(torch.zeros(1, device=device))
 
 
 @contextlib.contextmanager

@@ -170,9 +170,11 @@ def test_two_processes_with_the_same_gpu_are_refused(monkeypatch, other):
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="gpu-0")
     )
     monkeypatch.setattr(dist, "init_process_group", lambda name, **_: joined.append(name))
+    monkeypatch.setattr(dist, "all_reduce", joined.append)
+    monkeypatch.setattr(torch, "zeros", lambda n, device: device)
     if other == "1":
         join_processes(torch.device("cuda:0"), 0, 2)
-        assert joined == ["nccl"]
+        assert joined == ["cpu:gloo,cuda:nccl", torch.device("cuda:0")]
     else:
         with pytest.raises(UserError, match="2 processes, but 1 GPU: start one for each GPU"):
             join_processes(torch.device("cuda:0"), 0, 2)

@@ -1,5 +1,6 @@
 """common/run.py: a toy training; resuming, damaged checkpoints, signals, processes, memory."""
 
+import itertools
 import json
 import os
 import signal
@@ -22,12 +23,11 @@ from common import UserError
 from common.images import save_image
 from common.photos import Crops, Photos
 from common.run import (
-    MARGIN,
     Run,
     TrainingConfig,
     check_micro_batches,
     compile_networks,
-    micro_batches_that_fit,
+    more_micro_batches,
 )
 from common.runtime import Runtime, runtime
 from tests.commands import FORKSERVER, in_two
@@ -86,7 +86,7 @@ def toy_run(
     crops = Crops(photos, 16, cfg.batch_size, cfg.seed)
     run = Run(cfg, rt, net, groups, folder / name, steps, preview=preview, began=began)
     for x, draw in run.batches(crops):
-        run.update(loss(net, x, draw))
+        run.update(loss, net, x, draw)
     return net
 
 
@@ -124,7 +124,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder, capsys):
     divided = toy_run(folder, 10, name="divided.pt")
     assert same(whole.state_dict(), divided.state_dict())
     checkpoints = [read(folder / f"{name}.pt") for name in ("whole", "divided")]
-    assert set(checkpoints[0]) == {"step", "steps", "net", "ema", "opt", "config", "digest"}
+    assert set(checkpoints[0]) == {"step", "steps", "net", "ema", "opt", "config", "digest",
+                                   "micro_batches"}  # fmt: skip
     assert same(*checkpoints)
     # A finished run does nothing more and says so, and another seed is another run.
     capsys.readouterr()
@@ -262,7 +263,7 @@ def test_a_signal_behind_the_last_step_is_not_lost(folder):
     run = Run(Toy(), CPU, net, groups, folder / "last.pt", 2)
     with pytest.raises(SystemExit, match="stopped at step 2"):
         for x, draw in run.batches(Crops(photos, 16, 4, 0)):
-            run.update(toy_loss(net, x, draw))
+            run.update(toy_loss, net, x, draw)
             if run.step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
     assert read(folder / "last.pt")["step"] == 2
@@ -352,37 +353,62 @@ def test_a_batch_is_divided_into_equal_micro_batches_or_refused(batch, accumulat
             check_micro_batches(replace(cfg, **wrong), 2, sources)
 
 
-@given(st.integers(1, 64), st.integers(1, 4), st.floats(0.1, 9), st.floats(0, 300))
-def test_a_batch_goes_in_as_few_micro_batches_as_fit_into_memory(batch, least, cost, room):
-    least = min(least, batch)
-    number = micro_batches_that_fit(batch, least, cost, room)
-    needs = {n: cost * batch / n / least for n in range(1, batch + 1) if batch % n == 0}
-    allowed = [n for n in needs if batch // n >= least]
-    fitting = [n for n in allowed if needs[n] <= room]
-    assert number == (min(fitting) if fitting else max(allowed))
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 4))
+def test_a_batch_is_divided_into_at_least_twice_the_micro_batches(number, batch, least):
+    allowed = [n for n in range(number + 1, batch + 1) if batch % n == 0 and batch // n >= least]
+    if not allowed:
+        with pytest.raises(UserError, match="the memory of the GPU is too small for"):
+            more_micro_batches(number, batch, least)
+    else:
+        chosen = more_micro_batches(number, batch, least)
+        assert chosen in allowed and (chosen >= 2 * number or chosen == max(allowed))
+        assert not any(2 * number <= n < chosen for n in allowed)
 
 
-@pytest.mark.parametrize(("images", "number"), [(3, 4), (2 / MARGIN, 8)])
-def test_a_trial_that_no_step_follows_chooses_the_micro_batches(
-    folder, monkeypatch, images, number
-):
-    """As on a GPU with room for three images, or for two that are as cheap as that of the trial."""
-    net = toy_net()
-    memory_of_adam = 8 * sum(p.numel() for p in net.parameters())
-    memory = {"max_memory_allocated": 100, "memory_allocated": 0, "empty_cache": None,
-              "reset_peak_memory_stats": None,
-              "mem_get_info": ((memory_of_adam + MARGIN * 100 * images + 1) / 0.9, 0)}  # fmt: skip
-    for name, value in memory.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    photos = Photos(sorted((folder / "photos").iterdir()), folder / "decoded", CPU)
-    groups = [{"params": list(net.parameters()), "lr": 1e-3}]
-    run = Run(Toy(batch_size=8), CPU, net, groups, folder / "last.pt", 2)
-    before = {key: value.clone() for key, value in net.state_dict().items()}
-    for x, draw in run.trial([Crops(photos, 16, 8, 0)], 1):
-        assert run.step == -1
-        run.update(toy_loss(net, x, draw))
-    assert run.micro_batches == number and run.step == 0 and same(before, dict(net.state_dict()))
-    assert all(p.grad is None for p in net.parameters())
+def short_at(*numbers: int):
+    """toy_loss that finds too little memory at these calls."""
+    count = itertools.count(1)
+
+    def loss(net: nn.Module, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        if next(count) in numbers:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return toy_loss(net, x, generator)
+
+    return loss
+
+
+def test_out_of_memory_repeats_the_step_in_more_micro_batches(folder, capsys):
+    """As with --accumulate 4 from there on, also when the run is resumed."""
+    for steps, accumulate in ((3, 0), (6, 4), (8, 4)):
+        toy_run(folder, steps, name="given.pt", accumulate=accumulate)
+    toy_run(folder, 6, name="short.pt", loss=short_at(4, 6))  # call 6: the second of two parts
+    assert capsys.readouterr().out.count("memory is short: a batch is divided") == 2
+    toy_run(folder, 8, name="short.pt")
+    given, short = (read(folder / f"{name}.pt") for name in ("given", "short"))
+    assert all(same(given[key], short[key]) for key in ("step", "net", "ema", "opt"))
+
+
+def test_memory_too_small_for_one_image_is_one_sentence(folder):
+    toy_run(folder, 4)
+    with pytest.raises(UserError, match="too small for 1 images of the batch at once"):
+        toy_run(folder, 6, loss=short_at(*range(100)))
+    assert read(folder / "last.pt")["step"] == 4
+
+
+def run_of_two_in_short_memory(folder: Path) -> None:
+    """In the second of two processes memory is too small for the third step."""
+    with runtime("cpu") as rt:
+        toy_run(folder, 5, name="two.pt", rt=rt, loss=short_at(3) if rt.rank else toy_loss)
+
+
+def test_out_of_memory_in_one_process_divides_the_batch_of_all(folder):
+    in_two(run_of_two_in_short_memory, folder)
+    two = read(folder / "two.pt")
+    assert two["micro_batches"] == 2
+    for steps, accumulate in ((2, 2), (5, 4)):
+        toy_run(folder, steps, name="one.pt", batch_size=8, accumulate=accumulate)
+    for key, value in read(folder / "one.pt")["ema"].items():
+        torch.testing.assert_close(two["ema"][key], value, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.slow
