@@ -52,7 +52,7 @@ TRAINED: dict[str, Table] = {
     "pictures": table_pictures,
 }
 TABLES = TRAINED | {
-    **dict.fromkeys(("2", "6", "sampling"), table_generated),
+    **dict.fromkeys(("2", "6"), table_generated),
     "mtf": table_mtf,
     **dict.fromkeys(("remainder", "leak"), table_remainder),
     "factors": table_factors,

@@ -2,10 +2,9 @@
 
 In: real pairs, which were never trained on. Out: distances of each method's LR to the real LR.
 RealDGen is given the pair's own LR as reference, as in the paper, and another photo of the same
-camera, as in real use, where nobody has the LR image that is to be generated. The table sampling
-(not in the paper) compares start images, T and numbers of network evaluations.
+camera, as in real use, where nobody has the LR image that is to be generated.
 
-    python benchmark.py --table 2 6 sampling --pairs data/RealSR data/DRealSR
+    python benchmark.py --table 2 6 --pairs data/RealSR data/DRealSR
 """
 
 from collections import Counter
@@ -239,45 +238,19 @@ def rows_of_table_6(pairs: list[Pair], inputs: Inputs) -> Rows:
     return [(name, on_pairs(method, inputs.cfg.seed), other) for name, method in methods.items()]
 
 
-FULL = 300  # steps of the paper's chain
-
-
-def rows_of_sampling(pairs: list[Pair], inputs: Inputs) -> Rows:
-    """Start images, T, solvers and numbers of evaluations, on pairs spread over all cameras."""
-    cfg = inputs.cfg
-    other = with_other_scenes(pairs, cfg.seed)
-    other = other[:: max(1, len(other) // cfg.images)][: cfg.images]
-    plain = replace(inputs.sampler, candidates=1, eta=0.0, start="reconstruct")
-    samplers = {
-        "T=0": replace(plain, t_start=0),
-        "T=0 without grain": replace(plain, t_start=0, grain=False),
-    }
-    for T in [t for t in inputs.t_starts if t > 0]:
-        for n in (1, 2, 5, 10):
-            samplers[f"T={T}, ddim, {n}"] = replace(plain, t_start=T, num_steps=n)
-    for start in generate.STARTS[:2]:
-        chain = replace(plain, t_start=FULL, num_steps=FULL, eta=1.0, start=start)
-        samplers[f"T={FULL}, ddpm, {FULL}, start {start}"] = chain
-    return [
-        (name, on_pairs(realdgen(inputs.net, sampler), cfg.seed), other)
-        for name, sampler in samplers.items()
-    ]
-
-
 TITLES = {
     "2": "generated LR against the real LR",
     "6": "Table 6, generated LR with and without the filter, against the real LR",
-    "sampling": "start image, T, solver and number of evaluations (K=1)",
 }
 
 
 def table_generated(name: str, inputs: Inputs) -> Measure:
-    """Table 2, Table 6 or sampling, for each set of pairs."""
+    """Table 2 or Table 6, for each set of pairs."""
     cfg = inputs.cfg
-    rows_of = {"2": rows_of_table_2, "6": rows_of_table_6, "sampling": rows_of_sampling}[name]
-    inputs.check_steps(*((*inputs.t_starts, FULL) if name == "sampling" else ()))
-    metrics = [m for m in inputs.metrics if name != "sampling" or m in METRICS]
-    if name != "2":
+    rows_of = rows_of_table_2 if name == "2" else rows_of_table_6
+    inputs.check_steps()
+    metrics = inputs.metrics
+    if name == "6":
         sets_with_other_scenes(inputs.sets, cfg.seed)  # checks
 
     def measure() -> tuple[dict[str, Any], str]:
@@ -287,7 +260,7 @@ def table_generated(name: str, inputs: Inputs) -> Measure:
                 {"method": label} | evaluate(method, rows, metrics, inputs.device, cfg.batch_size)
                 for label, method, rows in rows_of(pairs, inputs)
             ]
-            text += f"## {folder}: {TITLES[name]}\n\n" + method_table(values[folder], name)
+            text += f"## {folder}: {TITLES[name]}\n\n" + method_table(values[folder])
             if name == "2":
                 text += notes_of_table_2(*inputs.found[folder]) + left_out_text()
             text += ("\n" + left_out_text(["SynDiff"]) if name == "6" else "") + "\n"
@@ -296,9 +269,9 @@ def table_generated(name: str, inputs: Inputs) -> Measure:
     return measure
 
 
-def method_table(rows: Sequence[dict[str, Any]], name: str) -> str:
+def method_table(rows: Sequence[dict[str, Any]]) -> str:
     """A row for each method, with the number of pairs and images per second."""
-    columns = [*METRICS, *(() if name == "sampling" else SET_METRICS)]
+    columns = [*METRICS, *SET_METRICS]
     lines = []
     for row in rows:
         rate = row["n"] / max(row["seconds"], 1e-9)

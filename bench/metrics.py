@@ -78,7 +78,6 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 WEIGHTS = {  # of the networks whose features LPIPS, DISTS, FID, KID and the CLIP-Score compare
     "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
     "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
-    "squeeze": "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth",
     "inception": "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
     "pt_inception-2015-12-05-6726825d.pth",
     "clip": "https://huggingface.co/timm/vit_base_patch32_clip_224.openai/resolve/main/"
@@ -155,7 +154,7 @@ def perceptual_net(metric: str, net: str, device: torch.device) -> nn.Module:
 
 
 def lpips_distance(x: Tensor, y: Tensor, net: str = "alex") -> Tensor:
-    """LPIPS v0.1 (B,) of images (B, 3, H, W) in [0, 1]; net: alex, vgg, squeeze (1801.03924)."""
+    """LPIPS v0.1 (B,) of images (B, 3, H, W) in [0, 1]; net: alex or vgg (1801.03924)."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return perceptual_net("LPIPS", net, x.device)(x, y, normalize=True).flatten()
 
