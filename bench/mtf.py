@@ -29,13 +29,16 @@ SHOWN = slice(0, None, 4)  # those in the table
 
 @torch.no_grad()
 def measure_mtf(pairs: Sequence[Pair], inputs: Inputs) -> dict[str, Any]:
-    """Transfer functions of the real LR of a set and of each camera, and of each method's LR."""
+    """Transfer functions of the real LR of a set and of each camera, and of each method's LR.
+
+    Of the first pairs, as many as --images says; the mean F_deg is of all.
+    """
     seed, synthesis = inputs.cfg.seed, all_methods(inputs)
     methods = {name: on_pairs(method, seed) for name, method in synthesis.items()}
     means = mean_degradations(pairs, inputs.net)
     by_mean = on_pairs(synthesis["RealDGen"], seed, means)
     equations: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for pair in tqdm(pairs, unit="pair", leave=False):
+    for pair in tqdm(pairs[: inputs.cfg.images], unit="pair", leave=False):
         hr, camera = load_hr(pair), camera_of(pair.name) or "unnamed"
         images = {"real LR": load_lr(pair.lr, pair.full)}
         images |= {name: lr_of(method, pair, hr, inputs) for name, method in methods.items()}
@@ -61,7 +64,7 @@ def table_mtf(name: str, inputs: Inputs) -> Measure:
     sets = sets_with_other_scenes(inputs.sets, cfg.seed)
 
     def measure() -> tuple[dict[str, Any], str]:
-        values = {name: measure_mtf(pairs[: cfg.images], inputs) for name, pairs in sets.items()}
+        values = {name: measure_mtf(pairs, inputs) for name, pairs in sets.items()}
         draw_mtf(values, Path(cfg.out) / "mtf.png")
         return values, "".join(text_of_mtf(folder, v) for folder, v in values.items())
 

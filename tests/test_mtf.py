@@ -34,6 +34,6 @@ def test_the_transfer_function_of_sharpened_lr_is_raised(inputs):
         assert picture.width > 300
 
 
-def test_a_scene_that_is_alone_among_the_chosen_ones_has_no_mean_of_others(inputs):
+def test_the_mean_of_others_is_of_all_scenes_not_only_of_the_chosen_ones(inputs):
     found = mtf.table_mtf("mtf", inputs(images=4))()[0]["set"]  # three of A, one of B
-    assert found["n"]["RealDGen"] == 4 and found["n"]["RealDGen, mean F_deg"] == 3
+    assert found["n"]["RealDGen"] == 4 and found["n"]["RealDGen, mean F_deg"] == 4
