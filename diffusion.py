@@ -593,6 +593,21 @@ def load(state: dict, name: str) -> DecoupledDDPM:
     return net
 
 
+def training_crops(cfg: Config, rt: Runtime, use_hr: bool) -> list[Crops]:
+    """Crops of real LR photos; with use_hr also of references in the same folders, and of HR."""
+    share, out = cfg.batch_size // (1 + use_hr), Path(cfg.out)
+    files = outside(find_photos(cfg.lr, "lr", "--lr", packed=True), out, "--lr")
+    photos = Photos(files, out / "photos/lr", rt)
+    if not use_hr:
+        return [Crops(photos, cfg.crop, share, cfg.seed)]
+    draw = functools.partial(Crops, photos, cfg.crop, share, cfg.seed)
+    references = [draw(scale=2, other=k) for k in range(1, REFERENCES + 1)]
+    files = outside(find_photos(cfg.hr, "hr", "--hr", packed=True), out, "--hr")
+    photos = Photos(files, out / "photos/hr", rt)
+    hr = Crops(photos, cfg.crop, share, cfg.seed, stream=1, scale=4)
+    return [draw(rows=references[0].rows), *references, hr]
+
+
 def train(cfg: Config, rt: Runtime) -> None:
     """Train M and the U-Net, fine-tune parts of the extractors. Algorithm 1."""
     cfg = replace(cfg, batch_size=cfg.batch_size or extractors.default_batch(rt))
@@ -613,18 +628,7 @@ def train(cfg: Config, rt: Runtime) -> None:
     began = fingerprint(net if cfg.start_from else nets)
 
     lock_runs(out, ["enlarger", "last"] if use_hr else ["last"], rt)
-    share = cfg.batch_size // (1 + use_hr)
-    files = outside(find_photos(cfg.lr, "lr", "--lr", packed=True), out, "--lr")
-    photos = Photos(files, out / "photos/lr", rt)
-    if use_hr:  # lr, references in the same folders, hr
-        draw = functools.partial(Crops, photos, cfg.crop, share, cfg.seed)
-        crops = [draw(scale=2, other=k) for k in range(1, REFERENCES + 1)]
-        crops.insert(0, draw(rows=crops[0].rows))
-        files = outside(find_photos(cfg.hr, "hr", "--hr", packed=True), out, "--hr")
-        photos = Photos(files, out / "photos/hr", rt)
-        crops.append(Crops(photos, cfg.crop, share, cfg.seed, stream=1, scale=4))
-    else:
-        crops = [Crops(photos, cfg.crop, share, cfg.seed)]
+    crops = training_crops(cfg, rt, use_hr)
     shown = [c.batch(10**9, 3).to(rt.device).float() / 255 for c in crops]
     shown_hr = shown[-1] if use_hr else resized(shown[0], 4 * cfg.crop, 4 * cfg.crop)
     tuned = finetuned(nets)
