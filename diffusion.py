@@ -110,8 +110,16 @@ def ddim_step(
     now, after = alpha_bar(t), alpha_bar(t_next)
     eps = (x_t - now.sqrt() * x_0) / (1 - now).sqrt()
     variance = eta**2 * (1 - after) / (1 - now) * (1 - now / after)
-    x_next = after.sqrt() * x_0 + (1 - after - variance).clamp(min=0).sqrt() * eps
-    return x_next if noise is None else x_next + variance.sqrt() * noise
+    along = (1 - after - variance).clamp(min=0).sqrt()
+    x_next = after.sqrt() * x_0 + along * eps
+    if noise is None:
+        return x_next
+    # Not in the paper: over several t at once x_0 is not certain, so its variance given x_t is
+    # added (arXiv:2201.06503, Theorem 1); without it too little detail is made.
+    x_0_variance = (1 - now) / now * (1 - eps.square().mean((1, 2, 3), keepdim=True)).clamp(min=0)
+    share = (after.sqrt() - along * (now / (1 - now)).sqrt()).square()
+    several = ((t_next > 0) & (t - t_next > 1))[:, None, None, None]
+    return x_next + (variance + several * share * x_0_variance).sqrt() * noise
 
 
 def steps_of_noise(t_start: Sequence[int], num_steps: int) -> list[list[int]]:

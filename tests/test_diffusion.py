@@ -119,6 +119,23 @@ def test_sampling_with_the_true_noise_finds_the_image(t_start, num_steps, eta):
     assert all(a[0] > b[0] for a, b in zip(calls, calls[1:], strict=False))
 
 
+@pytest.mark.parametrize("num_steps", [10, 40])
+def test_a_short_chain_makes_detail_of_the_right_size(num_steps):
+    """Of pixels ~ N(0, .1^2), whose noise can be predicted exactly: the posterior is a Gaussian.
+
+    With the variance of DDPM's step their std would be .074 after 10 steps, .091 after 40.
+    """
+    size, start = 0.1, (normal(1, 3, 128, 128) * 0.1 + 1) / 2
+
+    def exact(x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        alpha_bar = diffusion.alpha_bar(t)
+        x_0 = alpha_bar.sqrt() * size**2 / (alpha_bar * size**2 + 1 - alpha_bar) * x_t
+        return (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+
+    x = diffusion.sample(exact, start, start, [300], num_steps, generators(0), 1.0)
+    assert diffusion.to_signed(x).std() == pytest.approx(size, rel=0.02)
+
+
 @pytest.mark.parametrize(("num_steps", "eta"), [(5, 0.0), (5, 1.0), (300, 1.0)])
 def test_rows_equal_each_row_alone_with_its_seed_and_its_t_start(num_steps, eta):
     """Short chains begin later; a row with t_start 0 is the start image in any company."""
