@@ -1,7 +1,7 @@
 """What is not in the paper: additions of ours that the stages call in one line each.
 
-A reader of the paper can skip this file. --as-printed turns off all that acts in training; the
-preset paper of generate.py turns off all that acts in generation.
+A reader of the paper can skip this file. --as-printed takes all of it out of training and of the
+weights; the preset paper of generate.py turns off the grain.
 
     effects of theta   nine measurable effects of theta on LR; E_deg's head learns to read them
     DCT statistics     pooled beside the features of E_deg
@@ -75,7 +75,7 @@ def steps_of_kind(theta: Degradation, kind: str, values: Tensor) -> tuple[Tensor
 
 
 def effects_of(theta: Degradation) -> Tensor:
-    """What theta means for the LR image: (B, 9).
+    """Nine measurable effects of theta on LR: (B, 9).
 
     The amplitude of the transfer function from HR to LR at FREQUENCIES; noise in BANDS, as
     log(1 + std in levels of white noise of this power) / 3; 1 - quality / 100 of the JPEG, NaN
@@ -142,7 +142,7 @@ def effects_loss(predicted: Tensor, theta: Degradation) -> Tensor:
     return F.mse_loss(predicted, true.where(visible, predicted.detach()))
 
 
-# ---- what E_deg, Rec_lr and M see besides -----------------------------------------------------
+# ---- further inputs of E_deg, Rec_lr and M ----------------------------------------------------
 
 YCC = ((0.299, 0.587, 0.114), (-0.1687, -0.3313, 0.5), (0.5, -0.4187, -0.0813))  # of RGB, BT.601
 
@@ -188,7 +188,7 @@ def filtered(image: Tensor, kernels: Tensor) -> Tensor:
 
 
 def radial_kernels(gain: Tensor) -> Tensor:
-    """Kernels (B, 15, 15) that amplify degrade.FREQUENCIES by gain (B, 5), and 0 by 1.
+    """Kernels (B, 15, 15) that amplify FREQUENCIES by gain (B, 5), and frequency 0 by 1.
 
     Between these frequencies the gain is interpolated, beyond them it stays as it is.
     """

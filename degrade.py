@@ -439,7 +439,7 @@ def pick(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def check_on_device(condition: Tensor, sentence: str) -> None:
-    """ValueError unless the condition () holds; on a GPU a device assertion, without a wait."""
+    """ValueError unless the condition () holds; on a GPU a device assertion, not awaited."""
     if condition.device.type != "cpu":
         torch._assert_async(condition, sentence)
     elif not condition:
@@ -611,7 +611,7 @@ def where_gray(gray: list[bool], x: Tensor, y: Tensor) -> Tensor:
 def gaussian(
     x: Tensor, std: Tensor, gray: list[bool], mix: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Add Gaussian noise of std[b]: the same for all channels, or mixed by mix[b] (3, 3)."""
+    """Add noise of std (B,) to x (B, 3, H, W) in [0, 1]: gray, or mixed by mix (B, 3, 3)."""
     shape = (len(x), 1 if all(gray) else 3, *x.shape[2:])
     eps = torch.randn(shape, generator=generator, device=generator.device).to(x.device)
     noise = (std[:, None, None] * mix) @ where_gray(gray, eps[:, :1], eps).expand_as(x).flatten(2)
@@ -621,7 +621,7 @@ def gaussian(
 def poisson(
     x: Tensor, scale: Tensor, gray: list[bool], size: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Add scale[b] times the shot noise of an image with as many photons per unit as it has levels.
+    """Add scale (B,) times shot noise to x (B, 3, H, W) in [0, 1]; photon count = number of levels.
 
     Levels are the 8-bit values that occur in the image of size[b] (2,). Their number is rounded up
     to a power of two.

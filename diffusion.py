@@ -103,9 +103,10 @@ def ddim_step(
     eta: float = 0.0,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """One step from t to any t_next < t (arXiv:2010.02502, Eq. 12), with the predicted x_0.
+    """One step from t to any t_next < t, both (B,), with the predicted x_0.
 
-    With eta = 1 and t_next = t - 1 this is the step of DDPM, as in Algorithm 2.
+    x_t, x_0, noise: (B, 3, h, w), images in [-1, 1]. Without noise this is DDIM (arXiv:2010.02502,
+    Eq. 12); with eta = 1 and t_next = t - 1 the step of DDPM, as in Algorithm 2.
     """
     now, after = alpha_bar(t), alpha_bar(t_next)
     eps = (x_t - now.sqrt() * x_0) / (1 - now).sqrt()
@@ -114,12 +115,13 @@ def ddim_step(
     x_next = after.sqrt() * x_0 + along * eps
     if noise is None:
         return x_next
-    # Not in the paper: over several t at once x_0 is not certain, so its variance given x_t is
-    # added (arXiv:2201.06503, Theorem 1); without it too little detail is made.
+    # Not in the paper: Eq. 12 takes the predicted x_0 for certain, so long steps make too little
+    # detail. The variance of x_0 given x_t is added (arXiv:2201.06503, Theorem 1, with the mean
+    # over one image as the expectation).
     x_0_variance = (1 - now) / now * (1 - eps.square().mean((1, 2, 3), keepdim=True)).clamp(min=0)
     share = (after.sqrt() - along * (now / (1 - now)).sqrt()).square()
     several = ((t_next > 0) & (t - t_next > 1))[:, None, None, None]
-    return x_next + (variance + several * share * x_0_variance).sqrt() * noise
+    return x_next + (variance + eta**2 * several * share * x_0_variance).sqrt() * noise
 
 
 def steps_of_noise(t_start: Sequence[int], num_steps: int) -> list[list[int]]:
@@ -300,14 +302,15 @@ class DecoupledDDPM(nn.Module):
         """c = M(F_deg, F_cont): (B, D), (B, z, h, w) -> (B, C, h, w). Eq. (7)-(8).
 
         lr_hat (B, 3, h, w) in [0, 1] is the output of Rec_lr. The ablations (Table 4) replace F_deg
-        or F_cont by zeros; without both this is the diffusion of SynDiff (arXiv:2303.06994).
+        or F_cont by zeros, and lr_hat, which depends on both; without both this is the diffusion of
+        SynDiff (arXiv:2303.06994).
         """
         degradation = degradation * ("degradation" not in self.without)
         content = content * ("content" not in self.without)
         # Deviation: M also sees the output of Rec_lr, so that the U-Net has only to correct it.
         if not self.as_printed:
-            start = to_signed(lr_hat.float()) * (not self.without)
-            content = torch.cat([content, start], dim=1)
+            lr_hat = to_signed(lr_hat.float()) * (not self.without)
+            content = torch.cat([content, lr_hat], dim=1)
         return self.modulation(degradation, content)
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
@@ -380,7 +383,7 @@ class Enlarger(nn.Module):
         return resized(lr, *detail.shape[2:]) + detail.float()
 
 
-def start(
+def content_and_lr_hat(
     net: DecoupledDDPM, hr: Tensor, degradation: Tensor, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """F_cont (B, z, h, w), and the output of Rec_lr (B, 3, h, w) in [0, 1], softened."""
@@ -410,14 +413,14 @@ def back_translated_example(
     hr: Tensor,
     generator: torch.Generator,
 ) -> Example:
-    """Real LR images (B, 3, h, w), to be made of HR images that they could have.
+    """Algorithm 1 for real LR images (B, 3, h, w); the content is that of a plausible HR image.
 
     lr_refs, each (B, 3, h', w'): other photos of the same cameras, which give F_deg;
-    hr (B, 3, 4h, 4w): HR photos of something else.
+    hr (B, 3, 4h, 4w): unrelated HR photos.
     """
     degradation = mean_degradation(net, lr_refs, generator)
     hr_hat = plausible_hr(net, lr, hr, degradation, generator)
-    return lr, degradation, *start(net, hr_hat, degradation, generator)
+    return lr, degradation, *content_and_lr_hat(net, hr_hat, degradation, generator)
 
 
 @torch.no_grad()
@@ -426,9 +429,9 @@ def plausible_hr(
 ) -> Tensor:
     """HR images (B, 3, 4h, 4w) that the real LR images (B, 3, h, w) could have.
 
-    S returns a mean, in which all of the LR image can be read. So each image also gets the error
-    that S makes on LR of an HR photo, scaled by the root of local detail: the detail that S can't
-    know is another one then, as if it were drawn.
+    S returns a mean, from which the LR image can be computed again. So the error that S makes on
+    another photo is added, scaled by the root of local detail. It stands for the detail that S
+    can't know.
     """
     other = noisy_lr(net, hr, degradation, generator)
     hr_hat, other = net.enlarger(torch.cat([lr, other])).clamp(0, 1).chunk(2)
@@ -441,24 +444,28 @@ def noisy_lr(
 ) -> Tensor:
     """LR (B, 3, h, w) of HR photos by Rec_lr, with noise in place of what the diffusion adds."""
     size = 0.55 * 4 ** torch.rand(len(hr), 1, 1, 1, generator=generator, device=hr.device)
-    return additions.noise_by_detail(start(net, hr, degradation)[1], generator, size)
+    lr_hat = content_and_lr_hat(net, hr, degradation)[1]
+    return additions.noise_by_detail(lr_hat, generator, size)
 
 
 @torch.no_grad()
 def synthetic_example(
     net: DecoupledDDPM, hr: Tensor, recipes: Sequence[str], generator: torch.Generator
 ) -> Example:
-    """A synthetic pair as in generation: content from HR, degradation from another scene's LR."""
-    both = torch.cat([hr, hr.roll(1, dims=0)])
+    """Synthetic pairs of every other HR image: its content, degradation from another scene's LR.
+
+    hr (B, 3, H, W), B > 1. Row k is D(hr[2k], theta_k), its F_deg that of D(hr[2k-1], theta_k).
+    """
+    both = torch.cat([hr[::2], hr.roll(1, dims=0)[::2]])
     lr, reference = extractors.degrade_randomly(both, recipes, generator, groups=2)[0].chunk(2)
     degradation = net.extractors.e_deg(reference)
-    return lr, degradation, *start(net, hr, degradation)
+    return lr, degradation, *content_and_lr_hat(net, hr[::2], degradation)
 
 
 def decoupled_loss_with_additions(
     net: DecoupledDDPM, photos: Sequence[Tensor], cfg: "Config", generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """The loss on real LR images, made of HR images that S finds for them, and synthetic pairs.
+    """The loss on real LR images, whose HR images S estimates, and on synthetic pairs.
 
     photos: lr, lr_refs, hr of back_translated_example(). Half as many pairs are synthetic.
     """
@@ -467,7 +474,7 @@ def decoupled_loss_with_additions(
     lr, *lr_refs, hr = photos
     examples = [
         back_translated_example(net, lr, lr_refs, hr, generator),
-        synthetic_example(net, hr[::2], cfg.recipes, generator),
+        synthetic_example(net, hr, cfg.recipes, generator),
     ]
     x_0, degradation, content, lr_hat = map(torch.cat, zip(*examples, strict=True))
     return ddpm_loss(net, x_0, net.condition(degradation, content, lr_hat), cfg, generator)
@@ -491,7 +498,7 @@ def sampled_swap_grid(net: DecoupledDDPM, lr: Tensor, hr: Tensor, path: Path) ->
     """Picture of LR from a short chain: degradation of each row's LR, content of each column."""
     B, made = len(hr), []
     for degradation in net.extractors.e_deg(lr)[:, None].expand(-1, B, -1):
-        content, lr_hat = start(net, hr, degradation)
+        content, lr_hat = content_and_lr_hat(net, hr, degradation)
         c, draws = net.condition(degradation, content, lr_hat), map(make_generator, range(B))
         made.append(sample(net, lr_hat, c, [min(net.t_max, 100)] * B, 10, [*draws]))
     extractors.save_swap_grid(path, lr, made)
@@ -518,7 +525,7 @@ class Config(TrainingConfig):
     # A.3 says 8 on 8 GPUs, Section 3.1 says 16 on 16, and neither says whether for one GPU or for
     # all. Here it is A.3's, for one.
     batch_size: int = 8  # per process, 8 of which give the paper's 64; 0: 256 on a GPU, else 16
-    crop: int = 256  # LR crop, pixels
+    crop: int = 256  # LR crop, pixels; with our additions LR photos need twice, HR 4 times as many
     learning_rate: float = 1e-4  # of M and the U-Net
     enlarger_learning_rate: float = 1e-3
     finetune_learning_rate: float = 1e-6  # of parts of the extractors; 0 freezes them
@@ -568,7 +575,6 @@ RANGES = TRAINING_RANGES | {
 def check(cfg: Config, name: str = "") -> None:
     """UserError for a wrong setting, naming its flag and the file `name` that it comes from."""
     check_ranges(cfg, RANGES, name)
-    check_micro_batches(cfg, sources=1 if cfg.as_printed else 2)
     unknown = " ".join(set(cfg.without) - {"degradation", "content"})
     require(not unknown, f"{name}--without {unknown}: choose degradation, content.")
     require(len(cfg.widths) > 0, f"{name}--widths: give at least one.")
@@ -602,26 +608,28 @@ def load(state: dict, name: str) -> DecoupledDDPM:
 
 
 def training_crops(cfg: Config, rt: Runtime, use_hr: bool) -> list[Crops]:
-    """Crops of real LR photos; with use_hr also of references in the same folders, and of HR."""
+    """Crops of real LR photos; with use_hr also of references, of twice the size, and of HR."""
     share, out = cfg.batch_size // (1 + use_hr), Path(cfg.out)
     files = outside(find_photos(cfg.lr, "lr", "--lr", packed=True), out, "--lr")
-    photos = Photos(files, out / "photos/lr", rt)
+    lr_photos = Photos(files, out / "photos/lr", rt)
+    lr_crops = functools.partial(Crops, lr_photos, cfg.crop, share, cfg.seed)
     if not use_hr:
-        return [Crops(photos, cfg.crop, share, cfg.seed)]
-    draw = functools.partial(Crops, photos, cfg.crop, share, cfg.seed)
-    references = [draw(scale=2, other=k) for k in range(1, REFERENCES + 1)]
+        return [lr_crops()]
+    references = [lr_crops(scale=2, other=k) for k in range(1, REFERENCES + 1)]
     files = outside(find_photos(cfg.hr, "hr", "--hr", packed=True), out, "--hr")
-    photos = Photos(files, out / "photos/hr", rt)
-    hr = Crops(photos, cfg.crop, share, cfg.seed, stream=1, scale=4)
-    return [draw(rows=references[0].rows), *references, hr]
+    hr_photos = Photos(files, out / "photos/hr", rt)
+    hr = Crops(hr_photos, cfg.crop, share, cfg.seed, stream=1, scale=4)
+    return [lr_crops(rows=references[0].rows), *references, hr]
 
 
 def train(cfg: Config, rt: Runtime) -> None:
     """Train M and the U-Net, fine-tune parts of the extractors. Algorithm 1."""
     cfg = replace(cfg, batch_size=cfg.batch_size or extractors.default_batch(rt))
     check(cfg)
-    unconditional = set(cfg.without) == {"degradation", "content"}  # SynDiff: of real LR alone
-    use_hr = not cfg.as_printed and not unconditional
+    extractors.check_recipes(cfg.recipes)
+    # As printed, and for SynDiff (arXiv:2303.06994), real LR photos alone.
+    use_hr = not cfg.as_printed and set(cfg.without) != {"degradation", "content"}
+    check_micro_batches(cfg, least=1 + use_hr, sources=1 + use_hr)
     why = "as printed" if cfg.as_printed else "without a condition"
     require(use_hr or not cfg.hr, f"--hr: training {why} takes real LR photos alone.")
     path = find_checkpoint(cfg.checkpoint, "extractors", "python extractors.py")
@@ -637,17 +645,19 @@ def train(cfg: Config, rt: Runtime) -> None:
 
     lock_runs(out, ["enlarger", "last"] if use_hr else ["last"], rt)
     crops = training_crops(cfg, rt, use_hr)
-    shown = [c.batch(10**9, 3).to(rt.device).float() / 255 for c in crops]
-    shown_hr = shown[-1] if use_hr else resized(shown[0], 4 * cfg.crop, 4 * cfg.crop)
+    ends = (crops[0], crops[-1])
+    shown_lr, shown_hr = (c.batch(10**9, 3).to(rt.device).float() / 255 for c in ends)
+    shown_hr = shown_hr if use_hr else resized(shown_lr, 4 * cfg.crop, 4 * cfg.crop)
     tuned = finetuned(nets)
     groups = [
         {"params": [*net.modulation.parameters(), *net.unet.parameters()], "lr": cfg.learning_rate},
         {"params": tuned, "lr": cfg.finetune_learning_rate},
     ]
     if rt.is_main:
-        counts = [f"{len(c.rows)} ({c.left_out} smaller than the crop)" for c in crops[-2:]]
+        used = [crops[1], crops[-1]] if use_hr else crops  # LR photos need room for a reference
+        counts = [f"{len(c.rows)} ({c.left_out} too small)" for c in used]
         print(cfg)
-        print(f"stage-1 weights: {path}; photos, real LR and HR: {', '.join(counts)}")
+        print(f"stage-1 weights: {path}; photos, real LR{' and HR' * use_hr}: {', '.join(counts)}")
         print(f"M {count_parameters(net.modulation)}, "
               f"U-Net {count_parameters(net.unet)}, "
               f"fine-tuned: {sum(p.numel() for p in tuned)} parameters")  # fmt: skip
@@ -655,8 +665,8 @@ def train(cfg: Config, rt: Runtime) -> None:
         encoder = nets.vqvae.encoder
         networks = [net.unet, net.modulation, nets.e_deg, encoder.down, encoder.mid]
         compile_networks(networks, rt)
+    net.to(rt.device)  # Run moves S alone, whose loss needs the extractors
     # Not in the paper: Run takes AdamW, clipped gradients and an average of the weights.
-    net.to(rt.device)
     if use_hr:  # S, on LR of HR photos
         learned = [{"params": [*net.enlarger.parameters()], "lr": cfg.enlarger_learning_rate}]
         run = Run(
@@ -669,9 +679,9 @@ def train(cfg: Config, rt: Runtime) -> None:
     run = Run(
         cfg, rt, net, groups, out / "last.pt", cfg.steps, began=began, extractors=state["config"],
         calibration=state["calibration"],
-        preview=lambda: sampled_swap_grid(net, shown[0], shown_hr, out / "last.png"),
+        preview=lambda: sampled_swap_grid(net, shown_lr, shown_hr, out / "last.png"),
     )  # fmt: skip
-    for *images, draw in run.batches(*crops):
+    for *images, draw in run.batches(*crops, least=1 + use_hr):
         if use_hr:
             run.update(decoupled_loss_with_additions, net, images, cfg, draw)
         else:

@@ -407,7 +407,7 @@ class Extractors(nn.Module):
         if generator is not None:
             draws = [make_generator(generator.initial_seed(), b) for b in range(len(image))]
             seeds = [draw.initial_seed() for draw in draws]
-        # 9 tiles of 256 x 256 LR pixels take a third of the work of attention over all pixels.
+        # 256 x 256 LR pixels in 9 tiles take a third of the work of attention over all of them.
         made = [
             in_tiles(encode, grid, x, tile=2 * TILE // 3, overlap=16, gradient_of=seed)
             for x, seed in zip(image.split(1), seeds, strict=True)
@@ -745,6 +745,12 @@ def step_of(path: Path) -> int:
     return 0
 
 
+def check_recipes(recipes: Sequence[str]) -> None:
+    """UserError for a recipe that degrade.py does not have."""
+    unknown = " ".join(set(recipes) - set(degrade.RECIPES))
+    require(not unknown, f"--recipes {unknown}: no such recipe of degrade.py.")
+
+
 def checked(cfg: Config, rt: Runtime) -> Config:
     """The settings with the batch size of this device, and three numbers of steps, or UserError."""
     numbers = "--steps takes one number, or one for each of the three phases."
@@ -759,8 +765,7 @@ def checked(cfg: Config, rt: Runtime) -> Config:
     require(cfg.batch_size > cfg.num_samples, more)
     require(not (cfg.as_printed and cfg.lr), "--lr: training as printed takes no real LR.")
     check_micro_batches(cfg, least=cfg.num_samples + 1, sources=1 if cfg.as_printed else 2)
-    unknown = " ".join(set(cfg.recipes) - set(degrade.RECIPES))
-    require(not unknown, f"--recipes {unknown}: no such recipe of degrade.py.")
+    check_recipes(cfg.recipes)
     files = [Path(cfg.out) / f"{phase}.pt" for phase in ("vqvae", "content", "last")]
     for (i, earlier), (_, later) in itertools.combinations(enumerate(files), 2):
         goes_on = step_of(earlier) < steps[i] and not (cfg.vqvae and i == 0)
@@ -823,7 +828,7 @@ def train(cfg: Config, rt: Runtime) -> None:
             preview=lambda: vqvae_report(net, shown, out / "vqvae.png"),
         )  # fmt: skip
         for hr, draw in run.batches(vq_crops, least=2):
-            if run.step % 10 == 0 and run.micro_batch == 0:
+            if run.step % 10 == 0 and run.micro_batch == 0:  # a message to all, so not in update()
                 with rt.autocast(cfg.bf16):
                     vqvae.restart_entries(hr, draw)
             run.update(vqvae_loss, net, hr)
@@ -835,7 +840,7 @@ def train(cfg: Config, rt: Runtime) -> None:
         cfg, rt, net, groups, out / "content.pt", steps_content, began=fingerprint(vqvae),
         preview=lambda: vqvae_report(net, shown, out / "content.png"),
     )  # fmt: skip
-    for hr, draw in run.batches(vq_crops):
+    for hr, draw in run.batches(vq_crops, least=1 if cfg.as_printed else 4):  # a quarter is clean
         run.update(content_loss, net, hr, cfg, draw)
 
     # Phase 3: E_deg, Rec_lr and the head; E_cont stays as it is. Eq. (3)-(6).

@@ -108,7 +108,7 @@ def degradation_of(net: DecoupledDDPM, lr_ref: Tensor) -> Tensor:
 def start_images(
     hr: Tensor, lr_hat: Tensor, sampler: Sampler, seeds: Sequence[int]
 ) -> tuple[Tensor, list[int]]:
-    """Start images (B, 3, h, w) and the steps of noise on each: D(HR) and up to T, or lr_hat and T.
+    """Start images (B, 3, h, w), and steps of noise on each: lr_hat with T, or D(HR) with 0..T.
 
     Deviation: the paper starts from D(HR). A few steps do not remove D's blur and noise.
     """
@@ -173,14 +173,14 @@ def generate(
         c = in_tiles(partial(net.condition, degradation), grid, content, lr_hat)
         x, t_start = start_images(hr, lr_hat, sampler, seeds)
 
-        def eps(x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        def eps_pred(x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
             return in_tiles(lambda x_t, c: net(x_t, t, c), grid, x_t, c)
 
         x, c, degradation, content = (
             v.repeat_interleave(K, 0) for v in (x, c, degradation, content)
         )
         t_start, draws = [t for t in t_start for _ in range(K)], generators(hr.device, seeds, K)
-        lr = diffusion.sample(eps, x, c, t_start, sampler.num_steps, draws, sampler.eta)
+        lr = diffusion.sample(eps_pred, x, c, t_start, sampler.num_steps, draws, sampler.eta)
         lr = lr[..., :h, :w]
         if sampler.grain:
             lr = with_grain(net, lr, degradation, generators(hr.device, seeds, K, 1))
@@ -329,7 +329,7 @@ class References:
             self.seen.update(new)
             mine = tqdm(new[rt.rank :: rt.world_size], "references", disable=not rt.is_main)
             coded = list(in_batches(self.read, self.code_batch, mine, rt.device))
-            batches = [(codes.cpu(), gray) for codes, gray in coded]  # now a GPU is waited for
+            batches = [(codes.cpu(), gray) for codes, gray in coded]  # synchronises the GPU once
             for codes, gray in itertools.chain(*of_all(batches, rt)):
                 self.degradations |= zip(gray, codes, strict=True)
                 self.gray |= gray
@@ -417,7 +417,7 @@ def check_config(cfg: Config) -> None:
 
 
 def pairs_to_make(cfg: Config, files: Sequence[Path]) -> list[Job]:
-    """All pairs of a run. The seeds of a pair depend on its name alone, or on its folder's path."""
+    """All pairs of a run. Their seeds depend on --seed and the name alone, or the folder's path."""
     jobs = []
     for file, name, key in zip(
         files, photo_names(files, cfg.hr), keys_of(files, cfg.hr), strict=True

@@ -209,8 +209,8 @@ def rows_of_table_2(pairs: list[Pair], inputs: Inputs) -> Rows:
     of_set, of_pair = best_blurs(pairs)
     rows: Rows = [
         ("bicubic", on_pairs(bicubic, seed), pairs),
-        ("best blur of the set*", stored(of_set), pairs),
-        ("best blur of each pair*", stored(of_pair), pairs),
+        ("best Gaussian of the set*", stored(of_set), pairs),
+        ("best Gaussian of each pair*", stored(of_pair), pairs),
         ("Real-ESRGAN", on_pairs(synthetic("realesrgan"), seed), pairs),
         ("BSRGAN", on_pairs(synthetic("bsrgan"), seed), pairs),
     ]

@@ -244,7 +244,10 @@ def conditions(
         images["S(LR) with the error of another (training)"] = diffusion.plausible_hr(
             net, lr, other, degradation, draw
         )
-    return {k: torch.cat(diffusion.start(net, x, degradation), 1) for k, x in images.items()}
+    return {
+        k: torch.cat(diffusion.content_and_lr_hat(net, x, degradation), 1)
+        for k, x in images.items()
+    }
 
 
 def measure_leak(pairs: Sequence[Pair], inputs: Inputs) -> dict[str, Any]:
@@ -287,8 +290,8 @@ def table_remainder(name: str, inputs: Inputs) -> Measure:
     """The table remainder or leak, of each set."""
     cfg, (measure_set, text_of) = inputs.cfg, TABLES[name]
     inputs.check_steps(cfg.t_start)
-    few = {folder: pairs[: cfg.images] for folder, pairs in inputs.sets.items()}
-    sets = sets_with_other_scenes(few, cfg.seed)
+    first = {folder: pairs[: cfg.images] for folder, pairs in inputs.sets.items()}
+    sets = sets_with_other_scenes(first, cfg.seed)
 
     def measure() -> tuple[dict[str, Any], str]:
         values = {folder: measure_set(pairs, inputs) for folder, pairs in sets.items()}

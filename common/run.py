@@ -51,11 +51,12 @@ def check_micro_batches(cfg: Any, least: int = 1, sources: int = 1) -> None:
 
     A batch has equally many images of each of the sources, a micro-batch at least `least` of each.
     """
-    batch, number = cfg.batch_size // sources, cfg.accumulate or 1
-    fits = batch % number == 0 and batch // number >= least
-    size = f"--batch-size {cfg.batch_size}" + f" of {sources} kinds" * (sources > 1)
-    wrong = f"--accumulate {number}: {size} has not so many equal micro-batches of {least} or more."
-    require(fits, wrong)
+    number = cfg.accumulate or 1
+    images, rest = divmod(cfg.batch_size, sources * number)  # of each source in a micro-batch
+    flags = f"--batch-size {cfg.batch_size}" + f" --accumulate {number}" * (number > 1)
+    each = " of each kind" * (sources > 1)
+    wrong = f"{flags}: must give {number} equal micro-batches of {least} or more images{each}."
+    require(rest == 0 and images >= least, wrong)
 
 
 def files_of_run(path: Path) -> list[Path]:
@@ -124,11 +125,11 @@ class Run:
 
     The loss returns a dict of tensors: "loss" is minimised, all are logged.
     `groups` are the parameter groups of AdamW; all other parameters are frozen. In the end `net`
-    has the averaged weights. The checkpoint `path` is a dict of step, steps, net, ema, opt, config;
-    a run resumes from it if the configuration, with the `facts` of what it starts from, is equal.
-    Batches and draws depend on (seed, step, micro-batch) alone, so 1 process with 2 micro-batches
-    computes what 2 processes do. preview() may draw a picture; the numbers that it returns are
-    logged.
+    has the averaged weights. The checkpoint `path` is a dict of step, steps, net, ema, opt, config,
+    micro_batches; a run resumes from it if the configuration, but for MAY_CHANGE, and the `facts`
+    of what it starts from are equal. Batches and draws depend on (seed, step, micro-batch) alone,
+    so 1 process with 2 micro-batches computes what 2 processes do. preview() may draw a picture;
+    the numbers that it returns are logged.
     """
 
     def __init__(
@@ -146,10 +147,10 @@ class Run:
         self.preview, self.config = preview, dataclasses.asdict(cfg) | facts
         self.step = 0  # steps done
         self.micro_batch, self.micro_batches = 0, 1  # the next one of a step, and their number
-        self.short = False  # whether the memory of a GPU was too small for this step
+        self.out_of_memory = False  # in this step, on any GPU
         self.clock, self.images = 0.0, 0.0  # time of the last line of the log, images since then
-        self.first: Tensor | None = None  # loss of the first step
-        self.high: Tensor | int = 0  # for how many steps in a row the loss has been far above it
+        self.first_loss: Tensor | None = None  # of the first step, or since the run goes on
+        self.steps_too_high: Tensor | int = 0  # in a row, in which the loss was far above it
         self.stop: list[int] = []  # signals that ask to stop
         self.saving = False
         self.trained = [p for group in groups if group["lr"] > 0 for p in group["params"]]
@@ -202,7 +203,7 @@ class Run:
         require(isinstance(stored, dict) and type(step) is int and step >= 0, wrong)
         changed = {k: v for k, v in self.config.items() if stored.get(k, "missing") != v}
         for key, value in changed.items():
-            require(key != "began", f"{path} began from other weights: {advice}.")
+            require(key != "began", f"{path} was trained from different weights: {advice}.")
             flag, old = f"--{key.replace('_', '-')}", stored.get(key, "missing")
             require(key in self.cfg.MAY_CHANGE, f"{flag} is {value}, in {path} {old}: {advice}.")
         for key, value in changed.items() if self.rt.is_main else ():
@@ -222,7 +223,7 @@ class Run:
         if self.rt.is_main and self.step < self.steps:
             print(f"resuming {path} at step {self.step}")
         elif self.rt.is_main and self.steps > 0:
-            print(f"{path} is finished: it has {self.step} steps; more --steps go on from there")
+            print(f"{path} is finished: it has {self.step} steps")
 
     def batches(self, *crops: Any, least: int = 1) -> Iterator[tuple[Any, ...]]:
         """Yield a micro-batch of each of the crops, and a generator, until the last step is done.
@@ -234,10 +235,10 @@ class Run:
         with noted_signals(self.stop, self.rt, self.progress):
             while self.step < self.steps:
                 yield from self.equal_batches(crops)
-                if self.short:
+                if self.out_of_memory:
                     batch = crops[0].batch_size  # the same for all crops
                     self.micro_batches = more_micro_batches(self.micro_batches, batch, least)
-                    self.short = False
+                    self.out_of_memory = False
                     if self.rt.is_main:
                         print(f"memory is short: a batch is divided into {self.micro_batches} "
                               "micro-batches", flush=True)  # fmt: skip
@@ -247,7 +248,7 @@ class Run:
         self.net.eval().requires_grad_(False)
 
     def equal_batches(self, crops: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
-        """batches() until the last step is done, or until memory is short."""
+        """batches() of one number of micro-batches, to the last step or until memory is short."""
         cfg, rt = self.cfg, self.rt
         per_step, start = rt.world_size * self.micro_batches, self.step
 
@@ -260,7 +261,7 @@ class Run:
         for number, *images in zip(numbers(), *streams, strict=True):
             self.images += cfg.batch_size * rt.world_size / self.micro_batches
             yield *images, make_generator(cfg.seed, number, device=rt.device)
-            if self.short and self.micro_batch == 0:
+            if self.out_of_memory and self.micro_batch == 0:
                 return
 
     def votes(self) -> tuple[bool, bool]:
@@ -268,31 +269,31 @@ class Run:
 
         The message goes from CPU to CPU, so no GPU is synchronised.
         """
-        votes = torch.tensor([len(self.stop), int(self.short)])
+        votes = torch.tensor([len(self.stop), int(self.out_of_memory)])
         if self.rt.world_size > 1:
             with together():
                 dist.all_reduce(votes)
-        stopping, short = (votes > 0).tolist()
-        return stopping, short
+        stopping, out_of_memory = (votes > 0).tolist()
+        return stopping, out_of_memory
 
     def update(self, loss: Callable[..., dict[str, Tensor]], *arguments: Any) -> None:
-        """loss(*arguments) and its gradient; after the last micro-batch the step, log, checkpoint.
+        """Compute loss(*arguments) and its gradient; after the last micro-batch step, log and save.
 
         The loss is computed in bf16 where the device has it.
         """
         cfg, rt = self.cfg, self.rt
-        if not self.short:
+        if not self.out_of_memory:
             try:
                 with rt.autocast(cfg.bf16):
                     losses = loss(*arguments)
                 (losses["loss"] / self.micro_batches).backward()
             except torch.OutOfMemoryError:
-                self.short = True
+                self.out_of_memory = True
         self.micro_batch = (self.micro_batch + 1) % self.micro_batches
         if self.micro_batch > 0:
             return
-        stopping, self.short = self.votes()
-        if self.short:  # in any process: all repeat the step
+        stopping, self.out_of_memory = self.votes()
+        if self.out_of_memory:  # in any process: all repeat the step
             self.opt.zero_grad(set_to_none=True)
             return torch.cuda.empty_cache()
         average_gradients(self.trained, rt)
@@ -308,8 +309,8 @@ class Run:
         torch._foreach_lerp_(averages, weights, 1 - decay)
         self.step += 1
         value = losses["loss"].detach()
-        self.first = value.abs() if self.first is None else self.first
-        self.high = (self.high + 1) * (value > 100 * self.first)
+        self.first_loss = value.abs() if self.first_loss is None else self.first_loss
+        self.steps_too_high = (self.steps_too_high + 1) * (value > 100 * self.first_loss)
         saving = self.step % cfg.save_every == 0 or self.step == self.steps or stopping
         if rt.is_main and (saving or self.step % cfg.log_every == 0):
             self.check_finite(value.item(), norm.item())
@@ -322,7 +323,7 @@ class Run:
             raise SystemExit(self.goes_on())
 
     def goes_on(self) -> str:
-        """What a run says that was asked to stop."""
+        """The message of a run that was asked to stop."""
         return f"stopped at step {self.step}; the same command goes on from there"
 
     def progress(self) -> tuple[float, ...]:
@@ -345,9 +346,10 @@ class Run:
         text = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
         name = f"{self.path.parent.name}/{self.path.stem}"
         print(f"{name} {self.step}/{self.steps}  {text}", flush=True)
-        if self.high >= 100:
-            print(f"the loss has been over 100 times that of the first step for {int(self.high)} "
-                  "steps: stop, and try a smaller learning rate", flush=True)  # fmt: skip
+        if self.steps_too_high >= 100:
+            print(f"the loss has been over 100 times that of the first step for "
+                  f"{int(self.steps_too_high)} steps: stop, and try a smaller learning rate",
+                  flush=True)  # fmt: skip
         self.folder.claim([self.log])
         with open(self.log, "a", encoding="utf-8") as file:
             file.write(json.dumps({"phase": self.path.stem, "step": self.step, **shown}) + "\n")

@@ -61,7 +61,7 @@ def test_table_2_has_each_method_and_every_value(tmp_path, copying_generator):
     assert run(tmp_path, *flags).returncode == 0
     results = json.loads((tmp_path / "out/benchmark/results.json").read_text())
     rows = {row["method"]: row for row in results["tables"]["2"]["values"]["RealSR"]}
-    counts = {"bicubic": 5, "best blur of the set*": 5, "best blur of each pair*": 5,
+    counts = {"bicubic": 5, "best Gaussian of the set*": 5, "best Gaussian of each pair*": 5,
               "Real-ESRGAN": 5, "BSRGAN": 5}  # fmt: skip
     for name in ("RealDGen T=0", "RealDGen"):
         counts |= {f"{name}, own LR": 5, f"{name}, other scene": 4, f"{name}, all other scenes": 4}

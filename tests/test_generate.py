@@ -92,7 +92,7 @@ def test_without_noise_steps_lr_is_the_start_image_lr_hat_or_d_of_hr(net, start)
     hr, lr_ref = uniform(1, 3, 64, 64), uniform(3, 16, 16)
     lr, _ = generate.generate(net, hr, [lr_ref], replace(PLAIN, start=start), [3])
     if start == "reconstruct":
-        expected = diffusion.start(net, hr, net.extractors.e_deg(lr_ref[None]))[1]
+        expected = diffusion.content_and_lr_hat(net, hr, net.extractors.e_deg(lr_ref[None]))[1]
     else:
         theta = degrade.sample_degradation(1, start, generator=make_generator(3))
         expected = degrade.degrade(hr, theta)
@@ -206,7 +206,7 @@ def test_lr_hat_is_softened_by_the_amplitudes_of_the_weights(net, monkeypatch):
         made.append(generate.generate(net, hr, lr_ref, PLAIN, [0])[0][0])
     soft, plain = made
     assert torch.equal(plain, lr_hat)
-    in_training = diffusion.start(net, hr, torch.zeros(1, 16))[1]
+    in_training = diffusion.content_and_lr_hat(net, hr, torch.zeros(1, 16))[1]
     assert torch.equal(in_training, plain)
     torch.testing.assert_close(soft.mean(), lr_hat.mean(), atol=1e-4, rtol=0)
     power = [torch.fft.rfft2(x - x.mean()).abs().square().sum((0, 1)) for x in (soft, plain)]

@@ -182,7 +182,7 @@ def test_what_is_not_a_number_stops_the_run_and_the_good_checkpoint_stays(folder
     [
         ({"seed": 1}, "--seed is 1, in .*last.pt 0: give another --out"),
         ({"learning_rate": 0.0}, "all learning rates are 0"),
-        ({"began": "4567"}, "began from other weights"),
+        ({"began": "4567"}, "was trained from different weights"),
         ({"trained": slice(2, 3)}, "no checkpoint of this training"),
         ({"net": nn.Sequential(*toy_net(), nn.Conv2d(3, 3, 1))}, "another configuration"),
     ],
@@ -349,7 +349,7 @@ def test_a_batch_is_divided_into_equal_micro_batches_or_refused(batch, accumulat
     cfg = Toy(batch_size=batch, accumulate=accumulate)
     check_micro_batches(cfg, 2, sources)
     for wrong in ({"accumulate": 3}, {"accumulate": 8}, {"batch_size": 2 * sources - 1}):
-        with pytest.raises(UserError, match="--accumulate"):
+        with pytest.raises(UserError, match="--batch-size .*: must give"):
             check_micro_batches(replace(cfg, **wrong), 2, sources)
 
 

@@ -19,7 +19,7 @@ TINY = {
     "extractors.py": "--batch-size 4 --num-samples 1 --crop 64 --vq-crop 32 --vq-channels 8 "
     "--vq-multipliers 1 2 2 --vq-blocks 1 --vq-codes 16 --deg-channels 8 --deg-blocks 1 "
     "--deg-dim 16 --mod-channels 8",
-    "diffusion.py": "--batch-size 2 --crop 16 --widths 8 16 --blocks 1 --attention 1 "
+    "diffusion.py": "--batch-size 4 --crop 16 --widths 8 16 --blocks 1 --attention 1 "
     "--mod-channels 8 --cond-channels 4 --enlarger-steps 2 --enlarger-channels 8 "
     "--enlarger-blocks 1",
     "generate.py": "--t-start 10 --num-steps 2 --candidates 2",
@@ -157,6 +157,8 @@ def test_missing_stage_1_names_the_command_that_makes_it(tmp_path, monkeypatch):
         "extractors.py --seed 99999999999999999999",
         "diffusion.py --lr nowhere",
         "diffusion.py --accumulate 3",
+        "diffusion.py --batch-size 5",
+        "diffusion.py --recipes foo",
         "diffusion.py --without foo",
         "diffusion.py --save-every 0",
         "diffusion.py --crop 31",
