@@ -248,15 +248,13 @@ def with_grain(
     return additions.add_grain(lr, nets.effects(degradation), read, net.calibration, draws)
 
 
-def load_generator(checkpoint: str, device: torch.device, grain: bool = False) -> DecoupledDDPM:
+def load_generator(checkpoint: str, device: torch.device) -> DecoupledDDPM:
     """The trained model, ready to generate; "" looks in runs/diffusion, then in data/pretrained.
 
-    UserError if it can't be used; with `grain` also if it has no head to read noise and JPEG.
+    UserError if it can't be used.
     """
     path = find_checkpoint(checkpoint, "diffusion", "python diffusion.py")
     net = diffusion.load(load_checkpoint(path), str(path))
-    if grain:
-        check_grain(net, str(path))
     net.eval().requires_grad_(False)
     return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 

@@ -155,7 +155,7 @@ def test_weights_as_printed_generate_but_read_no_grain(tmp_path):
     lr, _ = generate.generate(net, uniform(1, 3, 32, 32), [uniform(3, 16, 16)], PLAIN, [0])
     assert lr.shape == (1, 1, 3, 8, 8) and lr.isfinite().all()
     with pytest.raises(UserError, match="--no-grain"):
-        generate.load_generator(path, torch.device("cpu"), grain=True)
+        generate.with_sampler_of(net, replace(PLAIN, grain=True), path)
 
 
 # ---- grain ------------------------------------------------------------------------------------
@@ -221,7 +221,9 @@ def test_weights_without_a_calibration_are_not_softened_and_a_sentence_says_so(
     net, tmp_path, capsys
 ):
     torch.save({"ema": net.state_dict(), "config": CONFIG}, tmp_path / "last.pt")
-    bare = generate.load_generator(str(tmp_path / "last.pt"), torch.device("cpu"), grain=True)
+    path = str(tmp_path / "last.pt")
+    bare = generate.load_generator(path, torch.device("cpu"))
+    generate.with_sampler_of(bare, generate.Sampler(), path)
     assert bare.calibration == additions.Calibration()
     printed = capsys.readouterr().out
     assert "not calibrated" in printed and "tools.calibrate" in printed

@@ -108,7 +108,7 @@ def test_pairs_are_generated_and_a_second_call_keeps_them(trained, flags):
 
 def test_each_image_of_a_batch_is_generated_as_if_it_were_alone_but_for_rounding():
     device = torch.device("cuda")
-    net = generate.load_generator("", device, grain=True)
+    net = generate.load_generator("", device)
     hr = torch.rand(4, 3, 256, 256, generator=make_generator(0)).to(device)
     refs = [torch.rand(3, 64, 64, generator=make_generator(b)) for b in range(4)]
     together, _ = generate.generate(net, hr, refs, generate.Sampler(), range(4))

@@ -166,7 +166,7 @@ def training(cfg: Config, rt: Runtime) -> Works:
 
 def generating(cfg: Config, rt: Runtime) -> Works:
     """Generation with the shipped weights from 512 x 512 pixels."""
-    net = generate.load_generator("", rt.device, grain=True)
+    net = generate.load_generator("", rt.device)
     hr = sample_photos("hr", cfg.batch_size, 512, rt.device)
     lr_ref, seeds = list(sample_photos("lr", len(hr), 128, rt.device)), range(len(hr))
 
