@@ -106,7 +106,6 @@ def small(monkeypatch, no_metric_weights):
     monkeypatch.setattr(generate, "CANDIDATES", 2)
     few = generate.PRESETS["paper"] | {"candidates": 2}
     monkeypatch.setitem(generate.PRESETS, "paper", few)
-    monkeypatch.setattr(generated, "FULL", 1)
     monkeypatch.setattr(downstream, "EVALUATIONS", 1)
     few_draws_of_theta(monkeypatch)
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: path.touch())
