@@ -48,9 +48,7 @@ class Config(generate.Sampler):
     perceptual_weight: float = 0.0  # of LPIPS; above 0, Table 1 also has networks trained with it
     hr: tuple[str, ...] = ()  # HR photos to make training pairs of (default: data/hr or samples)
     lr: tuple[str, ...] = ()  # extractors: real LR, a sub-folder for each device (default: data/lr)
-    images: int = (
-        64  # the most that factors, extractors, figure1, mtf, leakage, leak and remainder take
-    )
+    images: int = 64  # the most that factors, extractors, figure1, mtf, leak(age), remainder take
     crop: int = 96  # side of the LR crops of factors, extractors, figure1, leakage; pixels
     t_starts: tuple[int, ...] = ()  # T of 3 (default: the paper's four), of others (default: 0 200)
     checkpoint: str = ""  # generator (default: runs/diffusion, else data/pretrained)
