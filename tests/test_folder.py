@@ -177,9 +177,11 @@ def test_a_folder_has_one_writer(inputs, tmp_path, name):
     script, *flags = COMMANDS[name].split()
     flags = [flag.replace("OUT", str(tmp_path / "out")) for flag in flags]
     process = start(script, *flags, "--seed", "1", cwd=inputs)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "out" / RECORD).exists() and time.monotonic() < deadline:
-        time.sleep(0.002)
+    deadline, record = time.monotonic() + 60, tmp_path / "out" / RECORD
+    while time.monotonic() < deadline and not (
+        record.exists() and record.stat().st_size > len(HEADER)
+    ):
+        time.sleep(0.002)  # until it names a file: then the folder is locked
     assert process.pid is not None
     os.kill(process.pid, signal.SIGSTOP)
     time.sleep(0.2)  # until all its threads have stopped
