@@ -86,16 +86,20 @@ class Config:
     checkpoint: str = ""  # weights to calibrate (default: runs/extractors, else data/pretrained)
     hr: tuple[str, ...] = ()  # HR photos (default: data/hr, else data/sample/hr)
     crop: int = 128  # side of the LR images, pixels; smaller photos are left out
+    soften: tuple[float, ...] = ()  # five amplitudes to store, in place of the measured ones
+    faint: float = -1.0  # noise std to store, in levels of 255 (-1: as measured)
+    uncompressed: int = 0  # JPEG quality to store (0: as measured)
     seed: int = 0
     device: str = "auto"
 
 
-RANGES = {"crop": (8, 2**14)}
+RANGES = {"crop": (8, 2**14), "soften": (0, 4), "faint": (-1, 255), "uncompressed": (0, 100)}
 
 
 def main(cfg: Config, rt: Runtime) -> None:
     """Measure, print, and store the calibration in the checkpoint."""
     check_ranges(cfg, RANGES)
+    require(len(cfg.soften) in (0, 5), "--soften takes five amplitudes.")
     require(rt.world_size == 1, "tools.calibrate is one process: start it without torchrun.")
     path = find_checkpoint(cfg.checkpoint, "extractors", "python extractors.py")
     files = find_photos(cfg.hr, "hr", "--hr")
@@ -106,8 +110,14 @@ def main(cfg: Config, rt: Runtime) -> None:
     photos = [photo.to(rt.device) for photo in middles(files, side, cfg.seed)]
     require(bool(photos), f"--hr: no photo has {side} x {side} pixels: give a smaller --crop.")
     measured = calibrate(nets, photos, cfg.seed)
-    add_fact(path, "calibration", asdict(measured))
-    print(f"{path}: {measured}, measured on {len(photos)} photos")
+    print(f"measured on {len(photos)} photos: {measured}")
+    stored = additions.Calibration(
+        cfg.soften or measured.soften,
+        measured.faint if cfg.faint < 0 else cfg.faint,
+        cfg.uncompressed or measured.uncompressed,
+    )
+    add_fact(path, "calibration", asdict(stored))
+    print(f"{path}: {stored}")
 
 
 if __name__ == "__main__":
