@@ -125,7 +125,7 @@ def table_control(name: str, inputs: Inputs) -> Measure:
     count += len(inputs.other_weights)
     check_training(inputs, cfg.sr[-1:], count * cfg.seeds, "control")
     inputs.check_steps(*inputs.t_starts)
-    sets = sets_with_other_scenes(inputs.train, cfg.seed, "three")
+    sets = sets_with_other_scenes(inputs.train, cfg.seed, {}, "three")
     assert inputs.tests  # found and checked now
 
     def measure() -> tuple[dict[str, Any], str]:

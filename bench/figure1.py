@@ -31,7 +31,6 @@ from bench.pairs import (
     find_pairs,
     load_hr,
     load_lr,
-    sets_with_other_scenes,
     table_text,
 )
 from bench.separation import EXACT
@@ -140,7 +139,7 @@ def embed(inputs: Inputs) -> tuple[list[str], Tensor]:
     labels: list[str] = []
     degradations, seed = [], inputs.cfg.seed
     methods = syntheses(inputs.net, inputs.sampler) | other_methods(inputs, ["SynDiff"])
-    for name, pairs in sets_with_other_scenes(inputs.sets, seed).items():
+    for name, pairs in inputs.other_scenes().items():
         pairs = pairs[:: -(-len(pairs) // inputs.cfg.images)]  # evenly spread
         labelled = len({camera_of(pair.name) for pair in pairs}) <= MOST_CAMERAS
         for pair in tqdm(pairs, desc=f"F_deg of {name}", unit="image", leave=False):
@@ -249,7 +248,7 @@ def table_figure1(name: str, inputs: Inputs) -> Measure:
     check_training(inputs, [NETWORK], len(GRID), "figure1")
     inputs.check_steps()
     photos = inputs.photos
-    sets_with_other_scenes(inputs.sets, cfg.seed)  # checks
+    inputs.other_scenes()  # checks
 
     def measure() -> tuple[dict[str, Any], str]:
         # The folder's name depends on the photos, so that networks of other photos are not reused.

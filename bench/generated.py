@@ -7,9 +7,11 @@ camera, as in real use, where nobody has the LR image that is to be generated.
     python benchmark.py --table 2 6 --pairs data/RealSR data/DRealSR
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +31,6 @@ from bench.pairs import (
     load_hr,
     load_lr,
     resized_by_pillow,
-    sets_with_other_scenes,
     table_text,
     with_other_scenes,
 )
@@ -174,20 +175,20 @@ def stored(lr: dict[int, Tensor]) -> Method:
 def mean_degradations(
     pairs: Sequence[Pair], net: diffusion.DecoupledDDPM, average: int | None = None
 ) -> dict[int, Tensor]:
-    """For each pair (by index) the mean F_deg (D,) of the other LR images of its camera.
+    """For each pair (by index) the mean F_deg (D,) of LR of other scenes of its camera.
 
-    average: the most images that are taken, from the pair's reference on; None takes all.
+    pairs: of with_other_scenes(). average: the most images that are taken, from the reference on;
+    None takes all.
     """
-    each = {p.index: generate.degradation_of(net, load_lr(p.lr, p.full))[0] for p in pairs}
-    means = {}
-    for pair in pairs:
-        camera = camera_of(pair.name)
-        same = [p for p in pairs if camera_of(p.name) == camera and p is not pair]
-        first = next((i for i, p in enumerate(same) if p.lr == pair.reference), 0)
-        chosen = [each[p.index] for p in (same[first:] + same[:first])[:average]]
-        if chosen:
-            means[pair.index] = torch.stack(chosen).mean(0)
-    return means
+
+    @functools.cache
+    def degradation(file: Path, full: bool) -> Tensor:
+        return generate.degradation_of(net, load_lr(file, full))[0]
+
+    return {
+        pair.index: torch.stack([degradation(f, pair.full) for f in pair.others[:average]]).mean(0)
+        for pair in pairs
+    }
 
 
 # ---- Table 2 ------------------------------------------------------------------------------------
@@ -200,12 +201,12 @@ PAPER_2 = {
 Rows = list[tuple[str, Method, Sequence[Pair]]]  # label, method, pairs
 
 
-def rows_of_table_2(pairs: list[Pair], inputs: Inputs) -> Rows:
-    """All methods, and the best Gaussians."""
+def rows_of_table_2(pairs: list[Pair], other: list[Pair], inputs: Inputs) -> Rows:
+    """All methods, and the best Gaussians; other: those of the pairs that have other scenes."""
     seed, net = inputs.cfg.seed, inputs.net
     rec_lr = realdgen(net, replace(without_diffusion(inputs.sampler), grain=False))
     full = realdgen(net, inputs.sampler)
-    other, means = with_other_scenes(pairs, seed), mean_degradations(pairs, net)
+    means = mean_degradations(other, net)
     of_set, of_pair = best_blurs(pairs)
     rows: Rows = [
         ("bicubic", on_pairs(bicubic, seed), pairs),
@@ -226,10 +227,9 @@ def rows_of_table_2(pairs: list[Pair], inputs: Inputs) -> Rows:
     return rows
 
 
-def rows_of_table_6(pairs: list[Pair], inputs: Inputs) -> Rows:
+def rows_of_table_6(pairs: list[Pair], other: list[Pair], inputs: Inputs) -> Rows:
     """RealDGen with and without the filter, with references of other scenes; SynDiff."""
     K = max(inputs.cfg.candidates, generate.CANDIDATES)
-    other = with_other_scenes(pairs, inputs.cfg.seed)
     methods = {
         name: realdgen(inputs.net, replace(inputs.sampler, candidates=candidates))
         for name, candidates in (("without filter", 1), (f"with filter, K={K}", K))
@@ -250,19 +250,21 @@ def table_generated(name: str, inputs: Inputs) -> Measure:
     rows_of = rows_of_table_2 if name == "2" else rows_of_table_6
     inputs.check_steps()
     metrics = inputs.metrics
+    train = inputs.released_train
     if name == "6":
-        sets_with_other_scenes(inputs.sets, cfg.seed)  # checks
+        inputs.other_scenes()  # checks
 
     def measure() -> tuple[dict[str, Any], str]:
         values, text = {}, ""
         for folder, pairs in inputs.sets.items():
+            other = with_other_scenes(pairs, cfg.seed, train[folder])
             values[folder] = [
                 {"method": label} | evaluate(method, rows, metrics, inputs.device, cfg.batch_size)
-                for label, method, rows in rows_of(pairs, inputs)
+                for label, method, rows in rows_of(pairs, other, inputs)
             ]
             text += f"## {folder}: {TITLES[name]}\n\n" + method_table(values[folder])
             if name == "2":
-                text += notes_of_table_2(*inputs.found[folder]) + left_out_text()
+                text += notes_of_table_2(folder, other, inputs) + left_out_text()
             text += ("\n" + left_out_text(["SynDiff"]) if name == "6" else "") + "\n"
         return values, text
 
@@ -281,17 +283,19 @@ def method_table(rows: Sequence[dict[str, Any]]) -> str:
     return table_text(["method", *columns, "n", "images/s"], lines)
 
 
-def notes_of_table_2(pairs: list[Pair], skipped: int) -> str:
+def notes_of_table_2(folder: str, other: list[Pair], inputs: Inputs) -> str:
     """How to read Table 2."""
+    (pairs, skipped), train = inputs.found[folder], inputs.released_train[folder]
     cameras = Counter(camera_of(pair.name) or "unnamed" for pair in pairs)
-    alone, release = sum(n == 1 for n in cameras.values()), pairs[0].release
+    release, of_train = pairs[0].release, f", of Train ({len(train)})" if train else ""
     paper = f"\nRealDGen (paper), on Test of {release}: {PAPER_2.get(release)}.\n\n"
     return f"""
 bicubic is Pillow's, of the 8-bit HR image. T=0 is Rec_lr without diffusion and grain. n
 is the number of pairs. The reference is the pair's own LR, another scene of the same
 camera ({", ".join(f"{camera} {n}" for camera, n in cameras.items())}), or all
-other scenes (mean F_deg). * The best Gaussian fitted to the real LR: what blur alone can
-do. FID is too large for few images, by an amount that depends on n; KID is unbiased.
-Pairs without another scene, missing in the rows of other scenes: {alone}.
+other scenes (mean F_deg){of_train}. * The best Gaussian
+fitted to the real LR: what blur alone can do. FID is too large for few images, by an amount
+that depends on n; KID is unbiased.
+Pairs without another scene, missing in the rows of other scenes: {len(pairs) - len(other)}.
 Pairs that can't be read, missing in all rows: {skipped}.
 {paper if release in PAPER_2 else ""}"""

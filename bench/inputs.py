@@ -19,7 +19,7 @@ import diffusion
 import generate
 from bench import sr
 from bench.metrics import available_metrics
-from bench.pairs import Pair, find_pairs, halves
+from bench.pairs import Pair, find_pairs, halves, sets_with_other_scenes
 from common import require
 from common.cli import check_ranges
 from common.files import DATA, find_photos, list_images
@@ -140,11 +140,22 @@ class Inputs:
         return {name: pairs for name, (pairs, _) in self.found.items()}
 
     @cached_property
+    def released_train(self) -> dict[str, list[Pair]]:
+        """The pairs in Train of each set; none unless it is a release that has it."""
+        parts = [find_pairs(folder, "Train")[0] for folder in self.folders]
+        return dict(zip(self.sets, parts, strict=True))
+
+    @cached_property
     def train(self) -> dict[str, list[Pair]]:
         """The pairs of each set that give references: Train of a release, else one half."""
-        parts = [find_pairs(folder, "Train")[0] for folder in self.folders]
-        named = zip(self.sets.items(), parts, strict=True)
-        return {name: part or halves(pairs)[0] for (name, pairs), part in named}
+        return {
+            name: self.released_train[name] or halves(pairs)[0] for name, pairs in self.sets.items()
+        }
+
+    def other_scenes(self, most: int | None = None) -> dict[str, list[Pair]]:
+        """The first pairs of each set that have other scenes: of Train, else of each other."""
+        sets = {name: pairs[:most] for name, pairs in self.sets.items()}
+        return sets_with_other_scenes(sets, self.cfg.seed, self.released_train)
 
     @cached_property
     def tests(self) -> dict[str, list[Pair]]:

@@ -18,7 +18,7 @@ import degrade
 from bench.generated import all_methods, lr_of, mean_degradations, on_pairs
 from bench.inputs import Inputs, Measure
 from bench.kernels import fitted_kernel, normal_equations, transfer_function
-from bench.pairs import Pair, camera_of, load_hr, load_lr, sets_with_other_scenes, table_text
+from bench.pairs import Pair, camera_of, load_hr, load_lr, table_text
 from common.files import replacing
 from common.runtime import make_generator
 from generate import SCALE
@@ -61,7 +61,7 @@ def table_mtf(name: str, inputs: Inputs) -> Measure:
     """The transfer functions of each set, as a table and as mtf.png."""
     cfg = inputs.cfg
     inputs.check_steps(*inputs.t_starts)
-    sets = sets_with_other_scenes(inputs.sets, cfg.seed)
+    sets = inputs.other_scenes()
 
     def measure() -> tuple[dict[str, Any], str]:
         values = {name: measure_mtf(pairs, inputs) for name, pairs in sets.items()}

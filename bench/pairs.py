@@ -41,6 +41,7 @@ class Pair:
     reference: Path  # file of the real LR whose degradation is imitated
     scene: str  # frames of one video share it
     release: str  # RealSR, DRealSR or RealVSR if the folder has its layout, else ""
+    others: tuple[Path, ...] = ()  # files of LR of other scenes of its camera, first the reference
 
 
 def camera_of(name: str) -> str:
@@ -181,35 +182,40 @@ def load_lr(file: Path, full: bool = False) -> Tensor:
 # ---- which pairs give references ----------------------------------------------------------------
 
 
-def other_scenes(cameras: Sequence[str], seed: int) -> dict[int, int]:
-    """For each image the number of another one of its camera; no entry where there is none.
+def with_other_scenes(pairs: Sequence[Pair], seed: int, train: Sequence[Pair] = ()) -> list[Pair]:
+    """The pairs whose camera has other scenes, which are put in `others`.
 
-    The images of a camera are put in a random order, and each is given its successor. So each is
-    used once.
+    The other scenes are those of Train, or without it those of `pairs`. The scenes of a camera are
+    put in a random order, and each pair is given the next one, so that all are used alike.
     """
-    other = {}
-    for number, camera in enumerate(sorted(set(cameras))):
-        members = [i for i, name in enumerate(cameras) if name == camera]
-        order = torch.randperm(len(members), generator=make_generator(seed, number)).tolist()
-        for i, successor in zip(order, order[1:] + order[:1], strict=True):
-            if i != successor:
-                other[members[i]] = members[successor]
-    return other
-
-
-def with_other_scenes(pairs: Sequence[Pair], seed: int) -> list[Pair]:
-    """The pairs whose camera has other scenes; the reference of each is the LR of another scene."""
-    other = sorted(other_scenes([camera_of(pair.name) for pair in pairs], seed).items())
-    return [replace(pairs[i], reference=pairs[j].lr) for i, j in other]
+    found = []
+    for number, camera in enumerate(sorted({camera_of(pair.name) for pair in train or pairs})):
+        tested, scenes = (
+            [pair for pair in part if camera_of(pair.name) == camera]
+            for part in (pairs, train or pairs)
+        )
+        order = torch.randperm(len(scenes), generator=make_generator(seed, number)).tolist()
+        for k, pair in enumerate(tested):
+            start = (k if train else order.index(k) + 1) % len(order)
+            usable = [i for i, p in enumerate(scenes) if train or p.scene != pair.scene]
+            if usable:
+                first = next(i for i in order[start:] + order[:start] if i in usable)
+                at = usable.index(first)
+                others = tuple(scenes[i].lr for i in usable[at:] + usable[:at])
+                found.append(replace(pair, reference=others[0], others=others))
+    return sorted(found, key=lambda pair: pair.index)
 
 
 def sets_with_other_scenes(
-    sets: dict[str, list[Pair]], seed: int, needed: str = "two"
+    sets: dict[str, list[Pair]], seed: int, train: dict[str, list[Pair]], needed: str = "two"
 ) -> dict[str, list[Pair]]:
     """with_other_scenes() of each set, by its name; UserError for a set without such pairs."""
-    found = {name: with_other_scenes(pairs, seed) for name, pairs in sets.items()}
+    found = {name: with_other_scenes(v, seed, train.get(name, ())) for name, v in sets.items()}
     for name, pairs in found.items():
-        require(bool(pairs), f"--pairs {name}: no camera has {needed} pairs.")
+        missing = f"--pairs {name}: no camera has {needed} pairs."
+        if train.get(name):
+            missing = f"--pairs {name}: Train has no camera of Test."
+        require(bool(pairs), missing)
     return found
 
 

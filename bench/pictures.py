@@ -31,7 +31,7 @@ from bench.downstream import (
 )
 from bench.generated import lr_of, mean_degradations, on_pairs, other_methods, realdgen, synthetic
 from bench.inputs import Inputs, Measure
-from bench.pairs import load_hr, load_lr, sets_with_other_scenes
+from bench.pairs import load_hr, load_lr
 from bench.sr import enlarging
 from common import require
 from common.checkpoint import find_checkpoint, fingerprint
@@ -126,7 +126,7 @@ def lr_of_pairs(inputs: Inputs, each: int) -> dict[str, Scene]:
     others = {"BSRGAN": synthetic("bsrgan"), "Real-ESRGAN": synthetic("realesrgan")}
     others |= other_methods(inputs, ["SynDiff"])
     methods = {name: on_pairs(method, seed) for name, method in others.items()}
-    for folder, pairs in sets_with_other_scenes(inputs.sets, seed).items():
+    for folder, pairs in inputs.other_scenes().items():
         means = mean_degradations(pairs, inputs.net, inputs.sampler.average)
         # The others are given the reference: F_deg is of the weights of RealDGen alone.
         methods["RealDGen"] = on_pairs(realdgen(inputs.net, inputs.sampler), seed, means)
@@ -153,7 +153,7 @@ def scenes_to_enlarge(inputs: Inputs, files: Sequence[Path], each: int) -> dict[
     """Real LR with HR, of a few tested pairs of each set; or without HR, of photos."""
     scenes: dict[str, Scene] = {}
     if not files:
-        sets_with_other_scenes(inputs.sets, inputs.cfg.seed)  # checks
+        inputs.other_scenes()  # checks
         for folder, pairs in inputs.tests.items():
             for pair in spread(pairs, each):
                 lr, hr = crop_of(load_lr(pair.lr, pair.full)), crop_of(load_hr(pair), SCALE)

@@ -22,7 +22,7 @@ from additions import local_detail, noise_by_detail
 from bench.generated import lr_of, mean_degradations, on_pairs, realdgen, without_diffusion
 from bench.inputs import Inputs, Measure
 from bench.kernels import fitted_kernel, normal_equations, reduced_by
-from bench.pairs import Pair, load_hr, load_lr, sets_with_other_scenes, table_text
+from bench.pairs import Pair, load_hr, load_lr, table_text
 from common.images import resized, to_uint8
 from common.runtime import make_generator
 
@@ -290,8 +290,7 @@ def table_remainder(name: str, inputs: Inputs) -> Measure:
     """The table remainder or leak, of each set."""
     cfg, (measure_set, text_of) = inputs.cfg, TABLES[name]
     inputs.check_steps(cfg.t_start)
-    first = {folder: pairs[: cfg.images] for folder, pairs in inputs.sets.items()}
-    sets = sets_with_other_scenes(first, cfg.seed)
+    sets = inputs.other_scenes(cfg.images)
 
     def measure() -> tuple[dict[str, Any], str]:
         values = {folder: measure_set(pairs, inputs) for folder, pairs in sets.items()}

@@ -12,7 +12,7 @@ from drawn import bicubic_for_realdgen, fake_net, photo, scenes, write, write_pa
 
 import benchmark
 import generate
-from bench import control, generated, inputs, sr
+from bench import control, inputs, sr
 from common.images import load_image, save_image
 from common.run import Run
 
@@ -46,12 +46,10 @@ def copying_generator(monkeypatch):
         candidates = torch.stack([torch.zeros_like(lr)] * (sampler.candidates - 1) + [lr], dim=1)
         return candidates, {"kept": torch.full((len(hr),), candidates.shape[1] - 1)}
 
-    def fake_mean_degradations(pairs, net):
-        return {p.index: generated.load_lr(p.lr, p.full) for p in pairs}
-
     monkeypatch.setattr(generate, "load_generator", lambda *_: fake_net())
     monkeypatch.setattr(generate, "generate", fake_generate)
-    monkeypatch.setattr(generated, "mean_degradations", fake_mean_degradations)
+    degradation = lambda net, lr: lr[None]  # noqa: E731
+    monkeypatch.setattr(generate, "degradation_of", degradation)
     return samplers
 
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from bench import generated, pairs, sr
-from bench.pairs import camera_of, evaluate, find_pairs, load_hr, load_lr, other_scenes
+from bench.pairs import Pair, camera_of, evaluate, find_pairs, load_hr, load_lr, with_other_scenes
 from common.images import load_image, to_uint8
 
 CPU = torch.device("cpu")
@@ -27,14 +28,50 @@ def test_camera_is_the_sub_folder_else_the_leading_letters():
     assert {name: camera_of(name) for name in cameras} == cameras
 
 
-@given(cameras=st.lists(st.sampled_from("ABCD"), max_size=30), seed=st.integers(0, 2**31))
+def pairs_of(cameras, part):
+    """Pairs without files: number i is scene i of its camera in Test or Train."""
+    names = [f"{camera}_{i}" for i, camera in enumerate(cameras)]
+    lr = [Path(part, name) for name in names]
+    return [Pair(i, name, lr[i], lr[i], (32, 32), False, lr[i], name, "")
+            for i, name in enumerate(names)]  # fmt: skip
+
+
+CAMERAS = st.lists(st.sampled_from("ABCD"), max_size=30)
+
+
+@given(cameras=CAMERAS, seed=st.integers(0, 2**31))
 def test_other_scene_is_another_one_of_the_same_camera(cameras, seed):
-    other = other_scenes(cameras, seed)
-    assert all(i != j and cameras[i] == cameras[j] for i, j in other.items())
-    assert sorted(other) == sorted(other.values()), "each scene is used once"
-    alone = {i for i, camera in enumerate(cameras) if cameras.count(camera) == 1}
-    assert set(range(len(cameras))) - set(other) == alone
-    assert other == other_scenes(cameras, seed)
+    pairs = pairs_of(cameras, "Test")
+    other = with_other_scenes(pairs, seed)
+    assert [pair.index for pair in other] == [
+        i for i, c in enumerate(cameras) if cameras.count(c) > 1
+    ]
+    references = [pair.reference for pair in other]
+    assert sorted(references) == sorted(pair.lr for pair in other), "each scene is used once"
+    for pair in other:
+        alike = {p.lr for p in pairs if camera_of(p.name) == camera_of(pair.name)}
+        assert len({*pair.others}) == len(pair.others) and {*pair.others} == alike - {pair.lr}
+        assert pair.reference == pair.others[0]
+    assert other == with_other_scenes(pairs, seed)
+
+
+@given(cameras=CAMERAS, train=CAMERAS.filter(len), seed=st.integers(0, 2**31))
+def test_of_a_release_other_scenes_are_those_of_train(cameras, train, seed):
+    pairs, references = pairs_of(cameras, "Test"), pairs_of(train, "Train")
+    other = with_other_scenes(pairs, seed, references)
+    assert [pair.index for pair in other] == [i for i, c in enumerate(cameras) if c in train]
+    for camera in "ABCD":
+        alike = {p.lr for p in references if camera_of(p.name) == camera}
+        mine = [pair for pair in other if camera_of(pair.name) == camera]
+        assert all({*pair.others} == alike for pair in mine)
+        uses = [sum(pair.reference == lr for pair in mine) for lr in alike]
+        assert max(uses, default=0) - min(uses, default=0) <= 1, "all are used alike"
+
+
+def test_frames_of_one_video_are_no_other_scenes():
+    pairs = [replace(pair, scene="AB"[i // 2]) for i, pair in enumerate(pairs_of("XXXX", "Test"))]
+    for pair in with_other_scenes(pairs, 0):
+        assert {*pair.others} == {p.lr for p in pairs if p.scene != pair.scene}
 
 
 # Published sets: HR and LR files of a pair's name. RealVSR, and RealSR before version 3, store LR
@@ -180,14 +217,15 @@ def test_set_metrics_see_every_image_once_and_in_pairs(tmp_path, monkeypatch):
 def test_the_mean_degradation_is_that_of_the_other_scenes_of_the_camera(tmp_path, monkeypatch):
     found = find_pairs(write_pairs(tmp_path, ["a1", "a2", "a3", "b1"]))[0]
     monkeypatch.setattr(generated.generate, "degradation_of", lambda net, lr: lr.mean((1, 2))[None])
-    degradations = generated.mean_degradations(found, torch.nn.Linear(1, 1))
+    other = with_other_scenes(found, 0)
+    degradations = generated.mean_degradations(other, torch.nn.Linear(1, 1))
     means = [load_image(pair.lr).mean((1, 2)) for pair in found]
     assert set(degradations) == {0, 1, 2}  # there is no other b
     torch.testing.assert_close(degradations[1], (means[0] + means[2]) / 2)
     # Of one other scene: that of the reference.
-    chosen = [replace(pair, reference=found[2].lr) for pair in found]
-    one = generated.mean_degradations(chosen, torch.nn.Linear(1, 1), 1)
-    torch.testing.assert_close(torch.stack([one[0], one[1]]), torch.stack([means[2]] * 2))
+    one = generated.mean_degradations(other, torch.nn.Linear(1, 1), 1)
+    for pair in other:
+        torch.testing.assert_close(one[pair.index], load_image(pair.reference).mean((1, 2)))
 
 
 COLUMNS = ("PSNR RGB", "PSNR Y", "SSIM RGB", "SSIM Y")

@@ -188,6 +188,11 @@ def test_test_of_a_release_is_tested_whole_and_train_gives_references(tmp_path, 
     written = sorted((tmp_path / "out/references/released/P").iterdir())
     files = [tmp_path / f"released/Train_x4/train_LR/P{i}_x1.png" for i in range(3)]
     assert [f.read_bytes() for f in written] == [f.read_bytes() for f in files]
+    # The same in the tables that compare LR.
+    other = inputs.other_scenes()
+    assert all({*pair.others} == {*files} for pair in other["released"])
+    assert all(pair.reference != pair.lr for pair in other["DRealSR"])
+    assert [len(other[name]) for name in split] == [2, 5]
 
 
 def test_of_realvsr_200_random_frames_are_taken_and_a_video_is_in_one_half(tmp_path, monkeypatch):
@@ -250,7 +255,7 @@ def test_every_table_runs(workplace, small, preset, monkeypatch):
         reduced.append(psnr(hr.resize((32, 32), Image.Resampling.BICUBIC), lr))
         enlarged.append(psnr(lr.resize((128, 128), Image.Resampling.BICUBIC), hr))
     bicubic = next(row for row in values["2"]["set"] if row["method"] == "bicubic")
-    assert bicubic["n"] == 4
+    assert bicubic["n"] == 4 and "other scenes (mean F_deg), of Train (2)." in text["2"]
     assert bicubic["mean"]["PSNR RGB"] == pytest.approx(np.mean(reduced), abs=1e-4)
     found = values["1"]["rows"][0]["runs"][0]["set"]["mean"]["PSNR RGB"]
     assert found == pytest.approx(np.mean(enlarged), abs=0.01)
