@@ -17,7 +17,7 @@ demo: $(INSTALLED)
 	@echo "Look at out/demo/preview.png: HR | LR reference | generated LR | bicubic."
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
