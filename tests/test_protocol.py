@@ -11,7 +11,7 @@ import pytest
 import torch.nn.functional as F
 from drawn import few_draws_of_theta, inputs_of, photo, write
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageFilter
 
 import benchmark
 import diffusion
@@ -37,14 +37,20 @@ def write_pair(folder, number, hr, lr):
     write(folder / lr, np.asarray(small))
 
 
-def write_release(folder):
-    """RealSR as released: 2 pairs of Train and 4 of Test at scale 4, 1 of each at scale 2."""
+def write_releases(folder):
+    """RealSR, DRealSR and RealVSR as released: 2 pairs of Train and 4 of Test each at scale 4."""
     for part, count in (("Train", 2), ("Test", 4)):
         for i in range(count):
-            name = f"Canon/{part}/4/Canon_00{i}"
-            write_pair(folder, i + 4 * (part == "Train"), f"{name}_HR.png", f"{name}_LR4.png")
+            number, name = i + 4 * (part == "Train"), f"Canon/{part}/4/Canon_00{i}"
+            write_pair(folder / "set", number, f"{name}_HR.png", f"{name}_LR4.png")
+            hr, lr = (f"{part}_x4/{part.lower()}_{kind}/P{i}_x" for kind in ("HR", "LR"))
+            write_pair(folder / "set-2", number + 20, f"{hr}4.png", f"{lr}1.png")
+            for kind, blurred in (("GT", 0), ("LQ", 1)):  # LR of the size of HR
+                image = Image.fromarray(photo(number + 40, 128, 128))
+                file = folder / f"set-3/{kind}_{part.lower()}/00{i}/00000.png"
+                write(file, np.asarray(image.filter(ImageFilter.BoxBlur(blurred))))
         name = f"Canon/{part}/2/Canon_000"
-        write_pair(folder, 9, f"{name}_HR.png", f"{name}_LR2.png")
+        write_pair(folder / "set", 9, f"{name}_HR.png", f"{name}_LR2.png")
 
 
 # What the tables of both presets share: the weights by their paths, and a measure that is slow.
@@ -73,7 +79,7 @@ def told_once(*args):
 def workplace(tmp_path_factory):
     """A folder with a release, photos, and tiny weights of every kind."""
     folder = tmp_path_factory.mktemp("protocol")
-    write_release(folder / "set")
+    write_releases(folder)
     for number in range(4):
         write(folder / f"data/lr/{number % 2}/{number}.png", photo(number + 5, 32))
     for number in range(2):
@@ -121,9 +127,10 @@ def small(monkeypatch, no_metric_weights):
     monkeypatch.setattr(remainder, "told_apart", told_once)
 
 
-FLAGS = "--device cpu --pairs set --hr data/hr --lr data/lr --images 2 --crop 32 --sr-steps 1"
+SETS = ("set", "set-2", "set-3")  # RealSR, DRealSR, RealVSR
+FLAGS = "--device cpu --pairs set set-2 set-3 --hr data/hr --lr data/lr --images 2 --crop 32"
 GRID = [(0.3, 0.0), (1.1, 0.0), (0.3, 12.0), (1.1, 12.0)]  # of figure1
-FLAGS += " --data syndiff realdgen --num-steps 1 --candidates 1"
+FLAGS += " --sr-steps 1 --data syndiff realdgen --num-steps 1 --candidates 1"
 
 
 def psnr(x, y):
@@ -215,7 +222,7 @@ def test_every_table_runs(workplace, small, preset, monkeypatch):
     monkeypatch.chdir(workplace)
     for name in benchmark.TABLES:
         flags = benchmark.PRESETS[preset] | {"table": (name,), "crop": 32}
-        inputs = inputs_of(pairs=("set",), hr=("data/hr",), lr=("data/lr",), **flags)
+        inputs = inputs_of(pairs=SETS, hr=("data/hr",), lr=("data/lr",), **flags)
         assert callable(benchmark.TABLES[name](name, inputs))
     flags = f"--preset {preset} {FLAGS} --out {preset}"
     done = commands.run("benchmark.py", *flags.split(), "--table", *benchmark.TABLES, cwd=workplace)
@@ -228,10 +235,12 @@ def test_every_table_runs(workplace, small, preset, monkeypatch):
     assert "is left out" not in " ".join(text.values())
     values = {name: table["values"] for name, table in results.items()}
     # Rows with other weights.
-    methods = {row["method"] for row in values["2"]["set"]}
-    assert {"SynDiff", "RealDGen as printed, own LR", "RealDGen as printed, other scene"} < methods
-    assert "RealDGen as printed, all other scenes" not in methods
-    assert [row["method"] for row in values["6"]["set"]][2:] == ["SynDiff"]
+    for name in SETS:
+        methods = {row["method"]: row["n"] for row in values["2"][name]}
+        printed = "RealDGen as printed"
+        assert {"SynDiff", f"{printed}, own LR", f"{printed}, other scene"} < set(methods)
+        assert f"{printed}, all other scenes" not in methods and {*methods.values()} == {4}
+        assert [row["method"] for row in values["6"][name]][2:] == ["SynDiff"]
     assert {"SynDiff", "RealDGen as printed"} < set(values["control"]["rows"])
     assert "SynDiff" in values["figure1"]["labels"]
     assert [row["lr"] for row in values["factors"]["rows"]][-1] == "as printed"
@@ -245,8 +254,10 @@ def test_every_table_runs(workplace, small, preset, monkeypatch):
     losses = {row["perceptual"] for row in values["1"]["rows"]}
     assert losses == ({False, True} if preset == "paper" else {False})
     # Train gives references, Test is tested whole. Two rows, computed from the files.
-    assert values["control"]["trained"] == {"set": 2} and values["1"]["tested"] == {"set": 4}
-    assert "set: references are of Train (2), tested are all of Test (4)." in text["1"]
+    assert values["control"]["trained"] == dict.fromkeys(SETS, 2)
+    assert values["1"]["tested"] == dict.fromkeys(SETS, 4)
+    for name in SETS:
+        assert f"{name}: references are of Train (2), tested are all of Test (4)." in text["1"]
     reduced, enlarged = [], []
     for i in range(4):
         hr, lr = (Image.open(workplace / f"set/Canon/Test/4/Canon_00{i}_{kind}.png")
@@ -261,8 +272,11 @@ def test_every_table_runs(workplace, small, preset, monkeypatch):
     assert found == pytest.approx(np.mean(enlarged), abs=0.01)
     # The paper's figures stand where the layout is that of a release, under Tables 1 and 2 alone.
     assert "RealDGen (paper), on Test of RealSR: PSNR 26.16" in text["2"]
-    assert ("[28.802]" not in text["1"]) and ("[26.140]" in text["1"]) == (preset == "paper")
-    assert not any("In brackets" in text[name] for name in "3457")
+    in_brackets = {name: text[name].count("[") for name in "13457"}
+    values_of_paper = {"1": 2 * 4 * 8, "5": 2 * 2} if preset == "paper" else {}
+    assert in_brackets == dict.fromkeys("13457", 0) | values_of_paper
+    if preset == "paper":
+        assert "[26.140]" in text["1"] and "[28.802]" in text["1"] and "[22.9616]" in text["5"]
 
 
 def test_weights_as_printed_are_sampled_as_printed_unless_a_flag_says_else(
