@@ -1,5 +1,5 @@
 # make demo    generate LR images for the sample photos with the shipped weights
-# make test    run the tests (ARGS="-m slow" and the like are passed to pytest)
+# make test    run the tests in up to 4 processes (ARGS="-m slow" and the like are passed to pytest)
 # make lint    check format, style and types
 # make venv    only make .venv and install requirements.txt
 # make clean   remove .venv and the tools' caches; keeps data/, runs/ and out/
