@@ -175,7 +175,7 @@ def stored(lr: dict[int, Tensor]) -> Method:
 def mean_degradations(
     pairs: Sequence[Pair], net: diffusion.DecoupledDDPM, average: int | None = None
 ) -> dict[int, Tensor]:
-    """For each pair (by index) the mean F_deg (D,) of LR of other scenes of its camera.
+    """For each pair (by index) the mean F_deg (D,) of LR of other scenes of its camera, if any.
 
     pairs: of with_other_scenes(). average: the most images that are taken, from the reference on;
     None takes all.
@@ -188,6 +188,7 @@ def mean_degradations(
     return {
         pair.index: torch.stack([degradation(f, pair.full) for f in pair.others[:average]]).mean(0)
         for pair in pairs
+        if pair.others
     }
 
 
