@@ -164,7 +164,7 @@ class Inputs:
         for name, pairs in self.sets.items():
             half = halves(pairs)
             tests[name] = half[1] if self.train[name] == half[0] else pairs
-            require(bool(tests[name]), f"--pairs {name}: no camera has two pairs.")
+            require(bool(tests[name]), f"--pairs {name}: no camera has two scenes.")
         return tests
 
     def split_text(self) -> str:

@@ -38,10 +38,14 @@ class Pair:
     lr: Path
     size: tuple[int, int]  # of the LR image, (h, w)
     full: bool  # whether the LR file has the size of HR and must be reduced
-    reference: Path  # file of the real LR whose degradation is imitated
     scene: str  # frames of one video share it
     release: str  # RealSR, DRealSR or RealVSR if the folder has its layout, else ""
-    others: tuple[Path, ...] = ()  # files of LR of other scenes of its camera, first the reference
+    others: tuple[Path, ...] = ()  # files of LR of other scenes of its camera
+
+    @property
+    def reference(self) -> Path:
+        """File of the LR whose degradation is imitated: the first of the others, or its own."""
+        return self.others[0] if self.others else self.lr
 
 
 def camera_of(name: str) -> str:
@@ -149,7 +153,7 @@ def find_pairs(folder: Path, part: str = "Test") -> tuple[list[Pair], int]:
         require(full or (h, w) == size, wrong)
         require(min(size) >= 32, f"{flag}: the LR image {name} is under 32 x 32 pixels.")
         scene = name.partition("_")[0] if release == "RealVSR" else name
-        pairs.append(Pair(index, name, hr, lr, size, full, lr, scene, release))
+        pairs.append(Pair(index, name, hr, lr, size, full, scene, release))
     require(bool(pairs) or part == "Train", f"{flag}: none of its pairs can be read.")
     return pairs, len(found) - len(pairs)
 
@@ -202,7 +206,7 @@ def with_other_scenes(pairs: Sequence[Pair], seed: int, train: Sequence[Pair] = 
                 first = next(i for i in order[start:] + order[:start] if i in usable)
                 at = usable.index(first)
                 others = tuple(scenes[i].lr for i in usable[at:] + usable[:at])
-                found.append(replace(pair, reference=others[0], others=others))
+                found.append(replace(pair, others=others))
     return sorted(found, key=lambda pair: pair.index)
 
 
@@ -212,7 +216,7 @@ def sets_with_other_scenes(
     """with_other_scenes() of each set, by its name; UserError for a set without such pairs."""
     found = {name: with_other_scenes(v, seed, train.get(name, ())) for name, v in sets.items()}
     for name, pairs in found.items():
-        missing = f"--pairs {name}: no camera has {needed} pairs."
+        missing = f"--pairs {name}: no camera has {needed} scenes."
         if train.get(name):
             missing = f"--pairs {name}: Train has no camera of Test."
         require(bool(pairs), missing)

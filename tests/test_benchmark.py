@@ -198,8 +198,8 @@ def ablations(folder):
         (None, "--table factors --crop 60", "--crop 60: must be a multiple of 8"),
         (None, "--table extractors --hr set/HR --crop 32 --lr nowhere", "--lr nowhere: no such"),
         (None, "--table leakage --pairs set", "leakage needs a set with a camera of 4 scenes"),
-        (None, "--table control --pairs set", "--pairs set: no camera has three pairs"),
-        *((alone, f"--table {name} --pairs alone", "--pairs alone: no camera has two pairs")
+        (None, "--table control --pairs set", "--pairs set: no camera has three scenes"),
+        *((alone, f"--table {name} --pairs alone", "--pairs alone: no camera has two scenes")
           for name in ("mtf", "leak", "pictures")),
         (None, "--pairs set --batch-size 0", "--batch-size 0"),
         (None, "--pairs set --start noise", "--start noise: choose reconstruct, realesrgan"),
