@@ -198,14 +198,16 @@ from real LR (50% is chance). LR of two seeds differs by {found["between seeds"]
 # ---- the table leak -----------------------------------------------------------------------------
 
 
-def predicted_share(condition: Tensor, remainder: Tensor, seed: int) -> float:
+def predicted_share(condition: Tensor, linear: Tensor, remainder: Tensor, seed: int) -> float:
     """R^2 of a small network that predicts remainders (N, 3, h, w) from conditions (N, C, h, w).
 
-    It learns from every other image and is tested on the rest. 1: the condition shows the
-    remainder; 0: nothing of it.
+    It also sees the rest of the LR, `linear` (N, 3, h, w): without it, it could not find the
+    remainder even in the LR itself. It learns from every other image and is tested on the others.
+    1: the condition shows the remainder; 0: nothing of it.
     """
     torch.manual_seed(seed)
-    x = condition - condition.mean((0, 2, 3), keepdim=True)
+    x = torch.cat([condition, fine_part(linear)], dim=1)
+    x = x - x.mean((0, 2, 3), keepdim=True)
     x = x / x.std((0, 2, 3), keepdim=True).clamp(min=1e-6)
     y = remainder / remainder.std()
     layers: list[nn.Module] = []
@@ -261,9 +263,11 @@ def measure_leak(pairs: Sequence[Pair], inputs: Inputs) -> dict[str, Any]:
         for name, x in conditions(inputs.net, *batch).items():
             read.setdefault(name, []).append(x.cpu())
     y = torch.stack(left)
+    linear = torch.stack(lr) - y
+    shown = {"nothing": linear[:, :0]} | {name: torch.cat(x) for name, x in read.items()}
     return {
-        name: [predicted_share(torch.cat(x), of, inputs.cfg.seed) for of in (y, fine_part(y))]
-        for name, x in read.items()
+        name: [predicted_share(x, linear, of, inputs.cfg.seed) for of in (y, fine_part(y))]
+        for name, x in shown.items()
     }
 
 
@@ -273,8 +277,8 @@ def text_of_leak(folder: str, found: dict[str, Any]) -> str:
     return f"""## {folder}: how much of the real remainder does the condition show?
 
 {table_text(["F_cont and output of Rec_lr of", "R^2, all of it", "R^2, its fine part"], rows)}
-R^2 of a small network that learns from every other pair and is tested on the rest. What true HR
-shows is determined by the scene. More than that is the remainder itself: a diffusion trained with
+R^2 of a small network that also sees what a kernel explains. It learns from every other pair and
+is tested on the rest. What true HR shows, or nothing, is determined by the scene. More than that is the remainder itself: a diffusion trained with
 this condition copies it from there, and does not learn to make it.
 
 """

@@ -54,12 +54,13 @@ def test_other_lr_is_told_apart_by_its_noise_and_equal_lr_is_not(fewer_steps):
 
 
 def test_a_condition_that_holds_the_remainder_shows_it_and_another_one_does_not(fewer_steps):
-    left = 5 / 255 * normal(12, 3, 128, 128)
+    left, linear = 5 / 255 * normal(12, 3, 128, 128), 20 / 255 * normal(12, 3, 128, 128, seed=2)
     shows = torch.cat([normal(12, 2, 128, 128), 3 * left - 1], dim=1)
-    assert remainder.predicted_share(shows, left, 0) > 0.9
+    assert remainder.predicted_share(shows, linear, left, 0) > 0.9
+    assert remainder.predicted_share(linear + left, linear, left, 0) > 0.7  # the LR itself
     half = left + 5 / 255 * normal(12, 3, 128, 128, seed=1)  # noise of the same size: R^2 is 1/2
-    assert 0.35 < remainder.predicted_share(half, left, 0) < 0.52
-    assert abs(remainder.predicted_share(normal(12, 5, 128, 128), left, 0)) < 0.05
+    assert 0.35 < remainder.predicted_share(half, linear, left, 0) < 0.52
+    assert abs(remainder.predicted_share(normal(12, 5, 128, 128), linear, left, 0)) < 0.05
 
 
 def test_the_table_has_a_row_for_each_kind_of_lr(tmp_path, monkeypatch):
