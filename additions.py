@@ -7,7 +7,8 @@ weights; the preset paper of generate.py turns off the grain.
     DCT statistics     pooled beside the features of E_deg
     JPEG grid          the place of each pixel in its block, for Rec_lr and M
     kernels            filters with a given transfer function, for Rec_lr
-    noise by detail    in place of what no filter of HR explains, for S and the calibration
+    coarse             content without fine detail, for M
+    noise by detail    in place of what no filter of HR explains, for the calibration
     grain              noise and JPEG on generated LR
 """
 
@@ -201,6 +202,17 @@ def radial_kernels(gain: Tensor) -> Tensor:
     return torch.fft.fftshift(torch.fft.ifft2(amplitude).real, dim=(1, 2))
 
 
+COARSE = 1.5  # std of the Gaussian, LR pixels: the smallest that passes the table leak
+
+
+def coarse(maps: Tensor) -> Tensor:
+    """Maps (B, C, h, w) without fine detail: blurred by a Gaussian."""
+    place = torch.arange(-5, 6, device=maps.device) / COARSE
+    weight = (-place.square() / 2).exp()
+    kernel = weight[:, None] * weight / weight.sum().square()
+    return filtered(maps.float(), kernel.expand(len(maps), -1, -1))
+
+
 # Amplitude of a bicubic reduction by 4 at FREQUENCIES
 BICUBIC = effects_of(degrade.bicubic_reduction(1, 4))[:, :5]  # (1, 5)
 
@@ -235,24 +247,24 @@ class Calibration:
     uncompressed: int = 100  # JPEG quality that the head can't tell from no compression
 
 
-def local_detail(image: Tensor, side: int) -> Tensor:
-    """Std of brightness in windows of this side, of images (B, 3, h, w): (B, 1, h, w)."""
+def local_detail(image: Tensor) -> Tensor:
+    """Std of brightness in windows of 5 x 5 pixels, of images (B, 3, h, w): (B, 1, h, w)."""
 
     def mean(x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, side, 1, padding=side // 2, count_include_pad=False)
+        return F.avg_pool2d(x, 5, 1, padding=2, count_include_pad=False)
 
     y = image.mean(1, keepdim=True)
     return mean((y - mean(y)).square()).sqrt()
 
 
-def noise_by_detail(lr: Tensor, draw: torch.Generator, size: Tensor | float = 1.1) -> Tensor:
+def noise_by_detail(lr: Tensor, draw: torch.Generator) -> Tensor:
     """Add noise to LR (B, 3, h, w) of the size that the remainder of real LR has.
 
     The remainder is what no filter of HR explains. Measured on RealSR and DRealSR, its std above
-    .15 cycles per pixel is 1.1 (`size`) times the root of the local std of brightness, both in
-    levels, from flat surfaces to edges; its channels have a correlation of .7.
+    .15 cycles per pixel is 1.1 times the root of the local std of brightness, both in levels, from
+    flat surfaces to edges; its channels have a correlation of .7.
     """
-    std = size / 255 * (255 * local_detail(lr, 5)).sqrt()
+    std = 1.1 / 255 * (255 * local_detail(lr)).sqrt()
     colour, gray = (
         torch.randn(len(lr), n, *lr.shape[2:], generator=draw, device=lr.device) for n in (3, 1)
     )

@@ -9,10 +9,10 @@ this condition. M and the U-Net are trained, small parts of the extractors fine-
 
 --as-printed, which --preset paper sets, removes these additions to the paper:
 
-    Algorithm 1  a real LR image gets the content of an HR image that a network S makes of it, not
-                 its own, and F_deg of other photos in its folder; a third of a batch are synthetic
-                 pairs, with F_deg from another scene
-    M            also sees the output of Rec_lr, and the position in the 8 x 8 blocks of JPEG
+    Algorithm 1  a real LR image gets F_deg of other photos in its folder; a third of a batch are
+                 synthetic pairs, with F_deg from another scene
+    M            sees F_cont without fine detail; also the output of Rec_lr without fine detail,
+                 and the position in the 8 x 8 blocks of JPEG
 """
 
 import functools
@@ -272,7 +272,7 @@ class UNet(nn.Module):
 
 
 class DecoupledDDPM(nn.Module):
-    """The extractors, the modulation block M and the U-Net; S, unless trained as printed."""
+    """The extractors, the modulation block M and the U-Net."""
 
     def __init__(
         self, nets: extractors.Extractors, stage_1: extractors.Config, cfg: "Config"
@@ -286,8 +286,6 @@ class DecoupledDDPM(nn.Module):
             c_in, stage_1.deg_dim, cfg.mod_channels, cfg.cond_channels, not cfg.as_printed
         )
         self.unet = UNet(cfg.cond_channels, cfg.widths, cfg.blocks, cfg.attention)
-        if not cfg.as_printed:
-            self.enlarger = Enlarger(cfg.enlarger_channels, cfg.enlarger_blocks)
 
     def content(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """F_cont (B, z, H/4, W/4) of images (B, 3, H, W); zeros in the ablation without it.
@@ -306,12 +304,20 @@ class DecoupledDDPM(nn.Module):
         SynDiff (arXiv:2303.06994).
         """
         degradation = degradation * ("degradation" not in self.without)
+        return self.modulation(degradation, self.seen_by_m(content, lr_hat))
+
+    def seen_by_m(self, content: Tensor, lr_hat: Tensor) -> Tensor:
+        """What M sees: F_cont and, unless as printed, lr_hat, both without fine detail.
+
+        Deviation: the content of a real LR image shows the noise and the detail that the U-Net has
+        to make, so it would learn to copy them. The fine detail of a scene is in x_t, below noise.
+        The table leak measures how much is shown.
+        """
         content = content * ("content" not in self.without)
-        # Deviation: M also sees the output of Rec_lr, so that the U-Net has only to correct it.
-        if not self.as_printed:
-            lr_hat = to_signed(lr_hat.float()) * (not self.without)
-            content = torch.cat([content, lr_hat], dim=1)
-        return self.modulation(degradation, content)
+        if self.as_printed:
+            return content
+        lr_hat = to_signed(lr_hat.float()) * (not self.without)
+        return additions.coarse(torch.cat([content, lr_hat], dim=1))
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         """eps_theta(x_t, t, c)."""
@@ -366,23 +372,6 @@ def decoupled_loss(
 # ---- the same with our additions ----------------------------------------------------------------
 
 
-class Enlarger(nn.Module):
-    """S, not in the paper: enlarges LR images 4 times, so that real LR gets an HR image."""
-
-    def __init__(self, channels: int, blocks: int) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, channels, 3, padding=1)
-        self.body = nn.Sequential(*[extractors.PlainBlock(channels) for _ in range(blocks)])
-        self.last = nn.Conv2d(channels, 3 * 16, 3, padding=1)
-        for p in self.last.parameters():
-            nn.init.zeros_(p)
-
-    def forward(self, lr: Tensor) -> Tensor:
-        """lr (B, 3, h, w) in [0, 1] -> hr_hat (B, 3, 4h, 4w), not clamped."""
-        detail = F.pixel_shuffle(self.last(self.body(self.first(lr - 0.5))), 4)
-        return resized(lr, *detail.shape[2:]) + detail.float()
-
-
 def content_and_lr_hat(
     net: DecoupledDDPM, hr: Tensor, degradation: Tensor, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -406,48 +395,6 @@ def mean_degradation(
     return (codes * taken).sum(0) / number
 
 
-def back_translated_example(
-    net: DecoupledDDPM,
-    lr: Tensor,
-    lr_refs: Sequence[Tensor],
-    hr: Tensor,
-    generator: torch.Generator,
-) -> Example:
-    """Algorithm 1 for real LR images (B, 3, h, w); the content is that of a plausible HR image.
-
-    lr_refs, each (B, 3, h', w'): other photos of the same cameras, which give F_deg;
-    hr (B, 3, 4h, 4w): unrelated HR photos.
-    """
-    degradation = mean_degradation(net, lr_refs, generator)
-    hr_hat = plausible_hr(net, lr, hr, degradation, generator)
-    return lr, degradation, *content_and_lr_hat(net, hr_hat, degradation, generator)
-
-
-@torch.no_grad()
-def plausible_hr(
-    net: DecoupledDDPM, lr: Tensor, hr: Tensor, degradation: Tensor, generator: torch.Generator
-) -> Tensor:
-    """HR images (B, 3, 4h, 4w) that the real LR images (B, 3, h, w) could have.
-
-    S returns a mean, from which the LR image can be computed again. So the error that S makes on
-    another photo is added, scaled by the root of local detail. It stands for the detail that S
-    can't know.
-    """
-    other = noisy_lr(net, hr, degradation, generator)
-    hr_hat, other = net.enlarger(torch.cat([lr, other])).clamp(0, 1).chunk(2)
-    here, there = (additions.local_detail(x, 9) + 1 / 255 for x in (hr_hat, other))
-    return (hr_hat + (hr - other) * (here / there).sqrt().clamp(max=3)).clamp(0, 1)
-
-
-def noisy_lr(
-    net: DecoupledDDPM, hr: Tensor, degradation: Tensor, generator: torch.Generator
-) -> Tensor:
-    """LR (B, 3, h, w) of HR photos by Rec_lr, with noise in place of what the diffusion adds."""
-    size = 0.55 * 4 ** torch.rand(len(hr), 1, 1, 1, generator=generator, device=hr.device)
-    lr_hat = content_and_lr_hat(net, hr, degradation)[1]
-    return additions.noise_by_detail(lr_hat, generator, size)
-
-
 @torch.no_grad()
 def synthetic_example(
     net: DecoupledDDPM, hr: Tensor, recipes: Sequence[str], generator: torch.Generator
@@ -465,29 +412,19 @@ def synthetic_example(
 def decoupled_loss_with_additions(
     net: DecoupledDDPM, photos: Sequence[Tensor], cfg: "Config", generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """The loss on real LR images, whose HR images S estimates, and on synthetic pairs.
+    """The loss on real LR images and on synthetic pairs, half as many.
 
-    photos: lr, lr_refs, hr of back_translated_example(). Half as many pairs are synthetic.
+    photos: lr (B, 3, h, w); other photos of the same cameras, each (B, 3, h', w'), which give
+    F_deg; hr (B, 3, 4h, 4w), unrelated.
     """
-    # Deviation: Algorithm 1 takes the content of the real LR image itself. That already contains
-    # the blur and noise, so the U-Net would learn to copy them, not to make them.
     lr, *lr_refs, hr = photos
+    content = real_example(net, lr, generator)[2]
     examples = [
-        back_translated_example(net, lr, lr_refs, hr, generator),
+        (lr, mean_degradation(net, lr_refs, generator), content, lr),
         synthetic_example(net, hr, cfg.recipes, generator),
     ]
     x_0, degradation, content, lr_hat = map(torch.cat, zip(*examples, strict=True))
     return ddpm_loss(net, x_0, net.condition(degradation, content, lr_hat), cfg, generator)
-
-
-def enlarger_loss(
-    net: DecoupledDDPM, lr_ref: Tensor, hr: Tensor, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """S must find HR photos in their LR, which Rec_lr makes with the degradation of real LR."""
-    with torch.no_grad():
-        made = noisy_lr(net, hr, net.extractors.e_deg(lr_ref), generator)
-    hr_hat = net.enlarger(made)
-    return {"loss": F.l1_loss(hr_hat, hr), "psnr": extractors.psnr_of(F.mse_loss(hr_hat, hr))}
 
 
 # ---- preview ------------------------------------------------------------------------------------
@@ -521,13 +458,11 @@ class Config(TrainingConfig):
     recipes: tuple[str, ...] = ("realesrgan",)  # of D, for synthetic pairs
     without: tuple[str, ...] = ()  # ablation: degradation, content or both are not given
     steps: int = 240_000  # 100 epochs of 152,000 crops in batches of 64
-    enlarger_steps: int = 10_000  # of S, which is trained first; as printed there is no S
     # A.3 says 8 on 8 GPUs, Section 3.1 says 16 on 16, and neither says whether for one GPU or for
     # all. Here it is A.3's, for one.
     batch_size: int = 8  # per process, 8 of which give the paper's 64; 0: 256 on a GPU, else 16
     crop: int = 256  # LR crop, pixels; with our additions LR photos need twice, HR 4 times as many
     learning_rate: float = 1e-4  # of M and the U-Net
-    enlarger_learning_rate: float = 1e-3
     finetune_learning_rate: float = 1e-6  # of parts of the extractors; 0 freezes them
     t_max: int = 500  # largest step of noise
     small_t: bool = False  # draw log t uniformly, not t
@@ -537,8 +472,6 @@ class Config(TrainingConfig):
     attention: tuple[int, ...] = (2, 3)  # resolutions with attention
     mod_channels: int = 128
     cond_channels: int = 64  # channels of c
-    enlarger_channels: int = 64
-    enlarger_blocks: int = 16
     ema_decay: float = 0.9999
 
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (*TrainingConfig.MAY_CHANGE, "checkpoint")
@@ -547,8 +480,7 @@ class Config(TrainingConfig):
 SMALL: dict = {
     "steps": 1000, "batch_size": 0, "crop": 48, "learning_rate": 5e-4, "widths": (32, 64, 128),
     "attention": (2,), "mod_channels": 48, "cond_channels": 16, "ema_decay": 0.998,
-    "compile": False, "save_every": 100, "enlarger_steps": 800, "enlarger_channels": 40,
-    "enlarger_blocks": 8,
+    "compile": False, "save_every": 100,
 }  # fmt: skip
 PRESETS: dict[str, dict] = {
     "small": SMALL
@@ -564,11 +496,9 @@ PRESETS: dict[str, dict] = {
 }
 RANGES = TRAINING_RANGES | {
     "steps": (0, 2**31), "batch_size": (2, 2**20), "crop": (16, 2**12), "learning_rate": (0, 1),
-    "finetune_learning_rate": (0, 1), "enlarger_learning_rate": (0, 1),
-    "t_max": (1, 1000), "draws": (1, 256),
+    "finetune_learning_rate": (0, 1), "t_max": (1, 1000), "draws": (1, 256),
     "widths": (1, 2**12), "blocks": (1, 64), "attention": (0, 15), "mod_channels": (1, 2**12),
-    "cond_channels": (1, 2**12), "enlarger_steps": (0, 2**31), "enlarger_channels": (1, 2**12),
-    "enlarger_blocks": (0, 256),
+    "cond_channels": (1, 2**12),
 }  # fmt: skip
 
 
@@ -643,7 +573,7 @@ def train(cfg: Config, rt: Runtime) -> None:
         nets.load_state_dict(state["ema"])
     began = fingerprint(net if cfg.start_from else nets)
 
-    lock_runs(out, ["enlarger", "last"] if use_hr else ["last"], rt)
+    lock_runs(out, ["last"], rt)
     crops = training_crops(cfg, rt, use_hr)
     ends = (crops[0], crops[-1])
     shown_lr, shown_hr = (c.batch(10**9, 3).to(rt.device).float() / 255 for c in ends)
@@ -665,17 +595,7 @@ def train(cfg: Config, rt: Runtime) -> None:
         encoder = nets.vqvae.encoder
         networks = [net.unet, net.modulation, nets.e_deg, encoder.down, encoder.mid]
         compile_networks(networks, rt)
-    net.to(rt.device)  # Run moves S alone, whose loss needs the extractors
     # Not in the paper: Run takes AdamW, clipped gradients and an average of the weights.
-    if use_hr:  # S, on LR of HR photos
-        learned = [{"params": [*net.enlarger.parameters()], "lr": cfg.enlarger_learning_rate}]
-        run = Run(
-            cfg, rt, net.enlarger, learned, out / "enlarger.pt", cfg.enlarger_steps, began=began,
-            extractors=state["config"], calibration=state["calibration"],
-        )  # fmt: skip
-        for lr_ref, hr, draw in run.batches(crops[1], crops[-1]):
-            run.update(enlarger_loss, net, lr_ref, hr, draw)
-        began = fingerprint(net)
     run = Run(
         cfg, rt, net, groups, out / "last.pt", cfg.steps, began=began, extractors=state["config"],
         calibration=state["calibration"],

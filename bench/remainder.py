@@ -23,7 +23,7 @@ from bench.generated import lr_of, mean_degradations, on_pairs, realdgen, withou
 from bench.inputs import Inputs, Measure
 from bench.kernels import fitted_kernel, normal_equations, reduced_by
 from bench.pairs import Pair, load_hr, load_lr, table_text
-from common.images import resized, to_uint8
+from common.images import to_uint8
 from common.runtime import make_generator
 
 EDGE = 4  # LR pixels at the edge that are left out
@@ -60,7 +60,7 @@ def measures(remainder: Tensor, lr: Tensor) -> dict[str, list[float]]:
     spectrum: amplitude within CYCLES; channels: correlation of its fine parts; std: of all of it.
     """
     inner = (..., slice(EDGE, -EDGE), slice(EDGE, -EDGE))
-    levels, detail = 255 * remainder, 255 * local_detail(lr[None], 5)[0][inner][0]
+    levels, detail = 255 * remainder, 255 * local_detail(lr[None])[0][inner][0]
     fine, all_of_it = fine_part(levels)[inner], levels[inner]
     places = [(detail >= a) & (detail < b) for a, b in zip(DETAIL, DETAIL[1:], strict=False)]
     by_detail = [fine[:, p].std().item() if p.sum() > 50 else np.nan for p in places]
@@ -233,22 +233,15 @@ def predicted_share(condition: Tensor, linear: Tensor, remainder: Tensor, seed: 
 
 @torch.no_grad()
 def conditions(
-    net: diffusion.DecoupledDDPM, hr: Tensor, lr: Tensor, other: Tensor, degradation: Tensor
+    net: diffusion.DecoupledDDPM, hr: Tensor, lr: Tensor, degradation: Tensor
 ) -> dict[str, Tensor]:
-    """The condition's images (1, C, h, w) by the HR image that they are read from.
-
-    hr (1, 3, 4h, 4w) and lr (1, 3, h, w) are a pair, `other` is the HR image of another one.
-    """
-    draw = make_generator(0, device=lr.device)
-    images = {"true HR": hr, "real LR, enlarged": resized(lr, *hr.shape[2:]).clamp(0, 1)}
-    if not net.as_printed:
-        images["S(LR)"] = net.enlarger(lr).clamp(0, 1)
-        images["S(LR) with the error of another (training)"] = diffusion.plausible_hr(
-            net, lr, other, degradation, draw
-        )
+    """What M may see (1, C, h, w) of a pair hr (1, 3, 4h, 4w), lr (1, 3, h, w)."""
+    content = diffusion.real_example(net, lr)[2]
+    generating = diffusion.content_and_lr_hat(net, hr, degradation)
     return {
-        k: torch.cat(diffusion.content_and_lr_hat(net, x, degradation), 1)
-        for k, x in images.items()
+        "content of HR (generation)": net.seen_by_m(*generating),
+        "content of real LR (training)": net.seen_by_m(content, lr),
+        "the same, with fine detail": torch.cat([content, lr], dim=1),
     }
 
 
@@ -258,8 +251,7 @@ def measure_leak(pairs: Sequence[Pair], inputs: Inputs) -> dict[str, Any]:
     hr, lr, left = cropped(pairs)
     read: dict[str, list[Tensor]] = {}
     for i, pair in enumerate(tqdm(pairs, unit="pair", leave=False)):
-        images = (hr[i], lr[i], hr[(i + 1) % len(pairs)], means[pair.index])
-        batch = (x[None].to(inputs.device) for x in images)
+        batch = (x[None].to(inputs.device) for x in (hr[i], lr[i], means[pair.index]))
         for name, x in conditions(inputs.net, *batch).items():
             read.setdefault(name, []).append(x.cpu())
     y = torch.stack(left)
@@ -276,10 +268,10 @@ def text_of_leak(folder: str, found: dict[str, Any]) -> str:
     rows = [[name, *(f"{v:.2f}" for v in values)] for name, values in found.items()]
     return f"""## {folder}: how much of the real remainder does the condition show?
 
-{table_text(["F_cont and output of Rec_lr of", "R^2, all of it", "R^2, its fine part"], rows)}
+{table_text(["what M sees", "R^2, all of it", "R^2, its fine part"], rows)}
 R^2 of a small network that also sees what a kernel explains. It learns from every other pair and
-is tested on the rest. What true HR shows, or nothing, is determined by the scene. More than that is the remainder itself: a diffusion trained with
-this condition copies it from there, and does not learn to make it.
+is tested on the rest. What nothing, or the content of HR, shows is determined by the scene. More
+than that is the remainder itself: a diffusion trained so copies it, and does not learn to make it.
 
 """
 

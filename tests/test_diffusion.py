@@ -214,25 +214,30 @@ def test_real_example_reads_an_lr_image_at_four_times_its_size():
     assert degradation.shape == (2, 16) and content.shape == (2, 3, 16, 24)
 
 
-def test_a_real_lr_image_is_made_of_another_hr_image_than_its_own_mean(monkeypatch):
-    """S gets the error that it makes on another photo; F_deg is that of other photos."""
-    net, lr, hr, lr_ref = built(), *(uniform(3, 3, side, side) for side in (16, 64, 32))
+def test_the_real_images_of_a_batch_have_f_deg_of_other_photos_and_their_own_coarse_content(
+    monkeypatch,
+):
+    net, lr, hr, lr_ref = built(), *(uniform(4, 3, side, side) for side in (16, 64, 32))
+    conditions = []
+    monkeypatch.setattr(net, "condition", lambda *c: conditions.append(c) or real(*c))
+    real = diffusion.DecoupledDDPM.condition.__get__(net)
+    diffusion.decoupled_loss_with_additions(net, [lr, lr_ref, hr], TINY, make_generator(0))
+    ((degradation, content, lr_hat),) = conditions
+    assert len(content) == 4 + 2  # with the synthetic pairs
+    torch.testing.assert_close(degradation[:4], net.extractors.e_deg(lr_ref))
+    torch.testing.assert_close(content[:4], net.extractors.content(resized(lr, 64, 64)))
+    assert torch.equal(lr_hat[:4], lr)
 
-    def coded(x: Tensor) -> Tensor:
-        return x.mean((2, 3)).repeat(1, 6)[:, :16]
 
-    monkeypatch.setattr(net.extractors.e_deg, "forward", coded)
-    means = [torch.full((3, 3, 64, 64), value) for value in (0.25, 0.5)]  # of lr, of the photos
-    monkeypatch.setattr(net.enlarger, "forward", lambda x: torch.cat(means))
-    x_0, degradation, content, lr_hat = diffusion.back_translated_example(
-        net, lr, [lr_ref], hr, make_generator(0)
-    )
-    assert torch.equal(x_0, lr)
-    assert torch.equal(degradation, coded(lr_ref))
-    expected = (0.25 + hr - 0.5).clamp(0, 1)  # both means are flat, so the error is not scaled
-    torch.testing.assert_close(content, net.extractors.content(expected))
-    start = net.extractors.reconstruct(degradation, expected, content).clamp(0, 1)
-    torch.testing.assert_close(lr_hat, start)
+def test_m_sees_nothing_of_detail_as_fine_as_the_remainder():
+    """A Gaussian of 1.5 pixels leaves 2 % at .3 cycles per pixel, and almost all below .03."""
+    net, x = built(), torch.arange(64.0)
+    for cycles, low, high in ((1 / 64, 0.98, 1), (0.3, 0, 0.025), (0.5, 0, 0.01)):
+        wave = 0.5 + 0.3 * (2 * math.pi * cycles * x).cos().expand(1, 3, 64, 64)
+        seen = net.seen_by_m(wave, wave)[..., 8:-8]
+        for maps, full in zip(seen.split(3, 1), (wave, diffusion.to_signed(wave)), strict=True):
+            assert low <= maps.std() / full[..., 8:-8].std() <= high
+    assert torch.equal(built(as_printed=True).seen_by_m(wave, wave), wave)
 
 
 def test_f_deg_in_training_is_the_mean_of_one_up_to_all_references(monkeypatch):
@@ -242,35 +247,6 @@ def test_f_deg_in_training_is_the_mean_of_one_up_to_all_references(monkeypatch):
     means = diffusion.mean_degradation(net, lr_refs, make_generator(0))
     values, counts = means.unique(return_counts=True)
     assert values.tolist() == [6, 9, 14] and (counts > 3 * 100).all()
-
-
-def test_the_error_of_s_is_scaled_by_the_root_of_local_detail(monkeypatch):
-    net, lr, hr = built(), uniform(1, 3, 16, 16), torch.full((1, 3, 64, 64), 0.5)
-    stripes = torch.tensor([1.0, -1.0]).repeat(32)
-    hr_hat, other = 0.5 + 16 / 255 * stripes, 0.5 + 1 / 255 * stripes
-    both = torch.stack([hr_hat, other])[:, None, None].expand(2, 3, 64, 64)
-    monkeypatch.setattr(net.enlarger, "forward", lambda x: both)
-    made = diffusion.plausible_hr(net, lr, hr, normal(1, 16), make_generator(0))
-    ratio = ((16 + 1) / (1 + 1)) ** 0.5  # the std of stripes of +-a is nearly a
-    inner = (..., slice(8, -8), slice(8, -8))
-    expected = (-ratio / 255 * stripes).expand(1, 3, 64, 64)
-    torch.testing.assert_close((made - both[:1])[inner], expected[inner], atol=1e-4, rtol=0.02)
-
-
-def test_s_learns_to_find_hr_photos_in_their_lr():
-    """It begins as bicubic enlargement, and its loss falls on one batch."""
-    net, lr, hr = built(), uniform(4, 3, 16, 16), uniform(4, 3, 32, 32)
-    net.enlarger = diffusion.Enlarger(8, 2)
-    torch.testing.assert_close(net.enlarger(lr), resized(lr, 64, 64))
-    opt = torch.optim.Adam(net.enlarger.parameters(), 1e-2)
-    values = []
-    for _ in range(15):
-        loss = diffusion.enlarger_loss(net, lr, hr, make_generator(0))["loss"]
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        values.append(loss.item())
-    assert values[-1] < 0.95 * values[0]
 
 
 def test_synthetic_example_takes_degradation_from_another_scene(monkeypatch):
@@ -361,7 +337,6 @@ def test_training_goes_on_from_given_weights_with_the_extractors_of_stage_1(tmp_
     """As somebody does who tunes the shipped weights to a camera, or has new extractors."""
     frozen = {"steps": 1, "learning_rate": 1e-12, "finetune_learning_rate": 0.0}
     before = train(cfg, **frozen)["ema"]
-    frozen |= {"enlarger_steps": 0}
     changed = {k: v + 0.1 for k, v in before.items()}
     torch.save({"ema": changed, "config": config_of()}, tmp_path / "a.pt")
     given = frozen | {"start_from": str(tmp_path / "a.pt"), "out": str(tmp_path / "b")}
@@ -447,10 +422,7 @@ def test_no_operation_of_the_loss_and_the_picture_leaves_the_gpu(preset, tmp_pat
         if cfg.as_printed:
             losses = [diffusion.decoupled_loss(net, lr, cfg, draw)]
         else:
-            losses = [
-                diffusion.decoupled_loss_with_additions(net, [lr, lr_ref, hr], cfg, draw),
-                diffusion.enlarger_loss(net, lr_ref, hr, draw),
-            ]
+            losses = [diffusion.decoupled_loss_with_additions(net, [lr, lr_ref, hr], cfg, draw)]
         assert all(value["loss"].device == lr.device for value in losses)
         diffusion.sampled_swap_grid(net, lr[:1], hr, tmp_path / "grid.png")
     assert sheets[0].device.type == "cpu"

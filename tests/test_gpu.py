@@ -20,11 +20,7 @@ REPO = Path(__file__).resolve().parents[1]
 SHORT = "--log-every 5 --save-every 10"
 STAGES = {  # by command: the steps of the first and of the second call, the checkpoint
     f"extractors --batch-size 64 {SHORT}": ("20 20 20", "20 20 30", "runs/extractors/last.pt"),
-    f"diffusion --batch-size 64 --enlarger-steps 20 {SHORT}": (
-        "20",
-        "30",
-        "runs/diffusion/last.pt",
-    ),
+    f"diffusion --batch-size 64 {SHORT}": ("20", "30", "runs/diffusion/last.pt"),
     f"bench.sr --preset smoke {SHORT}": ("20", "30", "runs/sr/fsrcnn-realesrgan.pt"),
 }
 

@@ -54,7 +54,7 @@ def test_every_flag_that_is_shown_exists(path, name, flags):
 TRAINING = "--batch-size 4 --no-compile"
 SMALL = {
     "extractors": f"{TINY['extractors.py']} --no-compile --steps 1 --out runs/{{number}}",
-    "diffusion": f"{TRAINING} --steps 1 --enlarger-steps 1 --crop 16 --out runs/{{number}}",
+    "diffusion": f"{TRAINING} --steps 1 --crop 16 --out runs/{{number}}",
     "generate": "--num-steps 2",
     "benchmark": "--sr-steps 1 --t-starts 2 --hr data/hr",
     "bench.metrics": "",

@@ -20,8 +20,7 @@ TINY = {
     "--vq-multipliers 1 2 2 --vq-blocks 1 --vq-codes 16 --deg-channels 8 --deg-blocks 1 "
     "--deg-dim 16 --mod-channels 8",
     "diffusion.py": "--batch-size 4 --crop 16 --widths 8 16 --blocks 1 --attention 1 "
-    "--mod-channels 8 --cond-channels 4 --enlarger-steps 2 --enlarger-channels 8 "
-    "--enlarger-blocks 1",
+    "--mod-channels 8 --cond-channels 4",
     "generate.py": "--t-start 10 --num-steps 2 --candidates 2",
 }
 STEPS = {"extractors.py": (2, 2, 3), "diffusion.py": (3,)}  # one more than the runs below have
@@ -70,7 +69,6 @@ def test_all_stages_run_from_an_empty_folder(trained):
     phases = [f"extractors/{phase}" for phase in ("vqvae", "content", "last")]
     phases.append("diffusion/last")
     expected = {f"runs/{phase}.{kind}" for phase in phases for kind in ("pt", "png")}
-    expected.add("runs/diffusion/enlarger.pt")
     assert files == expected | {"runs/extractors/log.jsonl", "runs/diffusion/log.jsonl"}
 
     photo = REPO / "data" / "sample" / "hr" / "chelsea.jpg"

@@ -61,9 +61,7 @@ def test_what_gets_gradients_is_what_the_stages_train(monkeypatch, tmp_path):
 
         def __init__(self, cfg, rt, net, groups, *_, **__) -> None:
             kept = {id(p) for group in groups for p in group["params"]}
-            prefix = "enlarger." * isinstance(net, diffusion.Enlarger)
-            named = net.named_parameters()
-            groups_of.append({prefix + name for name, p in named if id(p) in kept})
+            groups_of.append({name for name, p in net.named_parameters() if id(p) in kept})
 
         def batches(self, *crops, least=1):
             return iter(())

@@ -20,7 +20,6 @@ STAGE_1 = extractors.Config(
 STAGE_2 = diffusion.Config(
     compile=False, batch_size=4, crop=16, widths=(8, 16), blocks=1, attention=(1,), mod_channels=8,
     cond_channels=4, recipes=("realesrgan", "light", "camera"), as_printed=False, bf16=False,
-    enlarger_steps=1, enlarger_channels=8, enlarger_blocks=1,
 )  # fmt: skip
 
 

@@ -142,7 +142,6 @@ def training(cfg: Config, rt: Runtime) -> Works:
         "stage 1 VQ-VAE": lambda: extractors.vqvae_loss(nets, large),
         "stage 1 E_cont": lambda: extractors.content_loss(nets, large, stage_1, draw),
         "stage 1 E_deg": lambda: e_deg(nets, *photos, stage_1, draw),
-        "stage 2 S": lambda: diffusion.enlarger_loss(net, lr_ref, hr[half], draw),
         "stage 2": lambda: diffusion.decoupled_loss_with_additions(
             net, [lr[half], lr_ref, hr[half]], stage_2, draw
         ),
@@ -152,12 +151,10 @@ def training(cfg: Config, rt: Runtime) -> Works:
         "stage 1 VQ-VAE": [*vqvae.parameters()],
         "stage 1 E_cont": [*vqvae.encoder.parameters(), *vqvae.quant_conv.parameters()],
         "stage 1 E_deg": [p for k, p in nets.named_parameters() if not k.startswith("vqvae.")],
-        "stage 2 S": [*net.enlarger.parameters()] if not net.as_printed else [],
         "stage 2": unet + diffusion.finetuned(net.extractors),
     }
     if stage_2.as_printed:
         losses["stage 2"] = lambda: diffusion.decoupled_loss(net, lr, stage_2, draw)
-        del losses["stage 2 S"]
     return {
         name: step(net if "2" in name else nets, trained[name], loss, rt)
         for name, loss in losses.items()
