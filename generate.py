@@ -70,8 +70,8 @@ class Sampler:
     """How LR is made. The defaults are the best measured; the preset paper has the paper's."""
 
     start: str = "reconstruct"  # start image: reconstruct (Rec_lr), or D: realesrgan (paper), light
-    t_start: int = 30  # T, steps of noise on it; behind D each image draws its own from 0..T
-    num_steps: int = 10  # network evaluations
+    t_start: int = 15  # T, steps of noise on it; behind D each image draws its own from 0..T
+    num_steps: int = 8  # network evaluations
     eta: float = 1.0  # 0 is DDIM; 1 with as many evaluations as steps is DDPM (the paper)
     candidates: int = 1  # K, of which the filter keeps the best
     grain: bool = True  # add the noise and JPEG that E_deg reads in the reference; the paper: no
