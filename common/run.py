@@ -105,15 +105,19 @@ def more_micro_batches(number: int, batch: int, least: int) -> int:
 
 
 def compile_networks(networks: Sequence[nn.Module], rt: Runtime) -> None:
-    """Apply torch.compile; where it does not work, print a sentence and go on without it."""
+    """Apply torch.compile; where it does not work, print a sentence and go on without it.
+
+    For each shape anew: a training has few, and for shapes in general the compiler may fail.
+    """
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=rt.device))
     except Exception as error:  # of many types; most often a C++ compiler is missing
         if rt.is_main:
             print(f"torch.compile does not work here ({type(error).__name__}): training without it")
         return
+    torch._dynamo.config.recompile_limit = 64  # of a block, which many networks share
     for net in networks:
-        net.compile()
+        net.compile(dynamic=False)
 
 
 class Run:
