@@ -202,7 +202,7 @@ def radial_kernels(gain: Tensor) -> Tensor:
     return torch.fft.fftshift(torch.fft.ifft2(amplitude).real, dim=(1, 2))
 
 
-COARSE = 1.5  # std of the Gaussian, LR pixels: the smallest that passes the table leak
+COARSE = 1.5  # std of the Gaussian, LR pixels: of 1, 1.5, 2, 3 the first to pass the table leak
 
 
 def coarse(maps: Tensor) -> Tensor:
