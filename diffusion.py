@@ -387,12 +387,10 @@ REFERENCES = 4  # the most that give the F_deg of a real LR image
 def mean_degradation(
     net: DecoupledDDPM, lr_refs: Sequence[Tensor], generator: torch.Generator
 ) -> Tensor:
-    """Mean F_deg (B, D) of a random number of references of each image, each (B, 3, h, w)."""
-    R, B = len(lr_refs), len(lr_refs[0])
-    codes = net.extractors.e_deg(torch.cat([*lr_refs])).unflatten(0, (R, B))
-    number = torch.randint(1, R + 1, (B, 1), generator=generator, device=codes.device)
-    taken = torch.arange(R, device=codes.device)[:, None, None] < number
-    return (codes * taken).sum(0) / number
+    """Mean F_deg (B, D) of the references of each image, each (B, 3, h, w): of 1, 2, .. or all."""
+    draw = make_generator(generator.initial_seed())  # of the CPU: does not synchronise the GPU
+    number = int(torch.randint(1, len(lr_refs) + 1, (), generator=draw))
+    return net.extractors.e_deg(torch.cat([*lr_refs[:number]])).unflatten(0, (number, -1)).mean(0)
 
 
 @torch.no_grad()
