@@ -384,13 +384,18 @@ def content_and_lr_hat(
 REFERENCES = 4  # the most that give the F_deg of a real LR image
 
 
-def mean_degradation(
-    net: DecoupledDDPM, lr_refs: Sequence[Tensor], generator: torch.Generator
-) -> Tensor:
-    """Mean F_deg (B, D) of the references of each image, each (B, 3, h, w): of 1, 2, .. or all."""
-    draw = make_generator(generator.initial_seed())  # of the CPU: does not synchronise the GPU
-    number = int(torch.randint(1, len(lr_refs) + 1, (), generator=draw))
-    return net.extractors.e_deg(torch.cat([*lr_refs[:number]])).unflatten(0, (number, -1)).mean(0)
+def mean_degradation(net: DecoupledDDPM, lr_refs: Sequence[Tensor]) -> Tensor:
+    """Mean F_deg (B, D) of references of each image, each (B, 3, h, w).
+
+    Equal shares of the batch take one, two, ... and all of them.
+    """
+    R, B = len(lr_refs), len(lr_refs[0])
+    starts = [B * k // R for k in range(R)]  # image b takes reference k if b >= starts[k]
+    number = [sum(b >= start for start in starts) for b in range(B)]
+    taken = torch.cat([refs[start:] for refs, start in zip(lr_refs, starts, strict=True)])
+    codes = net.extractors.e_deg(taken).split([B - start for start in starts])
+    total = sum(F.pad(code, (0, 0, B - len(code), 0)) for code in codes)
+    return total / torch.tensor(number)[:, None].to(taken.device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -418,7 +423,7 @@ def decoupled_loss_with_additions(
     lr, *lr_refs, hr = photos
     content = real_example(net, lr, generator)[2]
     examples = [
-        (lr, mean_degradation(net, lr_refs, generator), content, lr),
+        (lr, mean_degradation(net, lr_refs), content, lr),
         synthetic_example(net, hr, cfg.recipes, generator),
     ]
     x_0, degradation, content, lr_hat = map(torch.cat, zip(*examples, strict=True))
