@@ -387,7 +387,7 @@ REFERENCES = 4  # the most that give the F_deg of a real LR image
 def mean_degradation(net: DecoupledDDPM, lr_refs: Sequence[Tensor]) -> Tensor:
     """Mean F_deg (B, D) of references of each image, each (B, 3, h, w).
 
-    Equal shares of the batch take one, two, ... and all of them.
+    Equal shares of the batch take one, two, ... and all of them; an image alone takes all.
     """
     R, B = len(lr_refs), len(lr_refs[0])
     starts = [B * k // R for k in range(R)]  # image b takes reference k if b >= starts[k]
