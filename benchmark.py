@@ -25,13 +25,12 @@ from typing import Any
 
 import torch
 
-import generate
 from bench.control import table_control
 from bench.downstream import table_downstream
 from bench.factors import table_factors
 from bench.figure1 import table_figure1
 from bench.generated import table_generated
-from bench.inputs import Config, Inputs, Measure, resolved
+from bench.inputs import PRESETS, Config, Inputs, Measure, check_flags, resolved
 from bench.leakage import table_leakage
 from bench.mtf import table_mtf
 from bench.pictures import table_pictures
@@ -59,13 +58,6 @@ TABLES = TRAINED | {
     "extractors": table_extractors,
     "leakage": table_leakage,
 }
-PRESETS: dict[str, dict] = {
-    "fast": {},
-    # Not in the paper: the weight of the perceptual loss.
-    "paper": generate.PRESETS["paper"]
-    | {"table": ("2", "1"), "sr": ("swinir", "rrdb", "hat", "swinir-l"), "sr_preset": "paper",
-       "perceptual_weight": 1.0},
-}  # fmt: skip
 
 
 def git_commit() -> str:
@@ -87,7 +79,8 @@ def main(cfg: Config, rt: Runtime) -> None:
     """Check all inputs, then measure, and write whenever a table is done."""
     for name in cfg.table:
         require(name in TABLES, f"--table {name}: choose among {', '.join(TABLES)}.")
-    cfg = resolved(cfg, rt)
+    given, cfg = cfg, resolved(cfg, rt)
+    check_flags(given, cfg.table)
     names = [name for name in (TABLES if rt.is_main else TRAINED) if name in cfg.table]
     inputs = Inputs(cfg, rt)
     work = {name: TABLES[name](name, inputs) for name in names}  # checks

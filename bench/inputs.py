@@ -61,6 +61,30 @@ class Config(generate.Sampler):
 RANGES = {"t_starts": (0, 1000), "batch_size": (1, 2**20), "images": (2, 2**20), "seed": (0, 2**31),
           "crop": (32, 2**14), "seeds": (1, 1000), "sr_steps": (0, 2**31),
           "perceptual_weight": (0, 1e6)}  # fmt: skip
+PRESETS: dict[str, dict] = {
+    "fast": {},
+    # Not in the paper: the weight of the perceptual loss.
+    "paper": generate.PRESETS["paper"]
+    | {"table": ("2", "1"), "sr": ("swinir", "rrdb", "hat", "swinir-l"), "sr_preset": "paper",
+       "perceptual_weight": 1.0},
+}  # fmt: skip
+# The tables on which a flag acts, where these are not all of them.
+OF_PHOTOS = ("1", "3", "4", "5", "7", "pictures", "figure1")  # networks trained on pairs of --hr
+ACTS_ON = {
+    # The other tables take one reference, as the paper does everywhere.
+    "average": ("1", "3", "5", "7", "control", "pictures", "remainder", "leak"),
+    "pairs": (*OF_PHOTOS, "control", "2", "6", "mtf", "remainder", "leak", "leakage"),
+    "hr": (*OF_PHOTOS, "factors", "extractors"),
+    "lr": ("pictures", "extractors"),
+    "images": ("figure1", "mtf", "remainder", "leak", "factors", "extractors", "leakage"),
+    "crop": ("figure1", "factors", "extractors", "leakage"),
+    "t_starts": ("3", "control", "mtf", "factors"),
+    "data": ("1", "5", "pictures"),
+    "sr": ("1", "3", "4", "5", "7", "control", "pictures"),
+    "seeds": ("1", "3", "4", "5", "7", "control"),
+    **dict.fromkeys(("sr_preset", "sr_steps", "sr_start_from"), (*OF_PHOTOS, "control")),
+    "perceptual_weight": ("1",),
+}
 
 
 def resolved(cfg: Config, rt: Runtime) -> Config:
@@ -83,12 +107,16 @@ def resolved(cfg: Config, rt: Runtime) -> Config:
             require(name in choices, f"{flag} {name}: choose among {', '.join(choices)}.")
     table = cfg.table or (("1",) if cfg.sr else ("2", "1"))
     networks = cfg.sr or ("fsrcnn",)
-    # The other tables take one reference, as the paper does everywhere.
-    averaged = ("1", "3", "5", "7", "control", "pictures", "remainder", "leak")
-    wrong = f"--average {cfg.average}: acts on the tables {', '.join(averaged)} alone: name one."
-    usable = cfg.average in (1, generate.Sampler.average) or {*averaged} & {*table}
-    require(bool(usable), wrong)
     return replace(cfg, table=table, pairs=pairs, sr=networks, sr_preset=preset, data=data)
+
+
+def check_flags(given: Config, table: Sequence[str]) -> None:
+    """UserError for a flag, as given by the user, that acts on none of these tables."""
+    for name, tables in ACTS_ON.items():
+        presets = [values.get(name, getattr(Config, name)) for values in PRESETS.values()]
+        which = ", ".join(tables)
+        wrong = f"--{name.replace('_', '-')}: acts on --table {which} alone: name one, or leave it."
+        require(getattr(given, name) in presets or not {*tables}.isdisjoint(table), wrong)
 
 
 def sampler_of(cfg: Config) -> generate.Sampler:
