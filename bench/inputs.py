@@ -53,7 +53,7 @@ class Config(generate.Sampler):
     t_starts: tuple[int, ...] = ()  # T of 3 (default: the paper's four), of others (default: 0 200)
     checkpoint: str = ""  # generator (default: runs/diffusion, else data/pretrained)
     out: str = "out/benchmark"  # folder of results.json and of a .md for each table
-    batch_size: int = 8  # images that are generated at once; no draw depends on it
+    batch_size: int = 8  # images that 2, 6 and extractors take at once; no draw depends on it
     seed: int = 0  # image i draws from (seed, i)
     device: str = "auto"  # cpu, cuda or auto
 
@@ -74,6 +74,7 @@ ACTS_ON = {
     # The other tables take one reference, as the paper does everywhere.
     "average": ("1", "3", "5", "7", "control", "pictures", "remainder", "leak"),
     "pairs": (*OF_PHOTOS, "control", "2", "6", "mtf", "remainder", "leak", "leakage"),
+    "batch_size": ("2", "6", "extractors"),
     "hr": (*OF_PHOTOS, "factors", "extractors"),
     "lr": ("pictures", "extractors"),
     "images": ("figure1", "mtf", "remainder", "leak", "factors", "extractors", "leakage"),
@@ -113,10 +114,11 @@ def resolved(cfg: Config, rt: Runtime) -> Config:
 def check_flags(given: Config, table: Sequence[str]) -> None:
     """UserError for a flag, as given by the user, that acts on none of these tables."""
     for name, tables in ACTS_ON.items():
-        presets = [values.get(name, getattr(Config, name)) for values in PRESETS.values()]
-        which = ", ".join(tables)
-        wrong = f"--{name.replace('_', '-')}: acts on --table {which} alone: name one, or leave it."
-        require(getattr(given, name) in presets or not {*tables}.isdisjoint(table), wrong)
+        flag, which = f"--{name.replace('_', '-')}", ", ".join(tables)
+        wrong = f"{flag} acts on none of the tables {', '.join(table)}, only on {which}."
+        # A value of a preset was not given for any one table.
+        usual = [values.get(name, getattr(Config, name)) for values in PRESETS.values()]
+        require(getattr(given, name) in usual or not {*tables}.isdisjoint(table), wrong)
 
 
 def sampler_of(cfg: Config) -> generate.Sampler:

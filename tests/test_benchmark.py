@@ -101,6 +101,11 @@ def test_the_sampler_and_its_presets_serve_here_too():
             assert getattr(here, field.name) == getattr(there, field.name)
 
 
+def test_the_tables_and_flags_that_go_together_exist():
+    assert {table for tables in inputs.ACTS_ON.values() for table in tables} == {*benchmark.TABLES}
+    assert {*inputs.ACTS_ON} < {field.name for field in fields(benchmark.Config)}
+
+
 def test_without_arguments_both_tables_are_made_of_sample_photos(tmp_path, monkeypatch):
     """With the shipped weights, and small photos in place of data/sample."""
     for number, x in enumerate(scenes(4, 128)):
@@ -192,9 +197,10 @@ def ablations(folder):
         (None, f"--sr-start-from {SHIPPED}", "not a network of bench.sr"),
         (other_network, "--sr-start-from hat.pt", "hat.pt: a hat, which --sr does not name"),
         (None, "--table 4", "runs/as-printed/diffusion/last.pt is missing: make it by `python ext"),
-        (None, "--average 3 --table 2 6", "--average: acts on --table 1, 3, 5, 7, control,"),
-        (None, "--images 5 --table 1 2", "--images: acts on --table figure1, mtf, remainder,"),
-        (None, "--sr hat --table 2", "--sr: acts on --table 1, 3, 4, 5, 7, control, pictures al"),
+        (None, "--average 3 --table 2 6", "--average acts on none of the tables 2, 6, only on 1,"),
+        (None, "--images 5", "--images acts on none of the tables 2, 1, only on figure1, mtf, rem"),
+        (None, "--sr hat --table 2", "--sr acts on none of the tables 2, only on 1, 3, 4, 5, 7"),
+        (None, "--batch-size 4 --table mtf", "--batch-size acts on none of the tables mtf, only"),
         (ablations, "--table 4", "not a checkpoint of diffusion"),
         (None, "--table factors --hr set/LR --crop 32", "0 are photos of 128 x 128"),
         (None, "--table factors --crop 60", "--crop 60: must be a multiple of 8"),
